@@ -1,0 +1,50 @@
+// Fitting smooth factors and codebooks to calibration keys and values. Deterministic by seed,
+// independent of the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "veloxquant/tensor_view.h"
+#include "veloxquant/vecinfer.h"
+
+namespace veloxquant {
+
+// lambda_i = sqrt(max_t |x[t, i]|) per KV head and channel (arXiv 2510.06175, eq. 4).
+// x: [H, N, D], any float dtype, any strides. lambda: fp32 [H, D]. max|x| is floored at
+// `floor` times the head's largest channel (dead channels) and at 1e-8; non-finite x is ignored.
+void smooth_factors(const TensorView& x, const MutableTensorView& lambda, float floor = 1e-4f);
+
+struct KMeansParams {
+  int n_centroids = 256;
+  int max_iterations = 30;
+  uint64_t seed = 0;
+  double tolerance = 1e-5;  // stop when the relative fall of the error is smaller
+};
+
+struct KMeansResult {
+  std::vector<float> centroids;  // [C][d]
+  double mse_per_dim = 0;        // mean squared error per element on the training vectors
+  int iterations = 0;
+};
+
+// k-means++ seeding, then Lloyd; empty clusters are re-seeded from the vectors that are farthest
+// from their centroid. x: fp32 [d][n] dimension-major. n >= 1; n < C repeats vectors.
+KMeansResult kmeans(const float* x, int64_t x_stride, int64_t n, int sub_dim,
+                    const KMeansParams& params);
+
+struct TableReport {
+  std::vector<double> relative_error;  // per KV head: sum |y - y^|^2 / sum |y|^2
+};
+
+// Trains the tables of one side of one layer on x: [H, N, D] (original coordinates; transformed
+// here). per_head: one table for all sub-vectors of a head. tables: fp16
+// [H, per_head ? 1 : n_subvectors, C, D / n_subvectors]. `progress` (may be empty) is called
+// from any thread with the fraction done.
+TableReport train_vecinfer_tables(const TensorView& x, const Transform& transform,
+                                  int n_subvectors, bool per_head, const KMeansParams& params,
+                                  const MutableTensorView& tables,
+                                  const std::function<void(double)>& progress = {});
+
+}  // namespace veloxquant

@@ -1,0 +1,73 @@
+// The contract between codecs and everything above them (cache, attention, calibration).
+//
+// A codec compresses one side (keys or values) of one attention layer in blocks of 64 tokens.
+// It works in its own coordinates, reached by a linear transform T of each KV head:
+//   encode   y = T(x), y -> codes          decode   codes -> y^
+//   score    q . x^  ==  transform_query(q) . y^         (keys: the query moves, not the history)
+//   output   sum_t p_t x^_t  ==  inverse(sum_t p_t y^_t) (values: one inverse per output row)
+// so attention never brings the history back into the original coordinates.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "veloxquant/backend.h"
+#include "veloxquant/tensor_view.h"
+
+namespace veloxquant {
+
+constexpr int kBlockTokens = 64;
+
+enum class Side { keys, values };
+
+class Codec {
+ public:
+  virtual ~Codec() = default;
+
+  // e.g. "vecinfer d4x256"
+  virtual std::string name() const = 0;
+  virtual Side side() const = 0;
+  virtual int n_kv_heads() const = 0;
+  virtual int head_dim() const = 0;
+
+  // Bytes of one packed block of 64 tokens of one KV head, everything per token included.
+  virtual int64_t block_bytes() const = 0;
+  // Payload bits per element: 8 * block_bytes / (64 * head_dim).
+  double bits_per_element() const {
+    return 8.0 * static_cast<double>(block_bytes()) / (kBlockTokens * head_dim());
+  }
+
+  // x: fp32 [n_tokens][head_dim], original coordinates, finite; 1 <= n_tokens <= 64.
+  // block: block_bytes() bytes, all of them written. Equal on every backend and SIMD level.
+  // `sequence` picks the codebook of a batch row where codebooks carry a batch axis.
+  virtual void encode_block(Backend backend, int sequence, int kv_head, const float* x,
+                            int n_tokens, uint8_t* block) const = 0;
+
+  // tokens [0, n_tokens) of a block -> y: fp32 [n_tokens][y_stride], codec coordinates.
+  // Equal on every backend and SIMD level. Codes out of range are clamped.
+  virtual void decode_block(Backend backend, int sequence, int kv_head, const uint8_t* block,
+                            int n_tokens, float* y, int64_t y_stride) const = 0;
+
+  // The same, transposed: y_t [head_dim][64], tokens beyond n_tokens are 0.
+  virtual void decode_block_transposed(Backend backend, int sequence, int kv_head,
+                                       const uint8_t* block, int n_tokens, float* y_t) const = 0;
+
+  // In place on n rows of fp32 [n][head_dim]. Keys only: q -> q'.
+  virtual void transform_query(int kv_head, float* q, int64_t n) const = 0;
+  // In place on n rows of fp32 [n][head_dim]: codec coordinates -> original coordinates.
+  virtual void inverse(int kv_head, float* y, int64_t n) const = 0;
+  // In place: original -> codec coordinates, as encode does it.
+  virtual void forward(int kv_head, float* x, int64_t n) const = 0;
+
+  // Interchange order (files, the Python functions): token-major codes [n_tokens][M], one
+  // uint16 per code, whatever order the block keeps in memory.
+  virtual int codes_per_token() const = 0;
+  virtual void unpack_codes(const uint8_t* block, int n_tokens, uint16_t* codes) const = 0;
+  virtual void pack_codes(const uint16_t* codes, int n_tokens, uint8_t* block) const = 0;
+};
+
+using CodecPtr = std::shared_ptr<const Codec>;
+
+}  // namespace veloxquant
