@@ -59,10 +59,10 @@ struct Visibility {
 // What attention reads. Positions of packed and exact runs may overlap only as Visibility says;
 // exact tokens below `visibility.tail_start` (the sinks) are always exact.
 struct KeyValueSource {
-  CodecPtr key_codec;    // null where there are no packed runs
+  CodecPtr key_codec;  // null where there are no packed runs
   CodecPtr value_codec;
-  std::vector<PackedRun> packed;  // ascending positions
-  std::vector<ExactRun> exact;    // ascending positions
+  std::vector<PackedRun> packed;       // ascending positions
+  std::vector<ExactRun> exact;         // ascending positions
   DType exact_dtype = DType::float16;  // fp32 exact input is rounded to this
   Visibility visibility;
   int64_t length = 0;  // tokens in the cache, the queries' own included
@@ -93,9 +93,8 @@ void attend(Backend backend, const TensorView& q, const KeyValueSource& source,
             const MutableTensorView& lse);
 
 // The oracle: fp64 over the dequantised tokens in the original coordinates. Slow, for tests.
-void attend_oracle(const TensorView& q, const KeyValueSource& source,
-                   const AttentionParams& params, const MutableTensorView& out,
-                   const MutableTensorView& lse);
+void attend_oracle(const TensorView& q, const KeyValueSource& source, const AttentionParams& params,
+                   const MutableTensorView& out, const MutableTensorView& lse);
 
 // Which kernel `attend` runs for this source, e.g. "cpu/AVX3_DL tiles (vecinfer d4x256)".
 std::string attention_kernel_name(Backend backend, const KeyValueSource& source);

@@ -34,11 +34,11 @@ struct PackedSpan {
 
 // What an append of n_new tokens does.
 struct AppendPlan {
-  int64_t first = 0;           // position of the first new token
+  int64_t first = 0;  // position of the first new token
   int64_t n_new = 0;
-  int64_t tail_start = 0;      // before the append
-  int64_t next_tail_start = 0; // after it
-  int n_sealed = 0;            // blocks [tail_start, tail_start + 64 * n_sealed) become packed
+  int64_t tail_start = 0;       // before the append
+  int64_t next_tail_start = 0;  // after it
+  int n_sealed = 0;             // blocks [tail_start, tail_start + 64 * n_sealed) become packed
   bool extends_last_span = false;
 };
 
@@ -67,18 +67,17 @@ struct CacheGeometry {
 
 // Buffers of one append. Exact storage: [B, H_kv, exact_capacity, D], fp16 or bf16.
 struct AppendBuffers {
-  TensorView new_keys, new_values;            // [B, H_kv, n_new, D], any float dtype
-  TensorView exact_keys, exact_values;        // before; empty views for an empty cache
+  TensorView new_keys, new_values;                       // [B, H_kv, n_new, D], any float dtype
+  TensorView exact_keys, exact_values;                   // before; empty views for an empty cache
   MutableTensorView next_exact_keys, next_exact_values;  // after; no overlap with the above
-  uint8_t* key_blocks = nullptr;    // [B][H_kv][n_sealed][key block bytes], null if n_sealed = 0
+  uint8_t* key_blocks = nullptr;  // [B][H_kv][n_sealed][key block bytes], null if n_sealed = 0
   uint8_t* value_blocks = nullptr;
 };
 
 // Writes what `plan` says. NaN becomes 0 and +-inf (and what overflows 16 bits) the largest finite
 // value; returns how many elements were changed so. Codecs may be null where n_sealed = 0.
 int64_t run_append(Backend backend, const CacheGeometry& geometry, const AppendPlan& plan,
-                   const Codec* key_codec, const Codec* value_codec,
-                   const AppendBuffers& buffers);
+                   const Codec* key_codec, const Codec* value_codec, const AppendBuffers& buffers);
 
 struct KvCacheConfig {
   int batch = 1;

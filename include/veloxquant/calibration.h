@@ -42,8 +42,8 @@ struct TableReport {
 // here). per_head: one table for all sub-vectors of a head. tables: fp16
 // [H, per_head ? 1 : n_subvectors, C, D / n_subvectors]. `progress` (may be empty) is called
 // from any thread with the fraction done.
-TableReport train_vecinfer_tables(const TensorView& x, const Transform& transform,
-                                  int n_subvectors, bool per_head, const KMeansParams& params,
+TableReport train_vecinfer_tables(const TensorView& x, const Transform& transform, int n_subvectors,
+                                  bool per_head, const KMeansParams& params,
                                   const MutableTensorView& tables,
                                   const std::function<void(double)>& progress = {});
 

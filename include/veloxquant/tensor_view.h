@@ -71,8 +71,8 @@ struct BasicTensorView {
     int64_t offset = 0;
     int d = 0;
     ((offset += static_cast<int64_t>(index) * stride[d++]), ...);
-    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const uint8_t,
-                                    uint8_t>;
+    using Byte =
+        std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const uint8_t, uint8_t>;
     return static_cast<Byte*>(data) + offset * dtype_bytes(dtype);
   }
 };

@@ -14,9 +14,9 @@ enum class TransformKind : uint8_t { none = 0, hadamard = 1, dense = 2 };
 // Had is the orthonormal block Walsh-Hadamard matrix of src/math/hadamard.h.
 struct Transform {
   TransformKind kind = TransformKind::none;
-  TensorView scale;         // lambda, fp32 [H, D]; empty means 1. hadamard only
-  TensorView encode_matrix; // E, fp32 [H, D, D], row-major. dense only
-  TensorView query_matrix;  // F, fp32 [H, D, D], row-major. dense only
+  TensorView scale;          // lambda, fp32 [H, D]; empty means 1. hadamard only
+  TensorView encode_matrix;  // E, fp32 [H, D, D], row-major. dense only
+  TensorView query_matrix;   // F, fp32 [H, D, D], row-major. dense only
 };
 
 // tables: fp16 [S, H, M or 1, C, d] or [H, M or 1, C, d]: S sequences (1 = shared by all),

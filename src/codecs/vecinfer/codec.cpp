@@ -1,0 +1,249 @@
+// VecInfer as a Codec: validates what it is given, walks heads, moves tiles in and out of the
+// dimension-major layout that the kernels use.
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "src/codecs/vecinfer/kernels.h"
+#include "src/math/float16.h"
+#include "src/math/hadamard.h"
+#include "veloxquant/vecinfer.h"
+
+namespace veloxquant {
+namespace vecinfer {
+namespace {
+
+std::string shape_text(const TensorView& view) {
+  std::string text = "[";
+  for (int d = 0; d < view.ndim; ++d) text += (d ? ", " : "") + std::to_string(view.shape[d]);
+  return text + "]";
+}
+
+void require_matrix(const TensorView& view, const char* name, int heads, int dim, int ndim) {
+  bool ok = !view.empty() && view.dtype == DType::float32 && view.ndim == ndim &&
+            view.shape[0] == heads && view.shape[1] == dim && (ndim < 3 || view.shape[2] == dim) &&
+            view.stride[ndim - 1] == 1 && (ndim < 3 || view.stride[1] == dim);
+  require(ok, "[vecinfer] ", name, ": got ", dtype_name(view.dtype), " ", shape_text(view),
+          ", wanted row-major float32 [", heads, ", ", dim, ndim == 3 ? ", " : "",
+          ndim == 3 ? std::to_string(dim) : std::string(), "]");
+}
+
+class VecInferCodec final : public Codec {
+ public:
+  VecInferCodec(Side side, int n_kv_heads, int head_dim, int n_subvectors, const TensorView& tables,
+                const Transform& transform)
+      : side_(side), heads_(n_kv_heads), dim_(head_dim), transform_(transform) {
+    require(n_kv_heads >= 1, "[vecinfer] n_kv_heads: got ", n_kv_heads, ", wanted at least 1");
+    require(head_dim >= 8 && head_dim <= kMaxHeadDim && head_dim % 8 == 0,
+            "[vecinfer] head_dim: got ", head_dim, ", wanted a multiple of 8 up to ", kMaxHeadDim);
+    require(n_subvectors >= 1 && head_dim % n_subvectors == 0, "[vecinfer] n_subvectors: got ",
+            n_subvectors, ", wanted a divisor of head_dim = ", head_dim);
+    require(head_dim / n_subvectors <= kMaxSubDim, "[vecinfer] n_subvectors: got ", n_subvectors,
+            " (", head_dim / n_subvectors, " dimensions each), wanted at most ", kMaxSubDim,
+            " dimensions each");
+    set_tables(tables, n_subvectors);
+    set_transform();
+  }
+
+  std::string name() const override {
+    return "vecinfer d" + std::to_string(shape_.sub_dim) + "x" + std::to_string(shape_.n_centroids);
+  }
+  Side side() const override { return side_; }
+  int n_kv_heads() const override { return heads_; }
+  int head_dim() const override { return dim_; }
+  int codes_per_token() const override { return shape_.n_subvectors; }
+  int64_t block_bytes() const override { return shape_.n_subvectors * row_bytes(shape_.bits); }
+
+  void encode_block(Backend backend, int sequence, int kv_head, const float* x, int n_tokens,
+                    uint8_t* block) const override {
+    const Kernels& kernels = kernels_of(backend);
+    std::vector<float> tile(static_cast<size_t>(dim_) * kBlockTokens, 0.0f);
+    for (int t = 0; t < n_tokens; ++t) {
+      for (int d = 0; d < dim_; ++d) tile[d * kBlockTokens + t] = x[t * dim_ + d];
+    }
+    if (transform_.kind == TransformKind::hadamard) {
+      kernels.hadamard_tile(inverse_scale(kv_head), dim_, tile.data());
+    } else if (transform_.kind == TransformKind::dense) {
+      std::vector<float> moved(tile.size());
+      kernels.dense_tile(matrix(transform_.encode_matrix, kv_head), dim_, tile.data(),
+                         moved.data());
+      tile.swap(moved);
+    }
+    kernels.encode_block(head(sequence, kv_head), tile.data(), block);
+  }
+
+  void decode_block(Backend backend, int sequence, int kv_head, const uint8_t* block, int n_tokens,
+                    float* y, int64_t y_stride) const override {
+    kernels_of(backend).decode_block(head(sequence, kv_head), block, n_tokens, y, y_stride);
+  }
+
+  void decode_block_transposed(Backend backend, int sequence, int kv_head, const uint8_t* block,
+                               int n_tokens, float* y_t) const override {
+    kernels_of(backend).decode_block_transposed(head(sequence, kv_head), block, n_tokens, y_t);
+  }
+
+  void transform_query(int kv_head, float* q, int64_t n) const override {
+    for (int64_t r = 0; r < n; ++r) {
+      float* row = q + r * dim_;
+      if (transform_.kind == TransformKind::hadamard) {
+        multiply(row, scale(kv_head));
+        hadamard_row(row, dim_);
+      } else if (transform_.kind == TransformKind::dense) {
+        multiply_matrix(row, matrix(transform_.query_matrix, kv_head), false);
+      }
+    }
+  }
+
+  void inverse(int kv_head, float* y, int64_t n) const override {
+    for (int64_t r = 0; r < n; ++r) {
+      float* row = y + r * dim_;
+      if (transform_.kind == TransformKind::hadamard) {
+        hadamard_row(row, dim_);
+        multiply(row, scale(kv_head));
+      } else if (transform_.kind == TransformKind::dense) {
+        multiply_matrix(row, matrix(transform_.query_matrix, kv_head), true);
+      }
+    }
+  }
+
+  void forward(int kv_head, float* x, int64_t n) const override {
+    for (int64_t r = 0; r < n; ++r) {
+      float* row = x + r * dim_;
+      if (transform_.kind == TransformKind::hadamard) {
+        multiply(row, inverse_scale(kv_head));
+        hadamard_row(row, dim_);
+      } else if (transform_.kind == TransformKind::dense) {
+        multiply_matrix(row, matrix(transform_.encode_matrix, kv_head), false);
+      }
+    }
+  }
+
+  void unpack_codes(const uint8_t* block, int n_tokens, uint16_t* codes) const override {
+    for (int m = 0; m < shape_.n_subvectors; ++m) {
+      const uint8_t* row = block + m * row_bytes(shape_.bits);
+      for (int t = 0; t < n_tokens; ++t) {
+        codes[t * shape_.n_subvectors + m] = static_cast<uint16_t>(get_code(row, shape_.bits, t));
+      }
+    }
+  }
+
+  void pack_codes(const uint16_t* codes, int n_tokens, uint8_t* block) const override {
+    std::memset(block, 0, block_bytes());
+    for (int m = 0; m < shape_.n_subvectors; ++m) {
+      uint8_t* row = block + m * row_bytes(shape_.bits);
+      for (int t = 0; t < n_tokens; ++t) {
+        uint32_t code = codes[t * shape_.n_subvectors + m];
+        set_code(row, shape_.bits, t, code & ((1u << shape_.bits) - 1u));
+      }
+    }
+  }
+
+ private:
+  void set_tables(const TensorView& tables, int n_subvectors) {
+    const int extra = tables.ndim == 5 ? 1 : 0;
+    bool ok = !tables.empty() && tables.dtype == DType::float16 && (tables.ndim == 4 || extra) &&
+              tables.shape[extra] == heads_ &&
+              (tables.shape[extra + 1] == 1 || tables.shape[extra + 1] == n_subvectors) &&
+              tables.shape[extra + 2] >= 2 && tables.shape[extra + 2] <= kMaxCentroids &&
+              tables.shape[extra + 3] == dim_ / n_subvectors;
+    require(ok, "[vecinfer] tables: got ", dtype_name(tables.dtype), " ", shape_text(tables),
+            ", wanted float16 [", heads_, ", 1 or ", n_subvectors, ", 2..256, ",
+            dim_ / n_subvectors, "] with an optional leading batch axis");
+    int64_t dense = 1;
+    for (int d = tables.ndim - 1; d >= 0; --d) {
+      require(tables.shape[d] == 1 || tables.stride[d] == dense,
+              "[vecinfer] tables: got a strided view, wanted row-major");
+      dense *= tables.shape[d];
+    }
+    shape_.head_dim = dim_;
+    shape_.n_subvectors = n_subvectors;
+    shape_.sub_dim = dim_ / n_subvectors;
+    shape_.n_centroids = static_cast<int>(tables.shape[extra + 2]);
+    shape_.bits = code_bits(shape_.n_centroids);
+    shape_.tables = static_cast<const uint16_t*>(tables.data);
+    const int64_t one_table = tables.shape[extra + 2] * tables.shape[extra + 3];
+    shape_.table_stride = tables.shape[extra + 1] == 1 ? 0 : one_table;
+    head_stride_ = tables.shape[extra + 1] * one_table;
+    sequences_ = extra ? tables.shape[0] : 1;
+  }
+
+  void set_transform() {
+    if (transform_.kind == TransformKind::dense) {
+      require_matrix(transform_.encode_matrix, "encode_matrix", heads_, dim_, 3);
+      require_matrix(transform_.query_matrix, "query_matrix", heads_, dim_, 3);
+    }
+    if (transform_.kind != TransformKind::hadamard || transform_.scale.empty()) return;
+    require_matrix(transform_.scale, "smooth_factors", heads_, dim_, 2);
+    const float* lambda = static_cast<const float*>(transform_.scale.data);
+    inverse_scale_.resize(static_cast<size_t>(heads_) * dim_);
+    for (size_t i = 0; i < inverse_scale_.size(); ++i) {
+      require(std::isfinite(lambda[i]) && lambda[i] > 0.0f, "[vecinfer] smooth_factors: got ",
+              lambda[i], ", wanted finite positive factors");
+      inverse_scale_[i] = 1.0f / lambda[i];
+    }
+  }
+
+  HeadTables head(int sequence, int kv_head) const {
+    HeadTables tables = shape_;
+    int64_t s = sequences_ == 1 ? 0 : sequence;
+    tables.tables += (s * heads_ + kv_head) * head_stride_;
+    return tables;
+  }
+
+  const float* scale(int kv_head) const {
+    if (transform_.scale.empty()) return nullptr;
+    return static_cast<const float*>(transform_.scale.data) + static_cast<int64_t>(kv_head) * dim_;
+  }
+  const float* inverse_scale(int kv_head) const {
+    return inverse_scale_.empty() ? nullptr : inverse_scale_.data() + kv_head * dim_;
+  }
+  const float* matrix(const TensorView& view, int kv_head) const {
+    return static_cast<const float*>(view.data) + static_cast<int64_t>(kv_head) * dim_ * dim_;
+  }
+
+  void multiply(float* row, const float* factors) const {
+    if (factors == nullptr) return;
+    for (int d = 0; d < dim_; ++d) row[d] = mul(row[d], factors[d]);
+  }
+
+  // row <- row M, or row <- row M^T; ascending sums.
+  void multiply_matrix(float* row, const float* m, bool transposed) const {
+    std::vector<float> sum(dim_, 0.0f);
+    for (int i = 0; i < dim_; ++i) {
+      for (int j = 0; j < dim_; ++j) {
+        float product = mul(row[i], transposed ? m[j * dim_ + i] : m[i * dim_ + j]);
+        sum[j] = i == 0 ? product : sum[j] + product;
+      }
+    }
+    std::memcpy(row, sum.data(), sizeof(float) * dim_);
+  }
+
+  Side side_;
+  int heads_;
+  int dim_;
+  Transform transform_;
+  HeadTables shape_;
+  int64_t head_stride_ = 0;
+  int64_t sequences_ = 1;
+  std::vector<float> inverse_scale_;
+};
+
+}  // namespace
+}  // namespace vecinfer
+
+CodecPtr make_vecinfer_codec(Side side, int n_kv_heads, int head_dim, int n_subvectors,
+                             const TensorView& tables, const Transform& transform) {
+  return std::make_shared<vecinfer::VecInferCodec>(side, n_kv_heads, head_dim, n_subvectors, tables,
+                                                   transform);
+}
+
+void nearest_centroids(Backend backend, const float* x, int64_t x_stride, int64_t n,
+                       const float* table, int n_centroids, int sub_dim, uint16_t* codes,
+                       float* distance) {
+  require(sub_dim >= 1 && sub_dim <= vecinfer::kMaxSubDim, "[nearest_centroids] sub_dim: got ",
+          sub_dim, ", wanted 1..", vecinfer::kMaxSubDim);
+  vecinfer::kernels_of(backend).nearest_centroids(x, x_stride, n, table, n_centroids, sub_dim,
+                                                  codes, distance);
+}
+
+}  // namespace veloxquant

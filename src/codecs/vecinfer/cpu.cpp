@@ -1,0 +1,362 @@
+// VecInfer on the CPU: compiled once per SIMD level, vectorised over the tokens of a block, so
+// that every sum keeps the order of the reference.
+#include "src/codecs/vecinfer/kernels.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "src/codecs/vecinfer/cpu.cpp"
+#include <hwy/foreach_target.h>  // must come before highway.h
+#include <hwy/highway.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "src/math/float16.h"
+#include "src/math/hadamard.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace veloxquant::vecinfer::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using F32 = hn::ScalableTag<float>;
+using I32 = hn::ScalableTag<int32_t>;
+
+// Nearest centroids of kGroup vectors of tokens at once: the centroid broadcasts are shared.
+// kSubDim = 0 reads the tokens from memory instead of registers (wide sub-vectors).
+template <int kSubDim, int kGroup>
+HWY_INLINE void nearest_group(const float* HWY_RESTRICT x, int64_t x_stride,
+                              const float* HWY_RESTRICT table, int n_centroids, int sub_dim,
+                              uint16_t* HWY_RESTRICT codes, float* HWY_RESTRICT distance) {
+  const F32 df;
+  const I32 di;
+  const int lanes = static_cast<int>(hn::Lanes(df));
+  using VF = hn::Vec<F32>;
+  using VI = hn::Vec<I32>;
+  constexpr int kHeld = kSubDim == 0 ? 1 : kSubDim;
+  VF held[kHeld][kGroup];
+  if (kSubDim != 0) {
+    for (int i = 0; i < kHeld; ++i) {
+      for (int g = 0; g < kGroup; ++g) held[i][g] = hn::LoadU(df, x + i * x_stride + g * lanes);
+    }
+  }
+  VF best[kGroup];
+  VI index[kGroup];
+  for (int g = 0; g < kGroup; ++g) {
+    best[g] = hn::Set(df, float_of(0x7f800000u));
+    index[g] = hn::Zero(di);
+  }
+  const int dims = kSubDim == 0 ? sub_dim : kSubDim;
+  for (int c = 0; c < n_centroids; ++c, table += dims) {
+    VF sum[kGroup];
+    for (int g = 0; g < kGroup; ++g) {
+      const VF value = kSubDim == 0 ? hn::LoadU(df, x + g * lanes) : held[0][g];
+      const VF difference = hn::Sub(value, hn::Set(df, table[0]));
+      sum[g] = hn::Mul(difference, difference);
+    }
+    for (int i = 1; i < dims; ++i) {
+      const VF centroid = hn::Set(df, table[i]);
+      for (int g = 0; g < kGroup; ++g) {
+        const VF value =
+            kSubDim == 0 ? hn::LoadU(df, x + i * x_stride + g * lanes) : held[i % kHeld][g];
+        const VF difference = hn::Sub(value, centroid);
+        sum[g] = hn::Add(sum[g], hn::Mul(difference, difference));
+      }
+    }
+    const VI code = hn::Set(di, c);
+    for (int g = 0; g < kGroup; ++g) {
+      const auto closer = hn::Lt(sum[g], best[g]);
+      best[g] = hn::IfThenElse(closer, sum[g], best[g]);
+      index[g] = hn::IfThenElse(hn::RebindMask(di, closer), code, index[g]);
+    }
+  }
+  const hn::Rebind<uint16_t, I32> du16;
+  for (int g = 0; g < kGroup; ++g) {
+    hn::StoreU(hn::DemoteTo(du16, index[g]), du16, codes + g * lanes);
+    if (distance != nullptr) hn::StoreU(best[g], df, distance + g * lanes);
+  }
+}
+
+template <int kSubDim>
+void nearest_run(const float* x, int64_t x_stride, int64_t n, const float* table, int n_centroids,
+                 int sub_dim, uint16_t* codes, float* distance) {
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
+  constexpr int kGroup = HWY_MAX_BYTES >= 64 && kSubDim <= 4 ? 4 : 2;
+  int64_t t = 0;
+  for (; t + kGroup * lanes <= n; t += kGroup * lanes) {
+    nearest_group<kSubDim, kGroup>(x + t, x_stride, table, n_centroids, sub_dim, codes + t,
+                                   distance == nullptr ? nullptr : distance + t);
+  }
+  for (; t + lanes <= n; t += lanes) {
+    nearest_group<kSubDim, 1>(x + t, x_stride, table, n_centroids, sub_dim, codes + t,
+                              distance == nullptr ? nullptr : distance + t);
+  }
+  if (t == n) return;
+  // The last, partial vector goes through a padded copy.
+  HWY_ALIGN float padded[kMaxSubDim * HWY_MAX_BYTES / sizeof(float)] = {};
+  HWY_ALIGN uint16_t padded_codes[HWY_MAX_BYTES / sizeof(float)] = {};
+  HWY_ALIGN float padded_distance[HWY_MAX_BYTES / sizeof(float)] = {};
+  const int64_t rest = n - t;
+  for (int i = 0; i < sub_dim; ++i) {
+    for (int64_t k = 0; k < lanes; ++k) {
+      padded[i * lanes + k] = k < rest ? x[i * x_stride + t + k] : 0.0f;
+    }
+  }
+  nearest_group<kSubDim, 1>(padded, lanes, table, n_centroids, sub_dim, padded_codes,
+                            padded_distance);
+  for (int64_t k = 0; k < rest; ++k) {
+    codes[t + k] = padded_codes[k];
+    if (distance != nullptr) distance[t + k] = padded_distance[k];
+  }
+}
+
+void nearest_centroids(const float* x, int64_t x_stride, int64_t n, const float* table,
+                       int n_centroids, int sub_dim, uint16_t* codes, float* distance) {
+  switch (sub_dim) {
+    case 1:
+      return nearest_run<1>(x, x_stride, n, table, n_centroids, sub_dim, codes, distance);
+    case 2:
+      return nearest_run<2>(x, x_stride, n, table, n_centroids, sub_dim, codes, distance);
+    case 4:
+      return nearest_run<4>(x, x_stride, n, table, n_centroids, sub_dim, codes, distance);
+    case 8:
+      return nearest_run<8>(x, x_stride, n, table, n_centroids, sub_dim, codes, distance);
+    default:
+      return nearest_run<0>(x, x_stride, n, table, n_centroids, sub_dim, codes, distance);
+  }
+}
+
+// fp16 bits -> fp32, n a multiple of 8 or anything (the tail is scalar).
+HWY_INLINE void widen(const uint16_t* HWY_RESTRICT from, int n, float* HWY_RESTRICT to) {
+  const F32 df;
+  const hn::Rebind<hwy::float16_t, F32> df16;
+  const hn::Rebind<uint16_t, F32> du16;
+  const int lanes = static_cast<int>(hn::Lanes(df));
+  int i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    hn::StoreU(hn::PromoteTo(df, hn::BitCast(df16, hn::LoadU(du16, from + i))), df, to + i);
+  }
+  for (; i < n; ++i) to[i] = f16_to_f32(from[i]);
+}
+
+void encode_block(const HeadTables& head, const float* y_t, uint8_t* block) {
+  HWY_ALIGN float table[kMaxCentroids * kMaxSubDim];
+  uint16_t codes[kBlockTokens];
+  const int table_size = head.n_centroids * head.sub_dim;
+  for (int m = 0; m < head.n_subvectors; ++m) {
+    if (m == 0 || head.table_stride != 0) widen(head.table(m), table_size, table);
+    HWY_NAMESPACE::nearest_centroids(y_t + m * head.sub_dim * kBlockTokens, kBlockTokens,
+                                     kBlockTokens, table, head.n_centroids, head.sub_dim, codes,
+                                     nullptr);
+    uint8_t* row = block + m * row_bytes(head.bits);
+    if (head.bits == 8) {
+      for (int t = 0; t < 64; ++t) row[t] = static_cast<uint8_t>(codes[t]);
+    } else {
+      for (int t = 0; t < 32; ++t) row[t] = static_cast<uint8_t>(codes[t] | (codes[t + 32] << 4));
+    }
+  }
+}
+
+// The 64 codes of one sub-vector, one byte each, clamped to the table.
+HWY_INLINE void load_codes(const HeadTables& head, const uint8_t* block, int m,
+                           uint8_t* HWY_RESTRICT codes) {
+  const uint8_t* HWY_RESTRICT row = block + m * row_bytes(head.bits);
+  if (head.bits == 8) {
+    std::memcpy(codes, row, 64);
+  } else {
+    for (int t = 0; t < 32; ++t) {
+      codes[t] = row[t] & 15;
+      codes[t + 32] = row[t] >> 4;
+    }
+  }
+  if (head.n_centroids != (1 << head.bits)) {
+    const uint8_t last = static_cast<uint8_t>(head.n_centroids - 1);
+    for (int t = 0; t < 64; ++t) codes[t] = std::min(codes[t], last);
+  }
+}
+
+// Entries of one sub-vector for n tokens, gathered token by token into out[t * out_stride].
+template <int kSubDim>
+HWY_INLINE void gather(const uint16_t* HWY_RESTRICT table, const uint8_t* HWY_RESTRICT codes, int n,
+                       int sub_dim, uint16_t* HWY_RESTRICT out, int out_stride) {
+  const int dims = kSubDim == 0 ? sub_dim : kSubDim;
+  for (int t = 0; t < n; ++t) {
+    std::memcpy(out + t * out_stride, table + codes[t] * dims, sizeof(uint16_t) * dims);
+  }
+}
+
+HWY_INLINE void gather_any(const HeadTables& head, int m, const uint8_t* codes, int n,
+                           uint16_t* out, int out_stride) {
+  const uint16_t* table = head.table(m);
+  switch (head.sub_dim) {
+    case 1:
+      return gather<1>(table, codes, n, 1, out, out_stride);
+    case 2:
+      return gather<2>(table, codes, n, 2, out, out_stride);
+    case 4:
+      return gather<4>(table, codes, n, 4, out, out_stride);
+    case 8:
+      return gather<8>(table, codes, n, 8, out, out_stride);
+    default:
+      return gather<0>(table, codes, n, head.sub_dim, out, out_stride);
+  }
+}
+
+void decode_block(const HeadTables& head, const uint8_t* block, int n_tokens, float* y,
+                  int64_t y_stride) {
+  HWY_ALIGN uint16_t tile[kBlockTokens * kMaxHeadDim];
+  uint8_t codes[kBlockTokens];
+  for (int m = 0; m < head.n_subvectors; ++m) {
+    load_codes(head, block, m, codes);
+    gather_any(head, m, codes, n_tokens, tile + m * head.sub_dim, head.head_dim);
+  }
+  for (int t = 0; t < n_tokens; ++t) {
+    widen(tile + t * head.head_dim, head.head_dim, y + t * y_stride);
+  }
+}
+
+// De-interleaves 64 gathered entries into kSubDim rows of 64 values.
+template <int kSubDim>
+HWY_INLINE void deinterleave(const uint16_t* HWY_RESTRICT entries, uint16_t* HWY_RESTRICT rows) {
+  const hn::CappedTag<uint16_t, 64> d;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  for (int t = 0; t < 64; t += lanes) {
+    hn::Vec<decltype(d)> a, b, c, e;
+    if (kSubDim == 2) {
+      hn::LoadInterleaved2(d, entries + 2 * t, a, b);
+    } else {
+      hn::LoadInterleaved4(d, entries + 4 * t, a, b, c, e);
+      hn::StoreU(c, d, rows + 2 * 64 + t);
+      hn::StoreU(e, d, rows + 3 * 64 + t);
+    }
+    hn::StoreU(a, d, rows + t);
+    hn::StoreU(b, d, rows + 64 + t);
+  }
+}
+
+void decode_block_transposed(const HeadTables& head, const uint8_t* block, int n_tokens,
+                             float* y_t) {
+  HWY_ALIGN uint16_t entries[kBlockTokens * kMaxSubDim];
+  HWY_ALIGN uint16_t rows[kBlockTokens * kMaxSubDim];
+  uint8_t codes[kBlockTokens];
+  for (int m = 0; m < head.n_subvectors; ++m) {
+    load_codes(head, block, m, codes);
+    gather_any(head, m, codes, kBlockTokens, entries, head.sub_dim);
+    const uint16_t* source = rows;
+    switch (head.sub_dim) {
+      case 1:
+        source = entries;
+        break;
+      case 2:
+        deinterleave<2>(entries, rows);
+        break;
+      case 4:
+        deinterleave<4>(entries, rows);
+        break;
+      default:
+        for (int t = 0; t < 64; ++t) {
+          for (int i = 0; i < head.sub_dim; ++i) rows[i * 64 + t] = entries[t * head.sub_dim + i];
+        }
+    }
+    widen(source, 64 * head.sub_dim, y_t + m * head.sub_dim * 64);
+  }
+  if (n_tokens < kBlockTokens) {
+    for (int d = 0; d < head.head_dim; ++d) {
+      std::fill(y_t + d * 64 + n_tokens, y_t + d * 64 + 64, 0.0f);
+    }
+  }
+}
+
+void hadamard_tile(const float* inverse_scale, int head_dim, float* x_t) {
+  const hn::CappedTag<float, 64> df;
+  const int lanes = static_cast<int>(hn::Lanes(df));
+  if (inverse_scale != nullptr) {
+    for (int d = 0; d < head_dim; ++d) {
+      const auto scale = hn::Set(df, inverse_scale[d]);
+      for (int t = 0; t < 64; t += lanes) {
+        float* p = x_t + d * 64 + t;
+        hn::StoreU(hn::Mul(hn::LoadU(df, p), scale), df, p);
+      }
+    }
+  }
+  for (int start = 0; start < head_dim;) {
+    const int block = hadamard_block(head_dim - start);
+    float* base = x_t + start * 64;
+    for (int stride = 1; stride < block; stride *= 2) {
+      for (int i = 0; i < block; i += 2 * stride) {
+        for (int j = i; j < i + stride; ++j) {
+          for (int t = 0; t < 64; t += lanes) {
+            float* low = base + j * 64 + t;
+            float* high = base + (j + stride) * 64 + t;
+            const auto a = hn::LoadU(df, low);
+            const auto b = hn::LoadU(df, high);
+            hn::StoreU(hn::Add(a, b), df, low);
+            hn::StoreU(hn::Sub(a, b), df, high);
+          }
+        }
+      }
+    }
+    const auto scale = hn::Set(df, hadamard_scale(block));
+    for (int i = 0; i < block * 64; i += lanes) {
+      hn::StoreU(hn::Mul(hn::LoadU(df, base + i), scale), df, base + i);
+    }
+    start += block;
+  }
+}
+
+void dense_tile(const float* matrix, int head_dim, const float* x_t, float* y_t) {
+  const hn::CappedTag<float, 64> df;
+  const int lanes = static_cast<int>(hn::Lanes(df));
+  for (int j = 0; j < head_dim; ++j) {
+    for (int t = 0; t < 64; t += lanes) {
+      auto sum = hn::Mul(hn::LoadU(df, x_t + t), hn::Set(df, matrix[j]));
+      for (int i = 1; i < head_dim; ++i) {
+        sum = hn::Add(
+            sum, hn::Mul(hn::LoadU(df, x_t + i * 64 + t), hn::Set(df, matrix[i * head_dim + j])));
+      }
+      hn::StoreU(sum, df, y_t + j * 64 + t);
+    }
+  }
+}
+
+}  // namespace veloxquant::vecinfer::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+#include "src/backends/cpu/simd_targets.h"
+
+namespace veloxquant::vecinfer {
+
+HWY_EXPORT(encode_block);
+HWY_EXPORT(decode_block);
+HWY_EXPORT(decode_block_transposed);
+HWY_EXPORT(hadamard_tile);
+HWY_EXPORT(dense_tile);
+HWY_EXPORT(nearest_centroids);
+
+const Kernels& cpu_kernels() {
+  cpu::apply_environment();
+  static const Kernels kernels{
+      [](const HeadTables& head, const float* y_t, uint8_t* block) {
+        HWY_DYNAMIC_DISPATCH(encode_block)(head, y_t, block);
+      },
+      [](const HeadTables& head, const uint8_t* block, int n, float* y, int64_t stride) {
+        HWY_DYNAMIC_DISPATCH(decode_block)(head, block, n, y, stride);
+      },
+      [](const HeadTables& head, const uint8_t* block, int n, float* y_t) {
+        HWY_DYNAMIC_DISPATCH(decode_block_transposed)(head, block, n, y_t);
+      },
+      [](const float* inverse_scale, int head_dim, float* x_t) {
+        HWY_DYNAMIC_DISPATCH(hadamard_tile)(inverse_scale, head_dim, x_t);
+      },
+      [](const float* matrix, int head_dim, const float* x_t, float* y_t) {
+        HWY_DYNAMIC_DISPATCH(dense_tile)(matrix, head_dim, x_t, y_t);
+      },
+      [](const float* x, int64_t x_stride, int64_t n, const float* table, int n_centroids,
+         int sub_dim, uint16_t* codes, float* distance) {
+        HWY_DYNAMIC_DISPATCH(nearest_centroids)
+        (x, x_stride, n, table, n_centroids, sub_dim, codes, distance);
+      }};
+  return kernels;
+}
+
+}  // namespace veloxquant::vecinfer
+#endif  // HWY_ONCE

@@ -1,0 +1,46 @@
+// The only file that knows which language it is compiled as.
+#pragma once
+
+#if defined(__FAST_MATH__)
+#error "VeloxQuant's codes are exact: -ffast-math is not supported"
+#endif
+
+#if defined(__CUDACC__)
+#define VQ_FN static __host__ __device__ __forceinline__
+#else
+#include <stdint.h>
+#define VQ_FN static inline
+#endif
+
+namespace veloxquant {
+
+// Rounded once, never fused with a following addition.
+VQ_FN float mul(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+VQ_FN uint32_t bits_of(float x) {
+  union {
+    float f;
+    uint32_t u;
+  } both;
+  both.f = x;
+  return both.u;
+}
+
+VQ_FN float float_of(uint32_t bits) {
+  union {
+    uint32_t u;
+    float f;
+  } both;
+  both.u = bits;
+  return both.f;
+}
+
+VQ_FN bool is_finite_bits(uint32_t bits) { return (bits & 0x7f800000u) != 0x7f800000u; }
+
+}  // namespace veloxquant
