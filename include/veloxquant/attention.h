@@ -34,10 +34,12 @@ struct ExactRun {
   int64_t start = 0;
 };
 
-// Which form of a token a query sees where both exist. Blocks of runs before `first_new_run` are
-// seen as codes by every query. The blocks of later runs hold tokens [tail_start, ...) that are
-// also in the exact runs; a query at position t sees those as codes that had left the window when
-// t was appended: block end <= t + 1 - window (strict), or when the first query was (not strict).
+// Which form of a token a query sees where both exist. Blocks below `tail_start` are old: codes to
+// every query. Blocks from `tail_start` on are new: their tokens are also in the exact runs, and a
+// query at position t sees them as codes where they had left the window when t was appended
+// (block end <= t + 1 - window; strict), or when the first query was (not strict).
+// In short: packed tokens below code_end(t) are seen; of the exact tokens, those below tail_start
+// (the sinks) and those from code_end(t) on.
 struct Visibility {
   int64_t tail_start = 0;  // first token of the first new block
   int n_new_blocks = 0;    // blocks that exist in both forms

@@ -75,9 +75,9 @@ struct AppendBuffers {
 };
 
 // Writes what `plan` says. NaN becomes 0 and +-inf (and what overflows 16 bits) the largest finite
-// value; returns how many elements were changed so. Codecs may be null where n_sealed = 0.
+// value; returns how many elements were changed so. Slots that hold no token are written as 0.
 int64_t run_append(Backend backend, const CacheGeometry& geometry, const AppendPlan& plan,
-                   const Codec* key_codec, const Codec* value_codec, const AppendBuffers& buffers);
+                   const Codec& key_codec, const Codec& value_codec, const AppendBuffers& buffers);
 
 struct KvCacheConfig {
   int batch = 1;
@@ -86,7 +86,7 @@ struct KvCacheConfig {
   int window = 64;
   int sinks = 4;
   DType exact_dtype = DType::float16;
-  CodecPtr key_codec, value_codec;  // both null: nothing is ever sealed (an exact cache)
+  CodecPtr key_codec, value_codec;
 };
 
 class KvCache {
