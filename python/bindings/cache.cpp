@@ -58,12 +58,25 @@ void bind_codec(nb::module_& m) {
 }
 
 void bind_snapshot(nb::module_& m) {
-  nb::class_<Snapshot>(m, "Snapshot", "Keys or values of a cache at one moment.")
+  nb::class_<Snapshot>(m, "EncodedTensor",
+                       "Keys or values of a cache at one moment: [B, H_kv, length, D].")
       .def_ro("codec", &Snapshot::codec)
       .def_ro("dtype", &Snapshot::dtype)
       .def_ro("spans", &Snapshot::spans)
       .def_prop_ro("nbytes", &Snapshot::nbytes)
       .def_prop_ro("length", [](const Snapshot& s) { return s.layout.length; })
+      .def_prop_ro("ndim", [](const Snapshot&) { return 4; })
+      .def(
+          "dequantize",
+          [](const Snapshot& self, mx::StreamOrDevice s) { return dequantize_op(self, s); },
+          "stream"_a = nb::none(), "The dense [B, H_kv, length, D]; counted by dequantize_calls().")
+      .def(
+          "exact_like",
+          [](const Snapshot& self, const mx::array& x, mx::StreamOrDevice s) {
+            return exact_like(self, x, s);
+          },
+          "x"_a, "stream"_a = nb::none(),
+          "x [B, H_kv, length, D] in 16 bits, laid out as this tensor is.")
       .def_prop_ro("shape", [](const Snapshot& s) {
         return std::vector<int64_t>{s.batch, s.codec.n_kv_heads, s.layout.length, s.codec.head_dim};
       });
@@ -79,8 +92,6 @@ void bind_snapshot(nb::module_& m) {
       "sliding_window"_a = 0, "logit_softcap"_a = 0.0f, "mask"_a = nb::none(),
       "sinks"_a = nb::none(), "stream"_a = nb::none(),
       "Fused attention on packed codes: (out [B, H_q, L_q, D], log-sum-exp fp32 [B, H_q, L_q]).");
-  m.def("dequantize", &dequantize_op, "snapshot"_a, "stream"_a = nb::none(),
-        "The dense [B, H, length, D]; counted by dequantize_calls().");
   m.def("kernel_name", &kernel_name, "keys"_a, "values"_a, "Which attention kernel runs.");
 }
 

@@ -2,6 +2,8 @@
 
 #include <mlx/ops.h>
 
+#include <algorithm>
+
 #include "src/mlx/views.h"
 
 namespace veloxquant {
@@ -99,6 +101,49 @@ mx::array dequantize_op(const Snapshot& snapshot, mx::StreamOrDevice s) {
                        cpu_stream(s), snapshot.layout, snapshot.codec.without_arrays(),
                        snapshot.exact.has_value(), snapshot.chunk.has_value()),
                    snapshot.inputs());
+}
+
+Snapshot exact_like(const Snapshot& like, const mx::array& x, mx::StreamOrDevice s) {
+  const SnapshotLayout& layout = like.layout;
+  const int heads = like.codec.n_kv_heads, dim = like.codec.head_dim;
+  const int length = static_cast<int>(layout.length);
+  require(x.ndim() == 4 && is_core_float(x.dtype()) &&
+              x.shape() == mx::Shape{like.batch, heads, length, dim},
+          "[attention] values: got ", shape_text(x), ", wanted floats [", like.batch, ", ", heads,
+          ", ", length, ", ", dim, "]");
+  const mx::Stream stream = cpu_stream(s);
+  Snapshot exact;
+  exact.codec = exact_codec_arrays(Side::values, heads, dim, layout.exact_dtype);
+  exact.layout = layout;
+  exact.dtype = x.dtype();
+  exact.batch = like.batch;
+  const mx::Dtype dtype = mlx_dtype(layout.exact_dtype);
+  auto tokens = [&](int64_t start, int64_t end) {
+    return mx::astype(mx::slice(x, {0, 0, static_cast<int>(start), 0},
+                                {like.batch, heads, static_cast<int>(end), dim}, stream),
+                      dtype, stream);
+  };
+  auto padded = [&](const mx::array& a, int64_t n) {
+    return mx::pad(
+        a, std::vector<std::pair<int, int>>{{0, 0}, {0, 0}, {0, static_cast<int>(n)}, {0, 0}},
+        mx::array(0.0f, dtype), "constant", stream);
+  };
+  for (const PackedSpan& span : layout.packed) {
+    mx::array blocks = padded(tokens(span.start, span.end()), kBlockTokens - span.last_count);
+    blocks = mx::reshape(blocks, {like.batch, heads, span.n_blocks, kBlockTokens * dim}, stream);
+    exact.spans.push_back(mx::view(blocks, mx::uint8, stream));
+  }
+  if (like.exact) {
+    const int64_t sinks = std::min<int64_t>(layout.exact_length, layout.sinks);
+    const int64_t tail_start = std::min(layout.exact_tail_start, layout.exact_length);
+    const int64_t tail = layout.exact_length - tail_start;
+    exact.exact = mx::concatenate(
+        {padded(tokens(0, sinks), layout.sinks - sinks),
+         padded(tokens(tail_start, tail_start + tail), like.exact->shape(2) - layout.sinks - tail)},
+        2, stream);
+  }
+  if (like.chunk) exact.chunk = tokens(layout.chunk_start, layout.length);
+  return exact;
 }
 
 std::vector<mx::array> append_op(const mx::array& keys, const mx::array& values,

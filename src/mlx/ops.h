@@ -33,6 +33,11 @@ std::pair<mlx::core::array, mlx::core::array> attend_op(const mlx::core::array& 
 // [B, H, length, D] in snapshot.dtype: the dense form, counted (dequantize_calls).
 mlx::core::array dequantize_op(const Snapshot& snapshot, mlx::core::StreamOrDevice s = {});
 
+// x: dense floats [B, H, length, D] in the layout of `like` (exact codec), so that dense values can
+// be attended beside encoded keys.
+Snapshot exact_like(const Snapshot& like, const mlx::core::array& x,
+                    mlx::core::StreamOrDevice s = {});
+
 // Outputs of CacheAppend, see primitives.h.
 std::vector<mlx::core::array> append_op(
     const mlx::core::array& keys, const mlx::core::array& values,
