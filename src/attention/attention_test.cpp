@@ -1,0 +1,683 @@
+// Every path and SIMD level against the fp64 oracle, over shapes, masks, forms and dtypes.
+#include "veloxquant/attention.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <rapidcheck.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+
+#include "src/attention/cpu_kernels.h"
+#include "src/attention/element.h"
+
+namespace veloxquant {
+namespace {
+
+using attention::as_kept;
+using attention::load_element;
+using attention::store_element;
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// 8-bit codes of smoothed and pairwise rotated vectors, a step that depends on sequence and head:
+// simple, but wrong answers show wherever attention forgets a transform, a head or a sequence.
+class TestCodec : public Codec {
+ public:
+  TestCodec(Side side, int n_kv_heads, int head_dim)
+      : side_(side), n_kv_heads_(n_kv_heads), head_dim_(head_dim) {}
+
+  std::string name() const override { return "test8"; }
+  Side side() const override { return side_; }
+  int n_kv_heads() const override { return n_kv_heads_; }
+  int head_dim() const override { return head_dim_; }
+  int64_t block_bytes() const override { return int64_t{kBlockTokens} * head_dim_; }
+
+  void encode_block(Backend, int sequence, int kv_head, const float* x, int n_tokens,
+                    uint8_t* block) const override {
+    std::vector<float> y(x, x + n_tokens * head_dim_);
+    forward(kv_head, y.data(), n_tokens);
+    std::fill(block, block + block_bytes(), uint8_t{255});
+    for (size_t i = 0; i < y.size(); ++i) {
+      float code = std::round(y[i] / step(sequence, kv_head)) + 128;
+      block[i] = static_cast<uint8_t>(std::fmin(255.0f, std::fmax(0.0f, code)));
+    }
+  }
+  void decode_block(Backend, int sequence, int kv_head, const uint8_t* block, int n_tokens,
+                    float* y, int64_t y_stride) const override {
+    for (int t = 0; t < n_tokens; ++t) {
+      for (int d = 0; d < head_dim_; ++d) {
+        y[t * y_stride + d] = (block[t * head_dim_ + d] - 128.0f) * step(sequence, kv_head);
+      }
+    }
+  }
+  void decode_block_transposed(Backend, int sequence, int kv_head, const uint8_t* block,
+                               int n_tokens, float* y_t) const override {
+    for (int d = 0; d < head_dim_; ++d) {
+      for (int t = 0; t < kBlockTokens; ++t) {
+        float y = (block[t * head_dim_ + d] - 128.0f) * step(sequence, kv_head);
+        y_t[d * kBlockTokens + t] = t < n_tokens ? y : 0.0f;
+      }
+    }
+  }
+  void transform_query(int kv_head, float* q, int64_t n) const override {
+    for (int64_t i = 0; i < n * head_dim_; ++i) q[i] *= smooth(kv_head, i % head_dim_);
+    rotate(q, n, 0.8f, 0.6f);
+  }
+  void inverse(int kv_head, float* y, int64_t n) const override {
+    rotate(y, n, 0.8f, -0.6f);
+    for (int64_t i = 0; i < n * head_dim_; ++i) y[i] *= smooth(kv_head, i % head_dim_);
+  }
+  void forward(int kv_head, float* x, int64_t n) const override {
+    for (int64_t i = 0; i < n * head_dim_; ++i) x[i] /= smooth(kv_head, i % head_dim_);
+    rotate(x, n, 0.8f, 0.6f);
+  }
+  int codes_per_token() const override { return head_dim_; }
+  void unpack_codes(const uint8_t* block, int n_tokens, uint16_t* codes) const override {
+    std::copy(block, block + n_tokens * head_dim_, codes);
+  }
+  void pack_codes(const uint16_t* codes, int n_tokens, uint8_t* block) const override {
+    std::copy(codes, codes + n_tokens * head_dim_, block);
+  }
+
+ private:
+  float step(int sequence, int kv_head) const {
+    return 0.03f + 0.01f * sequence + 0.002f * kv_head;
+  }
+  float smooth(int kv_head, int64_t d) const {
+    return 0.5f + 0.1f * static_cast<float>((d + 3 * kv_head + (side_ == Side::keys)) % 11);
+  }
+  void rotate(float* x, int64_t n, float c, float s) const {
+    for (int64_t i = 0; i < n * head_dim_; i += 2) {
+      float a = x[i], b = x[i + 1];
+      x[i] = c * a - s * b;
+      x[i + 1] = s * a + c * b;
+    }
+  }
+
+  Side side_;
+  int n_kv_heads_, head_dim_;
+};
+
+// A tensor that owns its data; `gap` elements of padding after each row, heads inside tokens.
+struct Tensor {
+  std::vector<uint8_t> bytes;
+  MutableTensorView view;
+
+  Tensor() = default;
+  Tensor(DType dtype, int64_t B, int64_t H, int64_t n, int64_t D, int64_t gap) {
+    view.dtype = dtype;
+    view.ndim = 4;
+    view.shape = {B, H, n, D};
+    view.stride = {n * H * (D + gap), D + gap, H * (D + gap), 1};
+    bytes.resize(std::max<int64_t>(1, B * n * H * (D + gap)) * dtype_bytes(dtype), 0xff);
+    view.data = bytes.data();
+  }
+  template <class Value>
+  void fill(const Value& value) {
+    for (int64_t b = 0; b < view.shape[0]; ++b) {
+      for (int64_t h = 0; h < view.shape[1]; ++h) {
+        for (int64_t i = 0; i < view.shape[2]; ++i) {
+          for (int64_t d = 0; d < view.shape[3]; ++d) {
+            store_element(view.at(b, h, i), view.dtype, d, value(b, h, i, d));
+          }
+        }
+      }
+    }
+  }
+};
+
+enum class MaskKind { none, boolean, additive };
+
+struct Case {
+  int batch = 1, n_kv_heads = 2, group = 2, head_dim = 64;
+  int64_t n_queries = 2, length = 200;
+  int sinks = 4, window = 64;
+  int n_new_blocks = 0;  // last sealed blocks that exist in both forms
+  int cut = 0;           // > 0: tokens left in a partial block in the middle
+  bool strict = false;
+  bool exact_only = false;
+  DType q_dtype = DType::float32, out_dtype = DType::float32;
+  DType exact_dtype = DType::float16, chunk_dtype = DType::float32;
+  bool causal = true;
+  int64_t sliding_window = 0;
+  MaskKind mask = MaskKind::none;
+  bool mask_broadcast = false;
+  float softcap = 0, scale = 0.125f, key_size = 1;
+  bool sink_logits = false;
+  int64_t first_query_position = -1;
+  int gap = 8;
+};
+
+// A cache as Case says: sinks | packed (maybe cut) | packed new = exact | exact.
+struct Problem {
+  Case c;
+  Tensor q;
+  std::vector<Tensor> exact;
+  std::vector<std::vector<uint8_t>> blocks;
+  std::vector<uint8_t> mask_bytes;
+  std::vector<float> sink_logits;
+  KeyValueSource source;
+  AttentionParams params;
+
+  explicit Problem(const Case& c) : c(c) {
+    const int n_q_heads = c.n_kv_heads * c.group;
+    source.length = c.length;
+    source.exact_dtype = c.exact_dtype;
+    source.key_codec = std::make_shared<TestCodec>(Side::keys, c.n_kv_heads, c.head_dim);
+    source.value_codec = std::make_shared<TestCodec>(Side::values, c.n_kv_heads, c.head_dim);
+    q = Tensor(c.q_dtype, c.batch, n_q_heads, c.n_queries, c.head_dim, c.gap);
+    q.fill([&](auto...) { return normal(); });
+
+    int64_t position = std::min<int64_t>(c.sinks, c.length);
+    if (position > 0) add_exact(0, position, c.exact_dtype);
+    if (!c.exact_only) position = add_history(position);
+    int64_t chunk = std::max(position, c.length - c.n_queries);
+    if (chunk > position) add_exact(position, chunk, c.exact_dtype);
+    if (c.length > chunk) add_exact(chunk, c.length, c.chunk_dtype);
+    add_params(n_q_heads);
+  }
+
+ private:
+  std::mt19937 random{7};
+  float normal() { return std::normal_distribution<float>()(random); }
+
+  int64_t add_history(int64_t position) {
+    int n_blocks =
+        static_cast<int>(std::max<int64_t>(0, c.length - position - c.window) / kBlockTokens);
+    int n_new = std::min(n_blocks, c.n_new_blocks);
+    int n_old = n_blocks - n_new;
+    if (c.cut > 0 && n_old > 1) {
+      position = add_packed(position, n_old / 2, c.cut);
+      position = add_packed(position, n_old - n_old / 2, kBlockTokens);
+    } else if (n_old > 0) {
+      position = add_packed(position, n_old, kBlockTokens);
+    }
+    if (n_new > 0) add_packed(position, n_new, kBlockTokens);
+    source.visibility.tail_start = position;
+    source.visibility.n_new_blocks = n_new;
+    source.visibility.window = c.window;
+    source.visibility.strict = c.strict;
+    source.visibility.first_query = c.length - c.n_queries;
+    return position;
+  }
+
+  int64_t add_packed(int64_t start, int n_blocks, int last_count) {
+    const uint8_t* sides[2];
+    const int64_t bytes = source.key_codec->block_bytes();
+    for (int side = 0; side < 2; ++side) {
+      const Codec& codec = side == 0 ? *source.key_codec : *source.value_codec;
+      std::vector<uint8_t> data(c.batch * c.n_kv_heads * n_blocks * bytes);
+      std::vector<float> x(kBlockTokens * c.head_dim);
+      for (int64_t i = 0; i < int64_t{c.batch} * c.n_kv_heads * n_blocks; ++i) {
+        for (float& value : x) value = normal() * (side == 0 ? c.key_size : 1);
+        int head = static_cast<int>(i / n_blocks);
+        codec.encode_block(Backend::reference, head / c.n_kv_heads, head % c.n_kv_heads, x.data(),
+                           kBlockTokens, data.data() + i * bytes);
+      }
+      blocks.push_back(std::move(data));
+      sides[side] = blocks.back().data();
+    }
+    PackedRun run;
+    run.keys = sides[0];
+    run.values = sides[1];
+    run.key_head_stride = run.value_head_stride = n_blocks * bytes;
+    run.key_batch_stride = run.value_batch_stride = c.n_kv_heads * n_blocks * bytes;
+    run.n_blocks = n_blocks;
+    run.last_count = last_count;
+    run.start = start;
+    source.packed.push_back(run);
+    return run.end();
+  }
+
+  void add_exact(int64_t begin, int64_t end, DType dtype) {
+    ExactRun run;
+    run.start = begin;
+    for (int side = 0; side < 2; ++side) {
+      exact.emplace_back(dtype, c.batch, c.n_kv_heads, end - begin, c.head_dim, c.gap);
+      exact.back().fill([&](auto...) { return normal() * (side == 0 ? c.key_size : 1); });
+      (side == 0 ? run.keys : run.values) = read_only(exact.back().view);
+    }
+    source.exact.push_back(run);
+  }
+
+  void add_params(int n_q_heads) {
+    params.scale = c.scale;
+    params.logit_softcap = c.softcap;
+    params.first_query_position = c.first_query_position;
+    params.mask.causal = c.causal;
+    params.mask.sliding_window = c.sliding_window;
+    if (c.sink_logits) {
+      for (int h = 0; h < n_q_heads; ++h) sink_logits.push_back(normal() + 2);
+      params.sink_logits = TensorView(sink_logits.data(), DType::float32, {n_q_heads});
+    }
+    if (c.mask == MaskKind::none || c.length == 0) return;
+    DType dtype = c.mask == MaskKind::boolean ? DType::boolean : DType::float32;
+    int64_t B = c.mask_broadcast ? 1 : c.batch, H = c.mask_broadcast ? 1 : n_q_heads;
+    mask_bytes.resize(B * H * c.n_queries * c.length * dtype_bytes(dtype));
+    for (int64_t i = 0; i < B * H * c.n_queries * c.length; ++i) {
+      float x = normal();
+      if (dtype == DType::boolean) {
+        mask_bytes[i] = x > 0;
+      } else {
+        store_element(mask_bytes.data(), dtype, i, x < -1 ? -kInfinity : x);
+      }
+    }
+    params.mask.array = TensorView(mask_bytes.data(), dtype, {B, H, c.n_queries, c.length});
+    if (c.mask_broadcast) {  // as MLX broadcasts: full shape, strides of 0
+      params.mask.array.shape = {c.batch, n_q_heads, c.n_queries, c.length};
+      params.mask.array.stride[0] = params.mask.array.stride[1] = 0;
+    }
+  }
+};
+
+struct Result {
+  Tensor out;
+  std::vector<float> lse;
+
+  Result(const Case& c, DType dtype)
+      : out(dtype, c.batch, c.n_kv_heads * c.group, c.n_queries, c.head_dim, 8),
+        lse(c.batch * c.n_kv_heads * c.group * c.n_queries, kNaN) {
+    out.fill([](auto...) { return kNaN; });
+  }
+  MutableTensorView lse_view(const Case& c) {
+    return {lse.data(), DType::float32, {c.batch, c.n_kv_heads * c.group, c.n_queries}};
+  }
+};
+
+Result run(const Problem& p, Backend backend) {
+  Result result(p.c, p.c.out_dtype);
+  attend(backend, read_only(p.q.view), p.source, p.params, result.out.view, result.lse_view(p.c));
+  return result;
+}
+
+Result oracle(const Problem& p) {
+  Result result(p.c, DType::float32);
+  attend_oracle(read_only(p.q.view), p.source, p.params, result.out.view, result.lse_view(p.c));
+  return result;
+}
+
+// The largest relative L2 error of an output row; infinite where anything is not finite.
+double worst_error(const Result& got, const Result& want) {
+  const auto& shape = want.out.view.shape;
+  double worst = 0;
+  for (int64_t b = 0; b < shape[0]; ++b) {
+    for (int64_t h = 0; h < shape[1]; ++h) {
+      for (int64_t i = 0; i < shape[2]; ++i) {
+        double error = 0, norm = 0;
+        for (int64_t d = 0; d < shape[3]; ++d) {
+          double x = load_element(got.out.view.at(b, h, i), got.out.view.dtype, d);
+          double y = load_element(want.out.view.at(b, h, i), DType::float32, d);
+          error += (x - y) * (x - y);
+          norm += y * y;
+        }
+        double relative = error == 0 ? 0 : std::sqrt(error / norm);
+        worst = std::isfinite(relative) ? std::max(worst, relative) : kInfinity;
+      }
+    }
+  }
+  return worst;
+}
+
+void expect_close(const Result& got, const Result& want, double tolerance) {
+  EXPECT_LE(worst_error(got, want), tolerance);
+  for (size_t i = 0; i < want.lse.size(); ++i) {
+    if (std::isinf(want.lse[i])) {
+      ASSERT_EQ(got.lse[i], want.lse[i]) << "row " << i;
+    } else {
+      ASSERT_NEAR(got.lse[i], want.lse[i], 3e-6 * (1 + std::fabs(want.lse[i]))) << "row " << i;
+    }
+  }
+}
+
+// Restores what a test changed about SIMD levels and threads.
+class Attention : public ::testing::Test {
+ protected:
+  void TearDown() override {
+    set_simd_level("");
+    set_num_threads(0);
+  }
+
+  void check(const Case& c, double tolerance = 1e-5) {
+    Problem p(c);
+    Result want = oracle(p);
+    // One rounding of the result on top.
+    if (c.out_dtype == DType::float16) tolerance += 0x1p-11;
+    if (c.out_dtype == DType::bfloat16) tolerance += 0x1p-8;
+    {
+      SCOPED_TRACE("reference");
+      expect_close(run(p, Backend::reference), want, tolerance);
+    }
+    for (const std::string& level : simd_levels()) {
+      SCOPED_TRACE(level);
+      set_simd_level(level);
+      expect_close(run(p, Backend::cpu), want, tolerance);
+    }
+    set_simd_level("");
+  }
+};
+
+TEST_F(Attention, Lengths) {
+  for (int64_t length : {0, 1, 3, 63, 64, 65, 127, 128, 200, 261, 517}) {
+    for (int64_t n_queries : {1, 2, 5, 70}) {
+      SCOPED_TRACE(testing::Message() << length << " tokens, " << n_queries << " queries");
+      Case c;
+      c.length = length;
+      c.n_queries = n_queries;
+      check(c);
+    }
+  }
+}
+
+TEST_F(Attention, LongContextIsSplit) {
+  Case c;
+  c.length = 8191;
+  c.n_kv_heads = 1;
+  c.group = 3;
+  c.n_queries = 1;
+  c.head_dim = 128;
+  check(c);
+  c.n_queries = 40;  // two tiles of rows, not split
+  check(c);
+}
+
+TEST_F(Attention, GroupsBatchesAndHeadDims) {
+  for (int group : {1, 3, 4, 8}) {
+    for (int batch : {1, 3}) {
+      for (int head_dim : {64, 128}) {
+        SCOPED_TRACE(testing::Message() << group << " " << batch << " " << head_dim);
+        Case c;
+        c.group = group;
+        c.batch = batch;
+        c.head_dim = head_dim;
+        check(c);
+      }
+    }
+  }
+  for (int head_dim : {8, 24, 80, 96, 120, 256}) {
+    SCOPED_TRACE(head_dim);
+    Case c;
+    c.head_dim = head_dim;
+    c.n_queries = 7;
+    check(c);
+  }
+}
+
+TEST_F(Attention, Masks) {
+  for (int64_t n_queries : {1, 5, 70, 150}) {
+    for (int kind = 0; kind < 9; ++kind) {
+      SCOPED_TRACE(testing::Message() << "kind " << kind << ", " << n_queries << " queries");
+      Case c;
+      c.n_queries = n_queries;
+      c.length = 333;
+      c.causal = kind != 0;
+      if (kind == 1) c.sliding_window = 1;
+      if (kind == 2) c.sliding_window = 100;
+      if (kind == 3 || kind == 4) c.mask = MaskKind::boolean;
+      if (kind == 5 || kind == 6) c.mask = MaskKind::additive;
+      c.mask_broadcast = kind == 4 || kind == 6;
+      if (kind == 7) c.softcap = 3;
+      if (kind == 8) c.sink_logits = true;
+      check(c);
+    }
+  }
+}
+
+TEST_F(Attention, EverythingAtOnce) {
+  Case c;
+  c.batch = 2;
+  c.group = 3;
+  c.length = 700;
+  c.n_queries = 150;
+  c.n_new_blocks = 2;
+  c.cut = 17;
+  c.strict = true;
+  c.sliding_window = 300;
+  c.mask = MaskKind::additive;
+  c.softcap = 20;
+  c.sink_logits = true;
+  check(c);
+}
+
+TEST_F(Attention, NewBlocksInBothForms) {
+  for (bool strict : {false, true}) {
+    for (int window : {0, 1, 64, 100}) {
+      for (int64_t n_queries : {1, 70, 200}) {
+        SCOPED_TRACE(testing::Message() << strict << " " << window << " " << n_queries);
+        Case c;
+        c.strict = strict;
+        c.window = window;
+        c.n_queries = n_queries;
+        c.length = 450;
+        c.n_new_blocks = 3;
+        check(c);
+      }
+    }
+  }
+}
+
+TEST_F(Attention, PartialBlockInTheMiddle) {
+  for (int cut : {1, 31, 63}) {
+    Case c;
+    c.cut = cut;
+    c.length = 600;
+    c.n_queries = 33;
+    c.n_new_blocks = 1;
+    check(c);
+  }
+}
+
+TEST_F(Attention, Dtypes) {
+  for (DType q : {DType::float32, DType::float16, DType::bfloat16}) {
+    for (DType exact : {DType::float32, DType::float16, DType::bfloat16}) {
+      for (DType chunk : {DType::float32, DType::float16, DType::bfloat16}) {
+        SCOPED_TRACE(testing::Message()
+                     << dtype_name(q) << " " << dtype_name(exact) << " " << dtype_name(chunk));
+        Case c;
+        c.q_dtype = c.out_dtype = q;
+        c.exact_dtype = exact;
+        c.chunk_dtype = chunk;
+        c.n_queries = 9;
+        check(c);
+      }
+    }
+  }
+}
+
+TEST_F(Attention, ExactOnly) {
+  Case c;
+  c.exact_only = true;
+  c.length = 300;
+  c.n_queries = 300;
+  check(c);
+}
+
+TEST_F(Attention, QueriesAnywhere) {
+  for (int64_t first : {0, 3, 100, 190, 5000}) {
+    Case c;
+    c.first_query_position = first;
+    c.n_queries = 10;
+    check(c);
+  }
+}
+
+TEST_F(Attention, HugeLogits) {
+  Case c;
+  c.key_size = 300;  // logits of some thousands: rounding of fp32 scores shows
+  c.scale = 1;
+  c.n_queries = 20;
+  check(c, 2e-3);
+}
+
+TEST_F(Attention, RowsThatSeeNothing) {
+  Case c;
+  c.length = 150;
+  c.n_queries = 3;
+  c.mask = MaskKind::boolean;
+  for (bool sinks : {false, true}) {
+    c.sink_logits = sinks;
+    Problem p(c);
+    std::fill(p.mask_bytes.begin(), p.mask_bytes.end(), 0);
+    for (Backend backend : {Backend::reference, Backend::cpu}) {
+      Result got = run(p, backend);
+      for (int h = 0; h < 4; ++h) {
+        for (int64_t i = 0; i < c.n_queries; ++i) {
+          for (int d = 0; d < c.head_dim; ++d) {
+            EXPECT_EQ(load_element(got.out.view.at(0, h, i), DType::float32, d), 0.0f);
+          }
+          float want = sinks ? p.sink_logits[h] : -kInfinity;
+          EXPECT_FLOAT_EQ(got.lse[h * c.n_queries + i], want);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Attention, SameBitsEveryRunAndThreadCount) {
+  for (int64_t n_queries : {1, 130}) {
+    Case c;
+    c.length = 5000;
+    c.n_queries = n_queries;
+    c.batch = 2;
+    Problem p(c);
+    set_num_threads(1);
+    Result first = run(p, Backend::cpu);
+    for (int threads : {1, 2}) {
+      set_num_threads(threads);
+      Result again = run(p, Backend::cpu);
+      EXPECT_EQ(again.out.bytes, first.out.bytes);
+      EXPECT_EQ(std::memcmp(again.lse.data(), first.lse.data(), first.lse.size() * 4), 0);
+    }
+  }
+}
+
+// What shards and cascades rely on: two parts of the tokens, merged by their log-sum-exp.
+TEST_F(Attention, PartsMergeByLogSumExp) {
+  Case c;
+  c.length = 900;
+  c.n_queries = 6;
+  c.sink_logits = true;
+  c.causal = false;
+  Problem p(c);
+  Result want = oracle(p);
+  auto packed = p.source.packed;
+  auto exact = p.source.exact;
+  p.source.packed.clear();  // sinks and tail, with the sink logits
+  Result tail = run(p, Backend::cpu);
+  p.source.packed = packed;
+  p.source.exact.clear();  // the history, without them
+  p.params.sink_logits = {};
+  Result history = run(p, Backend::cpu);
+
+  Result merged(c, DType::float32);
+  for (int h = 0; h < 4; ++h) {
+    for (int64_t i = 0; i < c.n_queries; ++i) {
+      int64_t row = h * c.n_queries + i;
+      double a = std::exp(tail.lse[row] - want.lse[row]);
+      double b = std::exp(history.lse[row] - want.lse[row]);
+      merged.lse[row] = static_cast<float>(want.lse[row] + std::log(a + b));
+      for (int d = 0; d < c.head_dim; ++d) {
+        double x = a * load_element(tail.out.view.at(0, h, i), DType::float32, d) +
+                   b * load_element(history.out.view.at(0, h, i), DType::float32, d);
+        store_element(merged.out.view.at(0, h, i), DType::float32, d,
+                      static_cast<float>(x / (a + b)));
+      }
+    }
+  }
+  expect_close(merged, want, 1e-5);
+}
+
+TEST_F(Attention, RandomProblems) {
+  EXPECT_TRUE(rc::check("fast path agrees with the oracle", [&] {
+    Case c;
+    c.batch = *rc::gen::inRange(1, 3);
+    c.n_kv_heads = *rc::gen::inRange(1, 4);
+    c.group = *rc::gen::inRange(1, 6);
+    c.head_dim = 8 * *rc::gen::inRange(1, 14);
+    c.length = *rc::gen::inRange<int64_t>(1, 600);
+    c.n_queries = *rc::gen::inRange<int64_t>(1, 120);
+    c.sinks = *rc::gen::inRange(0, 70);
+    c.window = *rc::gen::inRange(0, 130);
+    c.n_new_blocks = *rc::gen::inRange(0, 5);
+    c.cut = *rc::gen::inRange(0, 64);
+    c.strict = *rc::gen::arbitrary<bool>();
+    c.causal = *rc::gen::arbitrary<bool>();
+    c.sliding_window = *rc::gen::inRange<int64_t>(0, 200);
+    c.mask = *rc::gen::element(MaskKind::none, MaskKind::boolean, MaskKind::additive);
+    c.sink_logits = *rc::gen::arbitrary<bool>();
+    Problem p(c);
+    RC_ASSERT(worst_error(run(p, Backend::cpu), oracle(p)) <= 1e-5);
+  }));
+}
+
+// Vector rounding against the scalar rule, over all kinds of numbers.
+TEST_F(Attention, ExactTokensAreRoundedAsKept) {
+  std::mt19937 random(3);
+  std::vector<float> x(64 * 24);
+  for (float& value : x) {
+    uint32_t bits = random();
+    if (random() % 2) bits = (bits & 0x87ffffffu) | 0x30000000u;  // about the edges of fp16
+    std::memcpy(&value, &bits, 4);
+  }
+  x[0] = kNaN, x[1] = kInfinity, x[2] = -kInfinity, x[3] = 65519.99f, x[4] = 65520, x[5] = 3e38f;
+  x[6] = -0.0f, x[7] = 2.98023224e-8f, x[8] = 2.98023259e-8f, x[9] = 6.1020e-5f;
+  for (const std::string& level : simd_levels()) {
+    set_simd_level(level);
+    for (DType keep : {DType::float32, DType::float16, DType::bfloat16}) {
+      std::vector<float> rows(x.size());
+      attention::load_exact_rows(x.data(), DType::float32, 24, keep, 64, 24, rows.data(), 24);
+      for (size_t i = 0; i < x.size(); ++i) {
+        ASSERT_EQ(rows[i], as_kept(x[i], keep)) << level << " " << dtype_name(keep) << " " << x[i];
+      }
+    }
+  }
+}
+
+TEST_F(Attention, RefusesWhatDoesNotFit) {
+  auto error_of = [](const Problem& p) -> std::string {
+    try {
+      run(p, Backend::cpu);
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  using testing::HasSubstr;
+  Problem heads((Case()));
+  heads.q = Tensor(DType::float32, 1, 5, 2, 64, 0);
+  EXPECT_THAT(error_of(heads), HasSubstr("q heads: got 5, wanted a multiple of the 2"));
+  Problem dims((Case()));
+  dims.q = Tensor(DType::float32, 1, 4, 2, 72, 0);
+  EXPECT_THAT(error_of(dims), HasSubstr("head_dim: got 64, wanted that of q, 72"));
+  Problem odd((Case()));
+  odd.q = Tensor(DType::float32, 1, 4, 2, 60, 0);
+  EXPECT_THAT(error_of(odd), HasSubstr("head_dim: got 60, wanted a multiple of 8"));
+  Problem dtype((Case()));
+  dtype.q.view.dtype = DType::int32;
+  EXPECT_THAT(error_of(dtype), HasSubstr("q dtype: got int32"));
+  Problem codec((Case()));
+  codec.source.value_codec = codec.source.key_codec;
+  EXPECT_THAT(error_of(codec), HasSubstr("value_codec: got a codec of the other side"));
+  Problem length((Case()));
+  length.source.length = 190;
+  EXPECT_THAT(error_of(length), HasSubstr("exact run: got tokens"));
+  Case masked;
+  masked.mask = MaskKind::boolean;
+  Problem mask(masked);
+  mask.params.mask.array.shape[3] = 7;
+  EXPECT_THAT(error_of(mask), HasSubstr("mask.array shape: got [1, 4, 2, 7], wanted one that"));
+}
+
+TEST_F(Attention, NamesItsKernel) {
+  Problem p((Case()));
+  EXPECT_EQ(attention_kernel_name(Backend::cpu, p.source),
+            "cpu/" + simd_level() + " tiles (test8)");
+  EXPECT_EQ(attention_kernel_name(Backend::reference, p.source), "reference loops (test8)");
+}
+
+}  // namespace
+}  // namespace veloxquant

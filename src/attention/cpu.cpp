@@ -1,0 +1,337 @@
+// The CPU path. One work item = up to 96 query rows of one KV head x one segment of the tokens:
+//
+//   for each tile of 64 tokens that some row sees
+//     K^T [D][64], V [64][D]  decoded into scratch (the codec's or the exact run's own loop)
+//     S = Q' K^T ; P = online softmax of S ; O = shrink * O + P V
+//
+// A segment holds tokens of one form only, so each item has one accumulator, in that form's
+// coordinates. When all segments of a row are done they are merged by their log-sum-exp, packed
+// ones before the codec's inverse, which therefore runs once per row.
+//
+// Cuts depend on the shapes alone, never on the number of threads.
+#include <hwy/aligned_allocator.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "src/attention/cpu_kernels.h"
+#include "src/attention/element.h"
+#include "src/attention/problem.h"
+#include "src/backends/cpu/simd_targets.h"
+
+namespace veloxquant::attention {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr double kLog2E = 1.4426950408889634;
+
+// Scratch of one item (Q, O, S, K, V) stays below 300 KB at head_dim 128: inside L2.
+constexpr int64_t kMaxRows = 96;
+constexpr int64_t kMinSegmentTiles = 16;
+// Bounds the partial results of a split context: about 512 rows per KV head.
+constexpr int64_t kMaxPartialRows = 512;
+
+struct Rows {
+  int b;
+  int kv_head;
+  int64_t first;
+  int n;
+};
+
+struct Segment {
+  int64_t begin, end;  // tiles
+  bool packed;
+};
+
+// Softmax over one segment: out is the sum of exp2(score - max) * value, not yet divided.
+struct Partial {
+  float* max;
+  float* sum;
+  float* out;  // [n rows][padded head_dim]
+};
+
+class Partials {
+ public:
+  Partials(int64_t n, int64_t n_rows, int64_t columns)
+      : n_rows_(n_rows), columns_(columns), size_(n_rows * (columns + 2)) {
+    data_ = hwy::AllocateAligned<float>(std::max<int64_t>(1, n * size_));
+  }
+  Partial operator[](int64_t i) const {
+    float* max = data_.get() + i * size_;
+    return {max + n_rows_ * columns_, max + n_rows_ * (columns_ + 1), max};
+  }
+
+ private:
+  int64_t n_rows_, columns_, size_;
+  hwy::AlignedFreeUniquePtr<float[]> data_;
+};
+
+struct Scratch {
+  hwy::AlignedFreeUniquePtr<float[]> data;
+  float *q, *keys, *values, *rows, *scores, *mask, *shrink;
+  std::vector<int> begin, end;
+
+  Scratch(const Problem& p, int64_t n_rows) : begin(n_rows), end(n_rows) {
+    const int64_t columns = padded_columns(p.head_dim);
+    const int64_t sizes[] = {n_rows * p.head_dim,    kBlockTokens * int64_t{p.head_dim},
+                             kBlockTokens * columns, kBlockTokens * columns,
+                             n_rows * kBlockTokens,  p.has_mask_array() ? n_rows * kBlockTokens : 0,
+                             padded_columns(n_rows)};
+    int64_t total = 0;
+    for (int64_t size : sizes) total += padded_columns(size);
+    data = hwy::AllocateAligned<float>(total);
+    float* next = data.get();
+    float** parts[] = {&q, &keys, &values, &rows, &scores, &mask, &shrink};
+    for (int i = 0; i < 7; ++i) {
+      *parts[i] = next;
+      next += padded_columns(sizes[i]);
+    }
+    // Columns beyond head_dim are multiplied too; rows beyond a tile's tokens are transposed.
+    std::fill(values, values + 2 * kBlockTokens * columns, 0.0f);
+  }
+};
+
+int64_t n_row_tiles(const Problem& p) { return (p.n_rows() + kMaxRows - 1) / kMaxRows; }
+
+// Long contexts of few rows (decoding) are cut, so that there is work for every thread.
+std::vector<Segment> cut_segments(const Problem& p) {
+  const int64_t n_tiles = static_cast<int64_t>(p.tiles.size());
+  int64_t step = std::max<int64_t>(1, n_tiles);
+  if (n_row_tiles(p) == 1) {
+    int64_t most = std::max<int64_t>(1, kMaxPartialRows / p.n_rows());
+    step = std::max(kMinSegmentTiles, (n_tiles + most - 1) / most);
+  }
+  std::vector<Segment> segments;
+  for (int64_t i = 0; i < p.n_packed_tiles; i += step) {
+    segments.push_back({i, std::min(i + step, p.n_packed_tiles), true});
+  }
+  for (int64_t i = p.n_packed_tiles; i < n_tiles; i += step) {
+    segments.push_back({i, std::min(i + step, n_tiles), false});
+  }
+  return segments;
+}
+
+void load_tile(const Problem& p, const Rows& rows, const Tile& tile, Scratch& s) {
+  const int64_t columns = padded_columns(p.head_dim);
+  const KeyValueSource& source = p.source;
+  const int b = rows.b, h = rows.kv_head;
+  if (tile.packed) {
+    source.key_codec->decode_block_transposed(Backend::cpu, b, h, p.key_block(b, h, tile),
+                                              tile.count, s.keys);
+    source.value_codec->decode_block(Backend::cpu, b, h, p.value_block(b, h, tile), tile.count,
+                                     s.values, columns);
+    return;
+  }
+  const ExactRun& run = source.exact[tile.run];
+  load_exact_rows(run.keys.at(b, h, tile.offset), run.keys.dtype, run.keys.stride[2],
+                  source.exact_dtype, tile.count, p.head_dim, s.rows, columns);
+  transpose_rows(s.rows, columns, tile.count, p.head_dim, s.keys);
+  load_exact_rows(run.values.at(b, h, tile.offset), run.values.dtype, run.values.stride[2],
+                  source.exact_dtype, tile.count, p.head_dim, s.values, columns);
+}
+
+// Columns that each row sees of a tile. Returns the rows [first, last) that see any: both ends
+// of what a row sees move on with its position, so that these rows are neighbours.
+Interval find_visible_rows(const Problem& p, const Rows& rows, const Tile& tile, Scratch& s) {
+  Interval seen_by{rows.n, 0};
+  Interval columns;
+  for (int r = 0; r < rows.n; ++r) {
+    const int64_t row = rows.first + r;
+    if (r == 0 || row % p.group == 0) {
+      Interval seen = p.visible(tile, p.position_of(row));
+      columns.begin = std::clamp<int64_t>(seen.begin - tile.position, 0, tile.count);
+      columns.end = std::clamp<int64_t>(seen.end - tile.position, 0, tile.count);
+    }
+    s.begin[r] = static_cast<int>(columns.begin);
+    s.end[r] = static_cast<int>(columns.end);
+    if (columns.begin < columns.end) {
+      seen_by.begin = std::min<int64_t>(seen_by.begin, r);
+      seen_by.end = r + 1;
+    }
+  }
+  return seen_by;
+}
+
+void load_mask(const Problem& p, const Rows& rows, const Tile& tile, Scratch& s) {
+  for (int r = 0; r < rows.n; ++r) {
+    const int64_t row = rows.first + r;
+    const int head = p.q_head_of(rows.kv_head, row);
+    for (int t = 0; t < tile.count; ++t) {
+      s.mask[r * kBlockTokens + t] = static_cast<float>(
+          kLog2E * p.mask_value(rows.b, head, p.query_of(row), tile.position + t));
+    }
+  }
+}
+
+void add_tile(const Problem& p, const Rows& rows, const Tile& tile, Scratch& s, Partial state) {
+  const Interval seen_by = find_visible_rows(p, rows, tile, s);
+  if (seen_by.begin >= seen_by.end) return;
+  load_tile(p, rows, tile, s);
+  if (p.has_mask_array()) load_mask(p, rows, tile, s);
+
+  const int64_t first = seen_by.begin, columns = padded_columns(p.head_dim);
+  const int n = static_cast<int>(seen_by.end - first);
+  MatrixProduct scores;
+  scores.n_rows = n;
+  scores.n_columns = kBlockTokens;
+  scores.depth = p.head_dim;
+  scores.a = s.q + first * p.head_dim;
+  scores.a_stride = p.head_dim;
+  scores.b = s.keys;
+  scores.b_stride = kBlockTokens;
+  scores.c = s.scores;
+  scores.c_stride = kBlockTokens;
+  multiply(scores);
+
+  SoftmaxStep softmax;
+  softmax.n_rows = n;
+  softmax.scores = s.scores;
+  softmax.begin = s.begin.data() + first;
+  softmax.end = s.end.data() + first;
+  softmax.mask = p.has_mask_array() ? s.mask + first * kBlockTokens : nullptr;
+  softmax.softcap = p.params.logit_softcap;
+  softmax.scale =
+      softmax.softcap > 0 ? p.params.scale : static_cast<float>(p.params.scale * kLog2E);
+  softmax.max = state.max + first;
+  softmax.sum = state.sum + first;
+  softmax.shrink = s.shrink;
+  softmax_step(softmax);
+
+  MatrixProduct output;
+  output.n_rows = n;
+  output.n_columns = static_cast<int>(columns);
+  output.depth = *std::max_element(softmax.end, softmax.end + n);
+  output.a = s.scores;
+  output.a_stride = kBlockTokens;
+  output.b = s.values;
+  output.b_stride = columns;
+  output.c = state.out + first * columns;
+  output.c_stride = columns;
+  output.row_scale = s.shrink;
+  multiply(output);
+}
+
+void attend_segment(const Problem& p, const Rows& rows, const Segment& segment, Partial state) {
+  Scratch scratch(p, rows.n);
+  std::fill(state.max, state.max + rows.n, -kInfinity);
+  std::fill(state.sum, state.sum + rows.n, 0.0f);
+  std::fill(state.out, state.out + rows.n * padded_columns(p.head_dim), 0.0f);
+  p.load_queries(rows.b, rows.kv_head, rows.first, rows.n, scratch.q);
+  if (segment.packed) p.source.key_codec->transform_query(rows.kv_head, scratch.q, rows.n);
+  for (int64_t i = segment.begin; i < segment.end; ++i) {
+    add_tile(p, rows, p.tiles[i], scratch, state);
+  }
+}
+
+// exp2(a - b) where -inf counts as nothing.
+float weight(float a, float b) { return a == -kInfinity ? 0.0f : std::exp2(a - b); }
+
+// Segments of one form -> max, sum and out of the first of them, out divided by the sum.
+void merge_form(const Partial* parts, size_t n_parts, int n_rows, int64_t columns) {
+  const Partial& to = parts[0];
+  for (int r = 0; r < n_rows; ++r) {
+    float top = to.max[r];
+    for (size_t i = 1; i < n_parts; ++i) top = std::max(top, parts[i].max[r]);
+    if (top == -kInfinity) continue;
+    float sum = 0;
+    for (size_t i = 0; i < n_parts; ++i) sum += parts[i].sum[r] * weight(parts[i].max[r], top);
+    float* out = to.out + r * columns;
+    const float keep = weight(to.max[r], top) / sum;
+    for (int64_t d = 0; d < columns; ++d) out[d] *= keep;
+    for (size_t i = 1; i < n_parts; ++i) {
+      const float share = weight(parts[i].max[r], top) / sum;
+      const float* add = parts[i].out + r * columns;
+      for (int64_t d = 0; d < columns; ++d) out[d] += share * add[d];
+    }
+    to.max[r] = top;
+    to.sum[r] = sum;
+  }
+}
+
+// parts: one per segment. Merges them and writes the rows of out and lse.
+void finish_rows(const Problem& p, const Rows& rows, const std::vector<Segment>& segments,
+                 const std::vector<Partial>& parts) {
+  const int64_t D = p.head_dim, columns = padded_columns(D);
+  std::vector<float> merged(2 * rows.n * D, 0.0f);  // packed rows, then exact rows
+  std::vector<float> max(2 * rows.n, -kInfinity), sum(2 * rows.n, 0.0f);
+  const size_t n_packed = std::count_if(segments.begin(), segments.end(),
+                                        [](const Segment& segment) { return segment.packed; });
+  for (int form = 0; form < 2; ++form) {
+    const size_t begin = form == 0 ? 0 : n_packed;
+    const size_t end = form == 0 ? n_packed : segments.size();
+    if (begin == end) continue;
+    const Partial& first = parts[begin];
+    merge_form(&first, end - begin, rows.n, columns);
+    for (int r = 0; r < rows.n; ++r) {
+      max[form * rows.n + r] = first.max[r];
+      sum[form * rows.n + r] = first.sum[r];
+      std::copy_n(first.out + r * columns, D, merged.data() + (form * rows.n + r) * D);
+    }
+    if (form == 0) p.source.value_codec->inverse(rows.kv_head, merged.data(), rows.n);
+  }
+
+  for (int r = 0; r < rows.n; ++r) {
+    const int head = p.q_head_of(rows.kv_head, rows.first + r);
+    const int64_t query = p.query_of(rows.first + r);
+    const float sink = static_cast<float>(kLog2E * p.sink_logit(head));
+    const int exact = rows.n + r;
+    const float top = std::max({max[r], max[exact], sink});
+    const float packed_sum = sum[r] * weight(max[r], top);
+    const float exact_sum = sum[exact] * weight(max[exact], top);
+    const float total = top == -kInfinity ? 1.0f : packed_sum + exact_sum + weight(sink, top);
+    void* out = p.out.at(rows.b, head, query);
+    for (int64_t d = 0; d < D; ++d) {
+      const float x =
+          packed_sum / total * merged[r * D + d] + exact_sum / total * merged[exact * D + d];
+      store_element(out, p.out.dtype, d, x);
+    }
+    if (!p.lse.empty()) {
+      *static_cast<float*>(p.lse.at(rows.b, head, query)) =
+          static_cast<float>((top + std::log2(static_cast<double>(total))) / kLog2E);
+    }
+  }
+}
+
+}  // namespace
+
+void attend_cpu(const Problem& p) {
+  cpu::apply_environment();
+  const std::vector<Segment> segments = cut_segments(p);
+  const int64_t n_segments = static_cast<int64_t>(segments.size());
+  const int64_t n_heads = int64_t{p.batch} * p.n_kv_heads;
+  const int64_t columns = padded_columns(p.head_dim);
+  const int64_t row_tiles = n_row_tiles(p);
+  auto rows_of = [&](int64_t head, int64_t tile) {
+    return Rows{static_cast<int>(head / p.n_kv_heads), static_cast<int>(head % p.n_kv_heads),
+                tile * kMaxRows,
+                static_cast<int>(std::min(kMaxRows, p.n_rows() - tile * kMaxRows))};
+  };
+  auto parts_from = [&](const Partials& partials, int64_t first) {
+    std::vector<Partial> parts;
+    for (int64_t i = 0; i < n_segments; ++i) parts.push_back(partials[first + i]);
+    return parts;
+  };
+
+  if (row_tiles == 1) {
+    Partials partials(n_heads * n_segments, p.n_rows(), columns);
+    parallel_for(n_heads * n_segments, [&](long item) {
+      attend_segment(p, rows_of(item / n_segments, 0), segments[item % n_segments], partials[item]);
+    });
+    parallel_for(n_heads, [&](long head) {
+      finish_rows(p, rows_of(head, 0), segments, parts_from(partials, head * n_segments));
+    });
+    return;
+  }
+  parallel_for(n_heads * row_tiles, [&](long item) {
+    const Rows rows = rows_of(item / row_tiles, item % row_tiles);
+    Partials partials(n_segments, rows.n, columns);
+    for (int64_t i = 0; i < n_segments; ++i) {
+      attend_segment(p, rows, segments[i], partials[i]);
+    }
+    finish_rows(p, rows, segments, parts_from(partials, 0));
+  });
+}
+
+}  // namespace veloxquant::attention
