@@ -27,9 +27,9 @@ endif()
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 target_sources(veloxquant PRIVATE ${VELOXQUANT_CUDA_SOURCES})
-set_target_properties(veloxquant PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)
 target_compile_definitions(veloxquant PRIVATE VELOXQUANT_HAVE_CUDA)
-# As -ffp-contract=off on the host: no fused multiply-add that the source does not ask for.
-target_compile_options(veloxquant PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false>)
+# --fmad=false is -ffp-contract=off of the host: no fused multiply-add that the source does not ask
+# for. -std by hand: CMake 3.25 does not know that nvcc has C++20.
+target_compile_options(veloxquant PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;--fmad=false>)
 target_link_libraries(veloxquant PRIVATE CUDA::cudart_static)
 message(STATUS "VELOXQUANT_CUDA: ${CMAKE_CUDA_COMPILER}, architectures ${CMAKE_CUDA_ARCHITECTURES}")
