@@ -25,9 +25,12 @@ if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES 80 90)
 endif()
 enable_language(CUDA)
+if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")  # CMake 3.25 does not know that nvcc has it
+endif()
 find_package(CUDAToolkit REQUIRED)
 target_sources(veloxquant PRIVATE ${VELOXQUANT_CUDA_SOURCES})
-set_target_properties(veloxquant PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)
+set_target_properties(veloxquant PROPERTIES CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
 target_compile_definitions(veloxquant PRIVATE VELOXQUANT_HAVE_CUDA)
 # As -ffp-contract=off on the host: no fused multiply-add that the source does not ask for.
 target_compile_options(veloxquant PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false>)
