@@ -9,13 +9,14 @@ import os
 import random
 import sys
 from importlib.metadata import distributions
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from veloxquant_mlx.prose import PASSAGES
 
 _PASSAGE_CHARS = 1500  # some 350 tokens
 _SHORTEST_PASSAGE = 400
+_PER_DOCUMENT = 4  # a long change log must not crowd out the rest
 _SEED = 1684  # any fixed number
 
 # Modules whose docstrings are prose rather than signatures; importing them has no side effects.
@@ -33,7 +34,8 @@ def calibration_text():
     shuffle = random.Random(_SEED).shuffle
     kinds = []
     for documents in (PASSAGES, _manual(), _package_files(), _docstrings()):
-        passages = [passage for document in documents for passage in split_passages(document)]
+        passages = [passage for document in documents for passage in islice(split_passages(document), _PER_DOCUMENT)]
+        passages = [passage for passage in passages if len(passage) >= _SHORTEST_PASSAGE]
         shuffle(passages)
         kinds.append(passages)
     for deal in zip_longest(*kinds):
