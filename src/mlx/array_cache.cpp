@@ -66,7 +66,7 @@ std::pair<Snapshot, Snapshot> ArrayCache::update(const mx::array& keys, const mx
     for (int d = 0; d < static_cast<int>(a.ndim()); ++d) {
       got += (d ? ", " : "") + std::to_string(a.shape(d));
     }
-    require(ok, "[cache] ", name, ": got ", mx::dtype_to_string(a.dtype()), " [", got,
+    require(ok, "[cache] ", name, ": got ", dtype_text(a.dtype()), " [", got,
             "], wanted floats [", exact_ ? std::to_string(batch_) : "B", ", ", keys_.n_kv_heads,
             ", n, ", keys_.head_dim, "]");
   };

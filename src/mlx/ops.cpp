@@ -11,7 +11,7 @@ namespace mx = mlx::core;
 namespace {
 
 std::string shape_text(const mx::array& a) {
-  std::string text = std::string(mx::dtype_to_string(a.dtype())) + " [";
+  std::string text = dtype_text(a.dtype()) + " [";
   for (int d = 0; d < static_cast<int>(a.ndim()); ++d) {
     text += (d ? ", " : "") + std::to_string(a.shape(d));
   }

@@ -1,9 +1,17 @@
 #include "src/mlx/views.h"
 
+#include <sstream>
+
 #include "veloxquant/backend.h"
 
 namespace veloxquant {
 namespace mx = mlx::core;
+
+std::string dtype_text(mx::Dtype dtype) {
+  std::ostringstream text;
+  text << dtype;
+  return text.str();
+}
 
 DType dtype_of(mx::Dtype dtype) {
   if (dtype == mx::float32) return DType::float32;
@@ -13,7 +21,7 @@ DType dtype_of(mx::Dtype dtype) {
   if (dtype == mx::uint16) return DType::uint16;
   if (dtype == mx::int32) return DType::int32;
   if (dtype == mx::bool_) return DType::boolean;
-  fail("[mlx] dtype: got ", mx::dtype_to_string(dtype),
+  fail("[mlx] dtype: got ", dtype_text(dtype),
        ", wanted float32, float16, bfloat16, uint8, uint16, int32 or bool");
 }
 

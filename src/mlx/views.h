@@ -5,12 +5,15 @@
 #include <mlx/stream.h>
 #include <mlx/utils.h>
 
+#include <string>
+
 #include "veloxquant/tensor_view.h"
 
 namespace veloxquant {
 
 DType dtype_of(mlx::core::Dtype dtype);  // throws Error for a dtype that the core has not
 mlx::core::Dtype mlx_dtype(DType dtype);
+std::string dtype_text(mlx::core::Dtype dtype);
 
 // Views of evaluated (or allocated) arrays, strides included.
 TensorView view_of(const mlx::core::array& a);
