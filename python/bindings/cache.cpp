@@ -110,17 +110,11 @@ void bind_array_cache(nb::module_& m) {
       .def("trim", &ArrayCache::trim, "n"_a, "stream"_a = nb::none())
       .def("copy", [](const ArrayCache& self) { return ArrayCache(self); })
       .def("arrays", &ArrayCache::arrays)
+      .def("positions", &ArrayCache::positions)
+      .def("restore", &ArrayCache::restore, "arrays"_a, "positions"_a)
       .def_prop_ro("length", [](const ArrayCache& self) { return self.geometry().length; })
       .def_prop_ro("exact_tokens",
                    [](const ArrayCache& self) { return self.geometry().exact_count(); })
-      .def_prop_ro("packed_spans",
-                   [](const ArrayCache& self) {
-                     std::vector<std::vector<int64_t>> spans;
-                     for (const PackedSpan& span : self.geometry().packed) {
-                       spans.push_back({span.start, span.n_blocks, span.last_count});
-                     }
-                     return spans;
-                   })
       .def_prop_ro("nbytes", &ArrayCache::nbytes)
       .def_prop_ro("nonfinite", &ArrayCache::nonfinite);
 }

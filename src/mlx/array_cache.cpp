@@ -66,9 +66,9 @@ std::pair<Snapshot, Snapshot> ArrayCache::update(const mx::array& keys, const mx
     for (int d = 0; d < static_cast<int>(a.ndim()); ++d) {
       got += (d ? ", " : "") + std::to_string(a.shape(d));
     }
-    require(ok, "[cache] ", name, ": got ", dtype_text(a.dtype()), " [", got,
-            "], wanted floats [", exact_ ? std::to_string(batch_) : "B", ", ", keys_.n_kv_heads,
-            ", n, ", keys_.head_dim, "]");
+    require(ok, "[cache] ", name, ": got ", dtype_text(a.dtype()), " [", got, "], wanted floats [",
+            exact_ ? std::to_string(batch_) : "B", ", ", keys_.n_kv_heads, ", n, ", keys_.head_dim,
+            "]");
   };
   require(keys.ndim() == 4, "[cache] keys: got ", keys.ndim(), " dimensions, wanted [B, H, n, D]");
   check(keys, "keys");
@@ -142,6 +142,72 @@ std::vector<mx::array> ArrayCache::arrays() const {
   all.insert(all.end(), key_spans_.begin(), key_spans_.end());
   all.insert(all.end(), value_spans_.begin(), value_spans_.end());
   return all;
+}
+
+std::vector<int64_t> ArrayCache::positions() const {
+  std::vector<int64_t> all{geometry_.length, geometry_.tail_start};
+  for (const PackedSpan& span : geometry_.packed) {
+    all.insert(all.end(), {span.start, span.n_blocks, span.last_count});
+  }
+  return all;
+}
+
+void ArrayCache::restore(const std::vector<mx::array>& arrays,
+                         const std::vector<int64_t>& positions) {
+  require(positions.size() >= 2 && positions.size() % 3 == 2, "[cache] state: got ",
+          positions.size(), " positions, wanted 2 and 3 more for each span");
+  CacheGeometry geometry(geometry_.window, geometry_.sinks);
+  geometry.length = positions[0];
+  geometry.tail_start = positions[1];
+  int64_t end = geometry.sinks;
+  for (size_t i = 2; i < positions.size(); i += 3) {
+    const PackedSpan span{positions[i], static_cast<int>(positions[i + 1]),
+                          static_cast<int>(positions[i + 2])};
+    require(span.start == end && positions[i + 1] >= 1 && positions[i + 1] <= 1 << 24 &&
+                positions[i + 2] >= 1 && positions[i + 2] <= kBlockTokens,
+            "[cache] state: got a span of ", positions[i + 1], " blocks at ", span.start,
+            ", wanted one that starts at ", end);
+    end = span.end();
+    geometry.packed.push_back(span);
+  }
+  const bool consistent = geometry.length >= 0 && geometry.tail_start == end &&
+                          (geometry.packed.empty() || geometry.length >= end) &&
+                          geometry.tail_count() <= geometry.window + kBlockTokens;
+  require(consistent, "[cache] state: got ", geometry.length, " tokens with a tail at ",
+          geometry.tail_start, ", wanted a tail at ", end, " of at most ",
+          geometry.window + kBlockTokens, " tokens");
+
+  const size_t n_spans = geometry.packed.size();
+  require(arrays.size() == 2 + 2 * n_spans || (arrays.empty() && geometry.length == 0),
+          "[cache] state: got ", arrays.size(), " arrays, wanted ", 2 + 2 * n_spans);
+  auto check = [](const mx::array& a, const mx::Shape& shape, mx::Dtype dtype) {
+    require(a.shape() == shape && a.dtype() == dtype, "[cache] state: got an array of ",
+            dtype_text(a.dtype()), " and ", a.ndim(), " dimensions, wanted ", dtype_text(dtype),
+            " in the shape of this cache");
+  };
+  const int batch = arrays.empty() ? 1 : arrays[0].shape(0);
+  std::vector<mx::array> key_spans, value_spans;
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    if (i < 2) {
+      check(arrays[i],
+            {batch, keys_.n_kv_heads, static_cast<int>(geometry.exact_capacity()), keys_.head_dim},
+            mlx_dtype(exact_dtype_));
+      continue;
+    }
+    const bool keys = i < 2 + n_spans;
+    const size_t span = (i - 2) % n_spans;
+    check(arrays[i],
+          {batch, keys_.n_kv_heads, geometry.packed[span].n_blocks,
+           static_cast<int>(keys ? keys_.block_bytes : values_.block_bytes)},
+          mx::uint8);
+    (keys ? key_spans : value_spans).push_back(mx::contiguous(arrays[i], false, mx::Device::cpu));
+  }
+  geometry_ = std::move(geometry);
+  batch_ = batch;
+  exact_.reset();
+  if (!arrays.empty()) exact_ = Exact{arrays[0], arrays[1]};
+  key_spans_ = std::move(key_spans);
+  value_spans_ = std::move(value_spans);
 }
 
 }  // namespace veloxquant

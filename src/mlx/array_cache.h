@@ -34,8 +34,12 @@ class ArrayCache {
   const CodecArrays& key_codec() const { return keys_; }
   const CodecArrays& value_codec() const { return values_; }
 
-  // Every array of the state: exact keys, exact values, key spans, value spans; none while empty.
+  // The whole state: arrays (exact keys, exact values, key spans, value spans; none while empty)
+  // and positions (length, tail start, then start, blocks, last count of each span).
   std::vector<mlx::core::array> arrays() const;
+  std::vector<int64_t> positions() const;
+  // Throws Error where the two do not describe a cache of these codecs, window and sinks.
+  void restore(const std::vector<mlx::core::array>& arrays, const std::vector<int64_t>& positions);
 
  private:
   struct Exact {

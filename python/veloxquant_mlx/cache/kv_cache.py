@@ -56,7 +56,16 @@ class VeloxQuantKVCache:
 
     @property
     def state(self):
-        return [] if self._core is None else self._core.arrays()
+        """(arrays, positions): everything but the codecs, which belong to the model."""
+        return ([], []) if self._core is None else (self._core.arrays(), self._core.positions())
+
+    @state.setter
+    def state(self, state):
+        arrays, positions = state
+        if self._core is None and arrays:
+            self._start(arrays[0].dtype)
+        if self._core is not None:
+            self._core.restore(arrays, positions or [0, self._sinks])
 
     def is_trimmable(self):
         return True
@@ -87,13 +96,14 @@ class VeloxQuantKVCache:
         return 0 if self._core is None else self._core.nbytes
 
     @property
-    def shared_arrays(self) -> list:
-        """Tables and transforms: once per model, however many sequences."""
-        return [] if self._codecs is None else self._codecs[0].arrays + self._codecs[1].arrays
+    def shared_nbytes(self) -> int:
+        """Bytes of the tables and transforms: once per model, however many sequences."""
+        return sum(codec.nbytes for codec in self.codecs)
 
     @property
-    def shared_nbytes(self) -> int:
-        return sum(a.nbytes for a in self.shared_arrays)
+    def codecs(self) -> tuple:
+        """(key codec, value codec); empty before the first update."""
+        return self._codecs or ()
 
     @property
     def nonfinite(self) -> int:
@@ -114,6 +124,6 @@ class VeloxQuantKVCache:
 
 
 def shared_nbytes(caches) -> int:
-    """Bytes of the tables of all `caches`, each array counted once."""
-    arrays = {id(a): a.nbytes for c in caches for a in getattr(c, "shared_arrays", [])}
-    return sum(arrays.values())
+    """Bytes of the tables of all `caches`, each table counted once."""
+    codecs = {id(codec): codec for c in caches for codec in getattr(c, "codecs", ())}
+    return sum(codec.nbytes for codec in codecs.values())
