@@ -28,9 +28,11 @@ struct Array {
 };
 
 struct Artifact {
-  std::string kind;        // e.g. "vecinfer_codebook", "smooth_factors", "array"
-  std::string attributes;  // a JSON object as text, e.g. {"model": "...", "head_dim": 64}
-  std::map<std::string, Array> arrays;
+  std::string kind;  // e.g. "vecinfer_codebook", "smooth_factors", "array"
+  // A JSON object as text, e.g. {"model": "...", "head_dim": 64}; empty means {}. load gives it in
+  // compact form, keys in their order.
+  std::string attributes;
+  std::map<std::string, Array> arrays;  // at most kMaxDims dimensions each
 };
 
 class ArtifactStore {
@@ -38,7 +40,8 @@ class ArtifactStore {
   // Creates the directory on the first save.
   explicit ArtifactStore(const std::string& directory);
 
-  // name: letters, digits, '_', '-', '.'; not starting with '.'.
+  // name, and the names of arrays: up to 100 letters, digits, '_', '-', '.'; not starting with '.'.
+  // Refuses to replace a <name>.json that is not an artifact.
   void save(const std::string& name, const Artifact& artifact) const;
   // Throws Error with one sentence for a missing, truncated, altered, foreign or oversized file.
   Artifact load(const std::string& name) const;

@@ -1,0 +1,37 @@
+# Everything a developer or user types. Each target sets up what it needs first.
+.PHONY: setup demo test bench quality format clean
+
+PYTHON := .venv/bin/python
+VELOXQUANT := .venv/bin/veloxquant
+BUILD := build/python
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN)
+
+setup:
+	@tools/setup.sh
+
+demo: setup
+	$(VELOXQUANT) demo
+
+# The tests are built where the extension was, so that the core is compiled once.
+test:
+	@tools/setup.sh --test
+	$(PYTHON) tools/check_layers.py
+	cmake -S . -B $(BUILD) -DVELOXQUANT_BUILD_TESTS=ON > build/configure.log || (cat build/configure.log; false)
+	cmake --build $(BUILD)
+	ctest --test-dir $(BUILD) --output-on-failure
+	$(PYTHON) -m pytest
+
+bench: setup
+	$(VELOXQUANT) bench kernels
+
+quality: setup
+	@tools/quality.sh
+
+format:
+	@tools/setup.sh --dev
+	git ls-files '*.h' '*.cpp' '*.cu' | xargs .venv/bin/clang-format -i
+	.venv/bin/ruff format python tools
+	.venv/bin/ruff check --fix python tools
+
+clean:
+	rm -rf build .venv

@@ -1,0 +1,33 @@
+# One test program per *_test.cpp, beside the code it tests or in tests/.
+
+enable_testing()
+find_package(GTest REQUIRED)
+find_package(rapidcheck QUIET)
+if(NOT rapidcheck_FOUND)
+  # Homebrew has no RapidCheck: build the revision that Debian packages.
+  include(FetchContent)
+  set(RC_ENABLE_GTEST ON)
+  FetchContent_Declare(rapidcheck GIT_REPOSITORY https://github.com/emil-e/rapidcheck.git
+    GIT_TAG 08b505857e32d52a20b2240b5125d937d67a6d86)
+  FetchContent_MakeAvailable(rapidcheck)
+endif()
+include(GoogleTest)
+
+file(GLOB test_sources CONFIGURE_DEPENDS src/*/*_test.cpp src/*/*/*_test.cpp tests/*_test.cpp)
+list(FILTER test_sources EXCLUDE REGEX "/src/mlx/")
+foreach(source ${test_sources})
+  get_filename_component(name ${source} NAME_WE)
+  add_executable(${name} ${source})
+  veloxquant_compile_options(${name})
+  target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR})
+  target_link_libraries(${name} PRIVATE veloxquant nlohmann_json::nlohmann_json
+    GTest::gtest_main GTest::gmock rapidcheck rapidcheck_gtest)
+  gtest_discover_tests(${name} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
+endforeach()
+
+# As a C++ user does it: install, find_package, build the example, run it.
+add_test(NAME install_and_use COMMAND ${CMAKE_COMMAND}
+  -DSOURCE_DIR=${PROJECT_SOURCE_DIR} -DBUILD_DIR=${PROJECT_BINARY_DIR}
+  -DGENERATOR=${CMAKE_GENERATOR} -DSANITIZE=${VELOXQUANT_SANITIZE}
+  -P ${PROJECT_SOURCE_DIR}/tests/install/install_and_use.cmake)
+set_tests_properties(install_and_use PROPERTIES TIMEOUT 300)

@@ -1,0 +1,13 @@
+// The parts of veloxquant_mlx._ext, one function per file of this folder.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace veloxquant {
+
+void bind_runtime(nanobind::module_& m);      // devices, SIMD levels, threads, counters
+void bind_cache(nanobind::module_& m);        // codecs, snapshots, the cache, attention
+void bind_calibration(nanobind::module_& m);  // smooth factors, codebooks
+void bind_artifacts(nanobind::module_& m);    // the store
+
+}  // namespace veloxquant

@@ -1,0 +1,103 @@
+"""Smooth factors and codebooks: what calibration returns, the store keeps and the config takes."""
+
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+
+class SmoothFactors(np.ndarray):
+    """lambda, fp32 [L, H_kv, D]: an array that knows the model it was measured on."""
+
+    fingerprint: str | None
+
+    def __new__(cls, values, fingerprint=None):
+        factors = np.asarray(values, dtype=np.float32).view(cls)
+        factors.fingerprint = fingerprint
+        return factors
+
+    def __array_finalize__(self, other):
+        self.fingerprint = getattr(other, "fingerprint", None)
+
+
+@dataclass
+class Codebook:
+    """Trained tables of a whole model.
+
+    keys, values: fp16 [L, H_kv, M or 1, C, d], L attention layers, M = head_dim / d sub-vectors
+    (1: one table for all sub-vectors of a head), C centroids.
+    smooth_factors: fp32 [L, H_kv, D], the lambda that the key tables were trained with.
+    """
+
+    keys: np.ndarray
+    values: np.ndarray
+    smooth_factors: np.ndarray
+    fingerprint: str
+    transform: str = "hadamard"
+    relative_error: dict = field(default_factory=dict)  # side -> [L][H_kv]: |y - y^|^2 / |y|^2
+
+    @property
+    def head_dim(self) -> int:
+        return self.smooth_factors.shape[-1]
+
+    @property
+    def bits_per_element(self) -> tuple[float, float]:
+        """(keys, values): bits of the codes per element; the tables are counted as shared_nbytes."""
+        return _bits(self.keys), _bits(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + self.smooth_factors.nbytes
+
+    def __repr__(self):
+        bits = "/".join(f"{b:g}" for b in self.bits_per_element)
+        return (
+            f"Codebook({bits} bits per element, {self.keys.shape[0]} layers, {self.keys.shape[1]} KV heads, "
+            f"head_dim {self.head_dim}, tables {self.keys.shape[2]} x {self.keys.shape[3]} x {self.keys.shape[4]})"
+        )
+
+
+def _bits(tables) -> float:
+    n_centroids, sub_dim = tables.shape[-2:]
+    return (4 if n_centroids <= 16 else 8) / sub_dim
+
+
+def normalise_tables(name: str, tables, n_layers: int, n_kv_heads: int, head_dim: int) -> np.ndarray:
+    """[C, d], [M, C, d], [H, M, C, d] or [L, H, M, C, d] -> fp16 [L, H, M or 1, C, d]."""
+    try:
+        tables = np.array(tables.astype(mx.float32) if isinstance(tables, mx.array) else tables, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: got {type(tables).__name__}, wanted a Codebook or an array of numbers") from None
+    shape = list(tables.shape)
+    if not 2 <= tables.ndim <= 5:
+        raise ValueError(f"{name}: got shape {shape}, wanted [C, d], [M, C, d], [H, M, C, d] or [L, H, M, C, d]")
+    tables = tables.reshape((1,) * (5 - tables.ndim) + tables.shape)
+    layers, heads, groups, centroids, sub_dim = tables.shape
+    fits = (
+        layers in (1, n_layers)
+        and heads in (1, n_kv_heads)
+        and 2 <= centroids <= 256
+        and head_dim % sub_dim == 0
+        and groups in (1, head_dim // sub_dim)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name}: got shape {shape}, wanted [{n_layers}, {n_kv_heads}, M or 1, 2..256, d] with M * d = head_dim "
+            f"= {head_dim}, or fewer leading axes"
+        )
+    if not np.isfinite(tables).all() or np.abs(tables).max() > 65504:
+        raise ValueError(f"{name}: got values that are not finite in fp16, wanted finite centroids")
+    return np.broadcast_to(tables, (n_layers, n_kv_heads, groups, centroids, sub_dim)).astype(np.float16)
+
+
+def normalise_factors(factors, n_layers: int, n_kv_heads: int, head_dim: int) -> np.ndarray:
+    """[D], [H, D] or [L, H, D] -> fp32 [L, H, D]; None -> ones."""
+    if factors is None:
+        return np.ones((n_layers, n_kv_heads, head_dim), np.float32)
+    factors = np.array(factors.astype(mx.float32) if isinstance(factors, mx.array) else factors, dtype=np.float32)
+    full = (n_layers, n_kv_heads, head_dim)
+    if factors.ndim not in (1, 2, 3) or factors.shape != full[3 - factors.ndim :]:
+        raise ValueError(f"smooth_factors: got shape {list(factors.shape)}, wanted {list(full)} or fewer leading axes")
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise ValueError("smooth_factors: got values that are not finite and positive, wanted lambda > 0")
+    return np.broadcast_to(factors, full).copy()

@@ -1,0 +1,41 @@
+"""veloxquant calibrate: fit smooth factors and codebooks to a model, and save them."""
+from typing import Annotated, Optional
+
+import typer
+
+from veloxquant_mlx.cli import calibration, options, output
+from veloxquant_mlx.cli.methods import check_at_least, check_bits, only
+from veloxquant_mlx.cli.setup import open_model
+
+NAME = "calibrate"
+EXAMPLE = "veloxquant calibrate smollm2 --text my_domain.txt --bits 2 -o artifacts"
+
+
+def command(
+    model: options.Model,
+    out: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="Directory to write the artifacts into.")],
+    text: Annotated[Optional[str], typer.Option(metavar="FILE", help="Calibration text; left out: built-in text.")] = None,
+    bits: Annotated[str, typer.Option(help="Bits per element of keys and values: 1, 2 or 4.")] = "2",
+    tokens: Annotated[int, typer.Option(help="Calibration tokens; fewer are used if the text is shorter.")] = (
+        calibration.FULL_TOKENS
+    ),
+    json: options.Json = False,
+):
+    """Fit codebooks to a model and save them.
+
+    Smooth factors, and for keys and values one codebook per head and sub-vector."""
+    width = only("--bits", check_bits(bits))
+    check_at_least("--tokens", tokens, 256)
+    if text is not None:
+        from veloxquant_mlx.text import read_file
+
+        read_file(text, "--text")  # complains now rather than after the model is loaded
+
+    loaded, tokenizer = open_model(model)
+    with output.progress() as report:
+        ((smooth_factors, codebook),) = calibration.calibrate(loaded, tokenizer, [width], text, tokens, report).values()
+    calibration.save(out, smooth_factors, codebook)
+    if json:
+        output.emit_json({"artifacts": out, "bits_per_element": codebook.bits_per_element, "shared_bytes": codebook.nbytes})
+    else:
+        output.note(f"saved in {out}: {codebook.bits_per_element:g} bits per element, {output.megabytes(codebook.nbytes)}")

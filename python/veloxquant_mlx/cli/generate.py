@@ -1,0 +1,94 @@
+"""veloxquant generate: text from a model whose KV cache is compressed."""
+import sys
+from itertools import chain
+from typing import Annotated
+
+import typer
+
+from veloxquant_mlx.cli import options, output
+from veloxquant_mlx.cli.methods import METHODS, check_at_least, check_bits, check_methods, kernel, only
+from veloxquant_mlx.cli.setup import make_methods, open_model
+
+NAME = "generate"
+EXAMPLE = 'veloxquant generate smollm2 --bits 2 --prompt "What is the capital of France?"'
+
+
+def command(
+    model: options.Model,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to answer; '-' reads it from stdin.")],
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "vecinfer",
+    bits: Annotated[str, typer.Option(help="Bits per element of keys and values (vecinfer): 1, 2 or 4.")] = "2",
+    artifacts: options.Artifacts = None,
+    max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
+    window: options.Window = 64,
+    sinks: options.Sinks = 4,
+    json: options.Json = False,
+):
+    """Generate text with a compressed KV cache.
+
+    Greedy. The prompt becomes a chat message where the model has a chat template."""
+    name, width = only("--method", check_methods(method)), only("--bits", check_bits(bits))
+    for option, value, least in (("--max-tokens", max_tokens, 1), ("--window", window, 1), ("--sinks", sinks, 0)):
+        check_at_least(option, value, least)
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise ValueError("--prompt: got an empty text, wanted at least one character")
+
+    loaded, tokenizer = open_model(model)
+    (chosen,) = make_methods(model, loaded, tokenizer, [name], [width], artifacts, window, sinks)
+    on_text = (lambda piece: None) if json else (lambda piece: output.text(piece, end=""))
+    fields = run(loaded, tokenizer, chat_tokens(tokenizer, prompt), chosen, max_tokens, on_text)
+    if json:
+        output.emit_json(fields)
+        return
+    output.text("")
+    output.note(
+        f"{chosen.label}: {fields['prompt_tokens']} + {fields['generated_tokens']} tokens, "
+        f"{fields['tokens_per_s']:.1f} tokens/s, cache {output.megabytes(fields['cache_bytes'])} "
+        f"(fp16: {output.megabytes(fields['fp16_cache_bytes'])}), codebooks {output.megabytes(fields['shared_bytes'])}, "
+        f"attention: {fields['kernel']}"
+    )
+
+
+def chat_tokens(tokenizer, prompt):
+    """The token ids of `prompt` as a user's message; as it stands for a model without a chat template."""
+    if tokenizer.has_chat_template:
+        return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True))
+    return list(tokenizer.encode(prompt))
+
+
+def run(model, tokenizer, tokens, method, max_tokens, on_text=lambda piece: None):
+    """Answers the prompt `tokens` greedily with new caches of `method`. Returns the fields of generate --json."""
+    from mlx_lm import stream_generate
+
+    from veloxquant_mlx._ext import dequantize_calls
+    from veloxquant_mlx.evaluate import bits_per_element, cache_bytes, shared_bytes
+    from veloxquant_mlx.models import kv_elements_per_token
+
+    caches = method.build(model)
+    dequantized_before = dequantize_calls()
+    pieces = []
+    with output.progress() as report:
+        on_prompt = lambda done, total: report(done / total, f"reading the prompt, {done} of {total} tokens")
+        responses = stream_generate(
+            model, tokenizer, tokens, max_tokens=max_tokens, prompt_cache=caches, prompt_progress_callback=on_prompt
+        )
+        first = next(responses)
+    for response in chain([first], responses):
+        pieces.append(response.text)
+        on_text(response.text)
+    cached_tokens = caches[0].offset
+    return {
+        "text": "".join(pieces),
+        "method": method.name,
+        "bits_per_element": bits_per_element(caches),
+        "prompt_tokens": response.prompt_tokens,
+        "generated_tokens": response.generation_tokens,
+        "tokens_per_s": response.generation_tps,
+        "cache_bytes": cache_bytes(caches),
+        "shared_bytes": shared_bytes(caches),
+        "fp16_cache_bytes": 2 * kv_elements_per_token(model) * cached_tokens,
+        "kernel": kernel(caches),
+        "dequantize_calls": dequantize_calls() - dequantized_before,
+    }

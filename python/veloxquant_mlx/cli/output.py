@@ -1,0 +1,84 @@
+"""What the commands print: one JSON object or a table on stdout; progress, notes and errors on stderr."""
+import json
+import sys
+import time
+from contextlib import contextmanager, redirect_stdout
+
+_LINE_EVERY_S = 10.0  # between the plain progress lines of a stderr that is no terminal
+
+_stdout = None  # the real one while captured() is active
+
+
+@contextmanager
+def captured():
+    """Keeps stdout for emit_json, table and text: whatever a library prints meanwhile goes to stderr."""
+    global _stdout
+    _stdout = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _stdout = None
+
+
+def emit_json(fields):
+    print(json.dumps(fields, ensure_ascii=False), file=_stdout, flush=True)
+
+
+def text(piece, end="\n"):
+    """Writes to stdout at once: generated text streams."""
+    print(piece, end=end, file=_stdout, flush=True)
+
+
+def note(message):
+    print(message, file=sys.stderr, flush=True)
+
+
+def table(title, columns, rows):
+    """Prints a table of strings on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(title=title, title_justify="left", show_lines=any("\n" in cell for row in rows for cell in row))
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    Console(file=_stdout).print(grid)
+
+
+@contextmanager
+def progress():
+    """Yields report(fraction in 0..1, what): a bar on a terminal, else a line every ten seconds."""
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda fraction, what: bar.update(task, completed=fraction, description=what)
+
+
+class _Lines:
+    """Progress for a log file; nothing is printed for what takes less than two seconds."""
+
+    def __init__(self):
+        self._next = time.monotonic() + 2.0
+
+    def __call__(self, fraction, what):
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _LINE_EVERY_S
+            note(f"[{100 * fraction:3.0f} %] {what}")
+
+
+def part(report, first, last):
+    """A report() for one stage: its 0..1 becomes first..last of `report`."""
+    return lambda fraction, what: report(first + (last - first) * fraction, what)
+
+
+def megabytes(n_bytes):
+    return f"{n_bytes / 1e6:.2f} MB"

@@ -1,0 +1,180 @@
+"""How much a cache costs a model: perplexity, KL divergence and top-1 agreement against the exact cache.
+
+The protocol, so that two runs agree: the text is tokenised once, without BOS; its first n * length tokens
+are n windows; positions 1..length-1 of each window are scored. The exact cache (mlx_lm's own, in the model's
+dtype) and every method run on the same window, in one pass, before the next window starts, so that memory is
+bounded by two windows of logits.
+"""
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+_CHUNK = 256  # positions turned into log-probabilities at a time
+
+
+@dataclass
+class Score:
+    """Means over the scored positions of all windows."""
+
+    tokens: int  # positions scored
+    ppl: float
+    ppl_exact: float  # of the exact cache on the same positions
+    kl: float  # mean KL(exact || method) of the next-token distribution, nats
+    top1: float  # fraction of positions where both have the same argmax
+    cache_bytes_per_token: float
+    shared_bytes: int  # codebooks and transforms, once per model
+    bits_per_element: float
+
+    @property
+    def ppl_increase(self):
+        """Relative to the exact cache: 0.024 is +2.4 %."""
+        return self.ppl / self.ppl_exact - 1
+
+
+def read_windows(tokenizer, text, n_windows, length):
+    """The first n_windows * length tokens of `text` as int32 [n_windows, length]. ValueError if there are fewer."""
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    wanted = n_windows * length
+    if len(tokens) < wanted:
+        raise ValueError(
+            f"text: got {len(tokens)} tokens, wanted at least {wanted} ({n_windows} windows of {length}); "
+            f"use fewer windows or a longer text"
+        )
+    return np.array(tokens[:wanted], np.int32).reshape(n_windows, length)
+
+
+def evaluate(model, windows, methods, progress=lambda fraction, text: None):
+    """Scores caches on `windows` (int [n, length]).
+
+    methods: {label: f() -> list of caches, new and empty}; ours must be built with strict=True, so that one pass
+    sees what token-by-token decoding would. progress(fraction in 0..1, what). Returns {label: Score}.
+    """
+    sums = {label: _Sums() for label in methods}
+    exact_nll = 0.0
+    steps, done = len(windows) * (1 + len(methods)), 0
+    for number, window in enumerate(windows):
+        progress(done / steps, f"window {number + 1}/{len(windows)}: exact cache")
+        exact = LogProbs(model, window, make_prompt_cache(model))
+        exact_nll += exact.nll()
+        done += 1
+        for label, make_caches in methods.items():
+            progress(done / steps, f"window {number + 1}/{len(windows)}: {label}")
+            caches = make_caches()
+            sums[label].add(exact, LogProbs(model, window, caches), caches)
+            done += 1
+            del caches
+            mx.clear_cache()
+    progress(1.0, "scored")
+    scored = windows.shape[0] * (windows.shape[1] - 1)
+    return {label: total.score(scored, windows.size, exact_nll) for label, total in sums.items()}
+
+
+def mean_kl(exact, other):
+    """Mean KL(exact || other), nats, over the positions of two LogProbs of the same tokens."""
+    return _divergence(exact, other)[0] / exact.n_scored
+
+
+class LogProbs:
+    """The next-token distributions of one pass of a model over `tokens`, from position `start` on.
+
+    Row t predicts tokens[start + t + 1]; the last token predicts nothing.
+    """
+
+    def __init__(self, model, tokens, caches, start=0):
+        tokens = np.asarray(tokens, np.int32)
+        logits = mx.contiguous(model(mx.array(tokens[None]), cache=caches)[0, start:-1])
+        mx.eval(logits)
+        self.targets = tokens[start + 1 :]
+        self.n_scored = logits.shape[0]
+        self._logits = logits  # kept in the model's dtype; log-probabilities are made chunk by chunk
+
+    def rows(self, start, stop):
+        """(p, log p) of the positions start..stop-1, fp32 [stop - start, vocabulary] each.
+
+        In NumPy: its exp is vectorised, MLX's on a CPU takes 16 times as long.
+        """
+        logits = np.array(self._logits[start:stop].astype(mx.float32))
+        logits -= logits.max(axis=-1, keepdims=True)
+        p = np.exp(logits)
+        total = p.sum(axis=-1, keepdims=True)
+        return p / total, logits - np.log(total)
+
+    def nll(self):
+        """The summed negative log-likelihood of the tokens, nats."""
+        return sum(
+            _nll(self.rows(start, stop)[1], self.targets[start:stop]) for start, stop in _chunks(self.n_scored)
+        )
+
+
+def _chunks(n):
+    for first in range(0, n, _CHUNK):
+        yield first, min(first + _CHUNK, n)
+
+
+def _nll(log_p, targets):
+    return -float(np.take_along_axis(log_p, targets[:, None], axis=-1).sum(dtype=np.float64))
+
+
+def _divergence(exact, other):
+    """(summed KL, positions with the same argmax, summed negative log-likelihood of `other`)."""
+    kl, same, nll = 0.0, 0, 0.0
+    for first, last in _chunks(exact.n_scored):
+        (p, log_p), (_, log_q) = exact.rows(first, last), other.rows(first, last)
+        kl += float(np.einsum("tv,tv->t", p, log_p - log_q).sum(dtype=np.float64))
+        same += int((log_p.argmax(axis=-1) == log_q.argmax(axis=-1)).sum())
+        nll += _nll(log_q, exact.targets[first:last])
+    return kl, same, nll
+
+
+class _Sums:
+    """What is added up over the windows for one method."""
+
+    def __init__(self):
+        self.nll = self.kl = 0.0
+        self.same = self.cache_bytes = 0
+
+    def add(self, exact, other, caches):
+        kl, same, nll = _divergence(exact, other)
+        self.kl += kl
+        self.same += same
+        self.nll += nll
+        self.cache_bytes += cache_bytes(caches)
+        self.shared_bytes = shared_bytes(caches)
+        self.bits_per_element = bits_per_element(caches)
+
+    def score(self, scored, tokens, exact_nll):
+        return Score(
+            tokens=scored,
+            ppl=math.exp(self.nll / scored),
+            ppl_exact=math.exp(exact_nll / scored),
+            kl=self.kl / scored,
+            top1=self.same / scored,
+            cache_bytes_per_token=self.cache_bytes / tokens,
+            shared_bytes=self.shared_bytes,
+            bits_per_element=self.bits_per_element,
+        )
+
+
+def cache_bytes(caches):
+    """Bytes that the caches of one sequence hold, all layers."""
+    return sum(cache.nbytes for cache in caches)
+
+
+def shared_bytes(caches):
+    """Bytes of codebooks and transforms, which all sequences share; 0 for mlx_lm's own caches."""
+    return sum(getattr(cache, "shared_nbytes", 0) for cache in caches)
+
+
+def bits_per_element(caches):
+    """Bits that one stored key or value element takes in the codes (mlx_lm's caches: in their arrays)."""
+    ours = [cache.bits_per_element for cache in caches if hasattr(cache, "bits_per_element")]
+    if ours:
+        return sum(ours) / len(ours)
+    keys = caches[0].keys
+    if isinstance(keys, tuple):  # mlx_lm's QuantizedKVCache: codes, scales, biases
+        elements = keys[0].size * 32 / caches[0].bits
+        return 8 * sum(part.nbytes for part in keys) / elements
+    return 8.0 * keys.itemsize

@@ -1,0 +1,59 @@
+// The cache of one attention layer over immutable MLX arrays.
+#pragma once
+
+#include <mlx/array.h>
+#include <mlx/utils.h>
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "src/mlx/ops.h"
+#include "src/mlx/snapshot.h"
+
+namespace veloxquant {
+
+class ArrayCache {
+ public:
+  // exact_dtype: float16 or bfloat16.
+  ArrayCache(CodecArrays keys, CodecArrays values, int window, int sinks, DType exact_dtype);
+
+  // Appends keys and values [B, H, n, D] lazily and returns what attention of the same step reads.
+  // strict: each query sees as codes exactly what token-by-token decoding would show it.
+  std::pair<Snapshot, Snapshot> update(const mlx::core::array& keys, const mlx::core::array& values,
+                                       bool strict, mlx::core::StreamOrDevice s = {});
+
+  // What the cache holds now, as attention outside an update reads it.
+  std::pair<Snapshot, Snapshot> snapshot() const;
+
+  int64_t trim(int64_t n, mlx::core::StreamOrDevice s = {});
+
+  const CacheGeometry& geometry() const { return geometry_; }
+  int64_t nbytes() const;  // packed spans + exact storage, codebooks not included
+  int64_t nonfinite() const { return *nonfinite_; }
+  const CodecArrays& key_codec() const { return keys_; }
+  const CodecArrays& value_codec() const { return values_; }
+
+  // Every array of the state: exact keys, exact values, key spans, value spans; none while empty.
+  std::vector<mlx::core::array> arrays() const;
+
+ private:
+  struct Exact {
+    mlx::core::array keys, values;
+  };
+  Snapshot side(const CodecArrays& codec, const std::vector<mlx::core::array>& spans,
+                const std::optional<Exact>& exact, bool keys) const;
+  void store(std::vector<mlx::core::array>& spans, const mlx::core::array& blocks, bool extend,
+             const mlx::core::Stream& stream);
+
+  CodecArrays keys_, values_;
+  DType exact_dtype_;
+  CacheGeometry geometry_;
+  std::optional<Exact> exact_;  // none before the first update
+  std::vector<mlx::core::array> key_spans_, value_spans_;
+  mlx::core::Dtype key_dtype_ = mlx::core::float32, value_dtype_ = mlx::core::float32;
+  int batch_ = 1;
+  Counter nonfinite_;
+};
+
+}  // namespace veloxquant

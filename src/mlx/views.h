@@ -1,0 +1,23 @@
+// MLX arrays as tensor views of the core.
+#pragma once
+
+#include <mlx/array.h>
+#include <mlx/stream.h>
+#include <mlx/utils.h>
+
+#include "veloxquant/tensor_view.h"
+
+namespace veloxquant {
+
+DType dtype_of(mlx::core::Dtype dtype);  // throws Error for a dtype that the core has not
+mlx::core::Dtype mlx_dtype(DType dtype);
+
+// Views of evaluated (or allocated) arrays, strides included.
+TensorView view_of(const mlx::core::array& a);
+MutableTensorView mutable_view_of(mlx::core::array& a);
+
+// The CPU stream that an operation runs on: the given or current one where it is a CPU stream,
+// else the default CPU stream (said once in the debug log).
+mlx::core::Stream cpu_stream(mlx::core::StreamOrDevice s);
+
+}  // namespace veloxquant
