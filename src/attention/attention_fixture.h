@@ -134,6 +134,7 @@ struct Case {
   int cut = 0;           // > 0: tokens left in a partial block in the middle
   bool strict = false;
   bool exact_only = false;
+  bool whole_prompt = false;  // one exact run holds every token, all blocks are new
   DType q_dtype = DType::float32, out_dtype = DType::float32;
   DType exact_dtype = DType::float16, chunk_dtype = DType::float32;
   bool causal = true;
@@ -167,6 +168,12 @@ struct Scenario {
     q.fill([&](auto...) { return normal(); });
 
     int64_t position = std::min<int64_t>(c.sinks, c.length);
+    if (c.whole_prompt) {
+      add_history(position);
+      add_exact(0, c.length, c.chunk_dtype);
+      add_params(n_q_heads);
+      return;
+    }
     if (position > 0) add_exact(0, position, c.exact_dtype);
     if (!c.exact_only) position = add_history(position);
     int64_t chunk = std::max(position, c.length - c.n_queries);

@@ -207,6 +207,18 @@ TEST_F(Attention, NewBlocksInBothForms) {
   }
 }
 
+// The first append of a prompt: its exact run starts below tail_start, with the sinks.
+TEST_F(Attention, PromptHoldsTheSinks) {
+  for (bool strict : {false, true}) {
+    Case c;
+    c.whole_prompt = true;
+    c.strict = strict;
+    c.length = c.n_queries = 301;
+    c.n_new_blocks = 100;
+    check(c);
+  }
+}
+
 TEST_F(Attention, PartialBlockInTheMiddle) {
   for (int cut : {1, 31, 63}) {
     Case c;
