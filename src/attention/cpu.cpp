@@ -158,10 +158,8 @@ void load_mask(const Problem& p, const Rows& rows, const Tile& tile, Scratch& s)
   for (int r = 0; r < rows.n; ++r) {
     const int64_t row = rows.first + r;
     const int head = p.q_head_of(rows.kv_head, row);
-    for (int t = 0; t < tile.count; ++t) {
-      s.mask[r * kBlockTokens + t] = static_cast<float>(
-          kLog2E * p.mask_value(rows.b, head, p.query_of(row), tile.position + t));
-    }
+    p.load_mask(rows.b, head, p.query_of(row), tile.position, tile.count,
+                s.mask + r * kBlockTokens);
   }
 }
 

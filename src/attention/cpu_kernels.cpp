@@ -248,6 +248,7 @@ HWY_INLINE float finish_scores(Floats d, const SoftmaxStep& step, int row) {
   const int lanes = static_cast<int>(hn::Lanes(d));
   const auto scale = hn::Set(d, step.scale);
   const auto cap = hn::Set(d, step.softcap * kLog2E);
+  const auto log2_e = hn::Set(d, kLog2E);
   const auto inverse_cap = hn::Set(d, step.softcap > 0 ? 1 / step.softcap : 0);
   const auto nothing = hn::Set(d, -kInfinity);
   const bool cut = step.begin[row] > 0 || step.end[row] < kTileTokens;
@@ -259,7 +260,7 @@ HWY_INLINE float finish_scores(Floats d, const SoftmaxStep& step, int row) {
     auto s = hn::Mul(hn::LoadU(d, scores + column), scale);
     if (step.softcap > 0) s = hn::Mul(cap, hn::Tanh(d, hn::Mul(s, inverse_cap)));
     if (step.mask != nullptr) {
-      s = hn::Add(s, hn::LoadU(d, step.mask + row * kTileTokens + column));
+      s = hn::MulAdd(hn::LoadU(d, step.mask + row * kTileTokens + column), log2_e, s);
     }
     if (cut) {
       const auto index = hn::Iota(d, static_cast<float>(column));

@@ -45,7 +45,7 @@ struct SoftmaxStep {
   float* scores = nullptr;     // in: q . k; out: probabilities, 0 where invisible
   const int* begin = nullptr;  // per row, columns [begin, end) are visible
   const int* end = nullptr;
-  const float* mask = nullptr;  // [n_rows][64], added, in units of log 2; or null
+  const float* mask = nullptr;  // [n_rows][64], added to the score (not in log 2); or null
   float scale = 1;              // scale * log2(e), or the plain scale with a softcap
   float softcap = 0;            // > 0: score = softcap * log2(e) * tanh(scale * q.k / softcap)
   float* max = nullptr;         // in and out; -inf at the start

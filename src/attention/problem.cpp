@@ -152,14 +152,19 @@ Interval Problem::visible(const Tile& tile, int64_t position) const {
   return seen;
 }
 
-float Problem::mask_value(int b, int q_head, int64_t query, int64_t position) const {
+void Problem::load_mask(int b, int q_head, int64_t query, int64_t first, int n, float* mask) const {
   const TensorView& array = params.mask.array;
-  int64_t index = b * mask_stride[0] + q_head * mask_stride[1] + query * mask_stride[2] +
-                  position * mask_stride[3];
+  const int64_t step = mask_stride[3];
+  const int64_t offset =
+      b * mask_stride[0] + q_head * mask_stride[1] + query * mask_stride[2] + first * step;
+  const uint8_t* from = static_cast<const uint8_t*>(array.data) + offset * dtype_bytes(array.dtype);
   if (array.dtype == DType::boolean) {
-    return static_cast<const uint8_t*>(array.data)[index] != 0 ? 0.0f : -kInfinity;
+    for (int i = 0; i < n; ++i) mask[i] = from[i * step] != 0 ? 0.0f : -kInfinity;
+  } else if (step == 1) {
+    cpu::to_float(array.dtype, from, n, mask);
+  } else {
+    for (int i = 0; i < n; ++i) mask[i] = load_element(from, array.dtype, i * step);
   }
-  return load_element(array.data, array.dtype, index);
 }
 
 float Problem::sink_logit(int q_head) const {

@@ -57,9 +57,9 @@ struct Problem {
   // never decrease with the position.
   Interval visible(const Tile& tile, int64_t position) const;
 
-  // Additive mask of the array, 0 or -inf for a boolean one.
+  // Additive mask of positions [first, first + n) from the array, 0 or -inf for a boolean one.
   bool has_mask_array() const { return !params.mask.array.empty(); }
-  float mask_value(int b, int q_head, int64_t query, int64_t position) const;
+  void load_mask(int b, int q_head, int64_t query, int64_t first, int n, float* mask) const;
 
   float sink_logit(int q_head) const;  // -inf without sinks
 

@@ -70,22 +70,24 @@ void load_tile(const Problem& p, const RowBlock& rows, const Tile& tile, float* 
 void add_tile(const Problem& p, const RowBlock& rows, const Tile& tile, const float* q,
               const float* keys, const float* values, std::vector<SoftmaxState>& states) {
   const double cap = p.params.logit_softcap;
+  float mask[kBlockTokens] = {};
   for (int64_t r = 0; r < rows.n_rows; ++r) {
     int64_t row = rows.first_row + r;
     Interval seen = p.visible(tile, p.position_of(row));
-    int64_t begin = std::max(seen.begin, tile.position);
-    int64_t end = std::min(seen.end, tile.position + tile.count);
-    for (int64_t position = begin; position < end; ++position) {
-      int64_t t = position - tile.position;
+    int64_t begin = std::max<int64_t>(seen.begin - tile.position, 0);
+    int64_t end = std::min<int64_t>(seen.end - tile.position, tile.count);
+    if (p.has_mask_array()) {
+      p.load_mask(rows.b, p.q_head_of(rows.kv_head, row), p.query_of(row), tile.position,
+                  tile.count, mask);
+    }
+    for (int64_t t = begin; t < end; ++t) {
       double score = 0;
       for (int d = 0; d < p.head_dim; ++d) {
         score += static_cast<double>(q[r * p.head_dim + d]) * keys[t * p.head_dim + d];
       }
       score *= p.params.scale;
       if (cap > 0) score = cap * std::tanh(score / cap);
-      if (p.has_mask_array()) {
-        score += p.mask_value(rows.b, p.q_head_of(rows.kv_head, row), p.query_of(row), position);
-      }
+      score += mask[t];
       if (score == -kInfinity) continue;
       states[r].add(score, values + t * p.head_dim);
     }

@@ -1,0 +1,279 @@
+// What the attention tests attend to: a simple codec, strided tensors, and a cache built from a
+// Case without the cache's own code, so that attention is tested alone.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "src/attention/element.h"
+#include "veloxquant/attention.h"
+
+namespace veloxquant::attention {
+
+// 8-bit codes of smoothed and pairwise rotated vectors, a step that depends on sequence and head:
+// simple, but wrong answers show wherever attention forgets a transform, a head or a sequence.
+class TestCodec : public Codec {
+ public:
+  TestCodec(Side side, int n_kv_heads, int head_dim)
+      : side_(side), n_kv_heads_(n_kv_heads), head_dim_(head_dim) {}
+
+  std::string name() const override { return "test8"; }
+  Side side() const override { return side_; }
+  int n_kv_heads() const override { return n_kv_heads_; }
+  int head_dim() const override { return head_dim_; }
+  int64_t block_bytes() const override { return int64_t{kBlockTokens} * head_dim_; }
+
+  void encode_block(Backend, int sequence, int kv_head, const float* x, int n_tokens,
+                    uint8_t* block) const override {
+    std::vector<float> y(x, x + n_tokens * head_dim_);
+    forward(kv_head, y.data(), n_tokens);
+    std::fill(block, block + block_bytes(), uint8_t{255});
+    for (size_t i = 0; i < y.size(); ++i) {
+      float code = std::round(y[i] / step(sequence, kv_head)) + 128;
+      block[i] = static_cast<uint8_t>(std::fmin(255.0f, std::fmax(0.0f, code)));
+    }
+  }
+  void decode_block(Backend, int sequence, int kv_head, const uint8_t* block, int n_tokens,
+                    float* y, int64_t y_stride) const override {
+    for (int t = 0; t < n_tokens; ++t) {
+      for (int d = 0; d < head_dim_; ++d) {
+        y[t * y_stride + d] = (block[t * head_dim_ + d] - 128.0f) * step(sequence, kv_head);
+      }
+    }
+  }
+  void decode_block_transposed(Backend, int sequence, int kv_head, const uint8_t* block,
+                               int n_tokens, float* y_t) const override {
+    for (int d = 0; d < head_dim_; ++d) {
+      for (int t = 0; t < kBlockTokens; ++t) {
+        float y = (block[t * head_dim_ + d] - 128.0f) * step(sequence, kv_head);
+        y_t[d * kBlockTokens + t] = t < n_tokens ? y : 0.0f;
+      }
+    }
+  }
+  void transform_query(int kv_head, float* q, int64_t n) const override {
+    for (int64_t i = 0; i < n * head_dim_; ++i) q[i] *= smooth(kv_head, i % head_dim_);
+    rotate(q, n, 0.8f, 0.6f);
+  }
+  void inverse(int kv_head, float* y, int64_t n) const override {
+    rotate(y, n, 0.8f, -0.6f);
+    for (int64_t i = 0; i < n * head_dim_; ++i) y[i] *= smooth(kv_head, i % head_dim_);
+  }
+  void forward(int kv_head, float* x, int64_t n) const override {
+    for (int64_t i = 0; i < n * head_dim_; ++i) x[i] /= smooth(kv_head, i % head_dim_);
+    rotate(x, n, 0.8f, 0.6f);
+  }
+  int codes_per_token() const override { return head_dim_; }
+  void unpack_codes(const uint8_t* block, int n_tokens, uint16_t* codes) const override {
+    std::copy(block, block + n_tokens * head_dim_, codes);
+  }
+  void pack_codes(const uint16_t* codes, int n_tokens, uint8_t* block) const override {
+    std::copy(codes, codes + n_tokens * head_dim_, block);
+  }
+
+ private:
+  float step(int sequence, int kv_head) const {
+    return 0.03f + 0.01f * sequence + 0.002f * kv_head;
+  }
+  float smooth(int kv_head, int64_t d) const {
+    return 0.5f + 0.1f * static_cast<float>((d + 3 * kv_head + (side_ == Side::keys)) % 11);
+  }
+  void rotate(float* x, int64_t n, float c, float s) const {
+    for (int64_t i = 0; i < n * head_dim_; i += 2) {
+      float a = x[i], b = x[i + 1];
+      x[i] = c * a - s * b;
+      x[i + 1] = s * a + c * b;
+    }
+  }
+
+  Side side_;
+  int n_kv_heads_, head_dim_;
+};
+
+// A tensor that owns its data; `gap` elements of padding after each row, heads inside tokens.
+struct Tensor {
+  std::vector<uint8_t> bytes;
+  MutableTensorView view;
+
+  Tensor() = default;
+  Tensor(DType dtype, int64_t B, int64_t H, int64_t n, int64_t D, int64_t gap) {
+    view.dtype = dtype;
+    view.ndim = 4;
+    view.shape = {B, H, n, D};
+    view.stride = {n * H * (D + gap), D + gap, H * (D + gap), 1};
+    bytes.resize(std::max<int64_t>(1, B * n * H * (D + gap)) * dtype_bytes(dtype), 0xff);
+    view.data = bytes.data();
+  }
+  template <class Value>
+  void fill(const Value& value) {
+    for (int64_t b = 0; b < view.shape[0]; ++b) {
+      for (int64_t h = 0; h < view.shape[1]; ++h) {
+        for (int64_t i = 0; i < view.shape[2]; ++i) {
+          for (int64_t d = 0; d < view.shape[3]; ++d) {
+            store_element(view.at(b, h, i), view.dtype, d, value(b, h, i, d));
+          }
+        }
+      }
+    }
+  }
+};
+
+enum class MaskKind { none, boolean, additive };
+
+struct Case {
+  int batch = 1, n_kv_heads = 2, group = 2, head_dim = 64;
+  int64_t n_queries = 2, length = 200;
+  int sinks = 4, window = 64;
+  int n_new_blocks = 0;  // last sealed blocks that exist in both forms
+  int cut = 0;           // > 0: tokens left in a partial block in the middle
+  bool strict = false;
+  bool exact_only = false;
+  bool whole_prompt = false;  // one exact run holds every token, all blocks are new
+  DType q_dtype = DType::float32, out_dtype = DType::float32;
+  DType exact_dtype = DType::float16, chunk_dtype = DType::float32;
+  bool causal = true;
+  int64_t sliding_window = 0;
+  MaskKind mask = MaskKind::none;
+  bool mask_broadcast = false;
+  float softcap = 0, scale = 0.125f, key_size = 1;
+  bool sink_logits = false;
+  int64_t first_query_position = -1;
+  int gap = 8;
+};
+
+// A cache as Case says: sinks | packed (maybe cut) | packed new = exact | exact.
+struct Scenario {
+  Case c;
+  Tensor q;
+  std::vector<Tensor> exact;
+  std::vector<std::vector<uint8_t>> blocks;
+  std::vector<uint8_t> mask_bytes;
+  std::vector<float> sink_logits;
+  KeyValueSource source;
+  AttentionParams params;
+
+  explicit Scenario(const Case& c) : c(c) {
+    const int n_q_heads = c.n_kv_heads * c.group;
+    source.length = c.length;
+    source.exact_dtype = c.exact_dtype;
+    source.key_codec = std::make_shared<TestCodec>(Side::keys, c.n_kv_heads, c.head_dim);
+    source.value_codec = std::make_shared<TestCodec>(Side::values, c.n_kv_heads, c.head_dim);
+    q = Tensor(c.q_dtype, c.batch, n_q_heads, c.n_queries, c.head_dim, c.gap);
+    q.fill([&](auto...) { return normal(); });
+
+    int64_t position = std::min<int64_t>(c.sinks, c.length);
+    if (c.whole_prompt) {
+      add_history(position);
+      add_exact(0, c.length, c.chunk_dtype);
+      add_params(n_q_heads);
+      return;
+    }
+    if (position > 0) add_exact(0, position, c.exact_dtype);
+    if (!c.exact_only) position = add_history(position);
+    int64_t chunk = std::max(position, c.length - c.n_queries);
+    if (chunk > position) add_exact(position, chunk, c.exact_dtype);
+    if (c.length > chunk) add_exact(chunk, c.length, c.chunk_dtype);
+    add_params(n_q_heads);
+  }
+
+ private:
+  std::mt19937 random{7};
+  float normal() { return std::normal_distribution<float>()(random); }
+
+  int64_t add_history(int64_t position) {
+    int n_blocks =
+        static_cast<int>(std::max<int64_t>(0, c.length - position - c.window) / kBlockTokens);
+    int n_new = std::min(n_blocks, c.n_new_blocks);
+    int n_old = n_blocks - n_new;
+    if (c.cut > 0 && n_old > 1) {
+      position = add_packed(position, n_old / 2, c.cut);
+      position = add_packed(position, n_old - n_old / 2, kBlockTokens);
+    } else if (n_old > 0) {
+      position = add_packed(position, n_old, kBlockTokens);
+    }
+    if (n_new > 0) add_packed(position, n_new, kBlockTokens);
+    source.visibility.tail_start = position;
+    source.visibility.n_new_blocks = n_new;
+    source.visibility.window = c.window;
+    source.visibility.strict = c.strict;
+    source.visibility.first_query = c.length - c.n_queries;
+    return position;
+  }
+
+  int64_t add_packed(int64_t start, int n_blocks, int last_count) {
+    const uint8_t* sides[2];
+    const int64_t bytes = source.key_codec->block_bytes();
+    for (int side = 0; side < 2; ++side) {
+      const Codec& codec = side == 0 ? *source.key_codec : *source.value_codec;
+      std::vector<uint8_t> data(c.batch * c.n_kv_heads * n_blocks * bytes);
+      std::vector<float> x(kBlockTokens * c.head_dim);
+      for (int64_t i = 0; i < int64_t{c.batch} * c.n_kv_heads * n_blocks; ++i) {
+        for (float& value : x) value = normal() * (side == 0 ? c.key_size : 1);
+        int head = static_cast<int>(i / n_blocks);
+        codec.encode_block(Backend::reference, head / c.n_kv_heads, head % c.n_kv_heads, x.data(),
+                           kBlockTokens, data.data() + i * bytes);
+      }
+      blocks.push_back(std::move(data));
+      sides[side] = blocks.back().data();
+    }
+    PackedRun run;
+    run.keys = sides[0];
+    run.values = sides[1];
+    run.key_head_stride = run.value_head_stride = n_blocks * bytes;
+    run.key_batch_stride = run.value_batch_stride = c.n_kv_heads * n_blocks * bytes;
+    run.n_blocks = n_blocks;
+    run.last_count = last_count;
+    run.start = start;
+    source.packed.push_back(run);
+    return run.end();
+  }
+
+  void add_exact(int64_t begin, int64_t end, DType dtype) {
+    ExactRun run;
+    run.start = begin;
+    for (int side = 0; side < 2; ++side) {
+      exact.emplace_back(dtype, c.batch, c.n_kv_heads, end - begin, c.head_dim, c.gap);
+      exact.back().fill([&](auto...) { return normal() * (side == 0 ? c.key_size : 1); });
+      (side == 0 ? run.keys : run.values) = read_only(exact.back().view);
+    }
+    source.exact.push_back(run);
+  }
+
+  void add_params(int n_q_heads) {
+    params.scale = c.scale;
+    params.logit_softcap = c.softcap;
+    params.first_query_position = c.first_query_position;
+    params.mask.causal = c.causal;
+    params.mask.sliding_window = c.sliding_window;
+    if (c.sink_logits) {
+      for (int h = 0; h < n_q_heads; ++h) sink_logits.push_back(normal() + 2);
+      params.sink_logits = TensorView(sink_logits.data(), DType::float32, {n_q_heads});
+    }
+    if (c.mask == MaskKind::none || c.length == 0) return;
+    DType dtype = c.mask == MaskKind::boolean ? DType::boolean : DType::float32;
+    int64_t B = c.mask_broadcast ? 1 : c.batch, H = c.mask_broadcast ? 1 : n_q_heads;
+    mask_bytes.resize(B * H * c.n_queries * c.length * dtype_bytes(dtype));
+    for (int64_t i = 0; i < B * H * c.n_queries * c.length; ++i) {
+      float x = normal();
+      if (dtype == DType::boolean) {
+        mask_bytes[i] = x > 0;
+      } else {
+        store_element(mask_bytes.data(), dtype, i,
+                      x < -1 ? -std::numeric_limits<float>::infinity() : x);
+      }
+    }
+    params.mask.array = TensorView(mask_bytes.data(), dtype, {B, H, c.n_queries, c.length});
+    if (c.mask_broadcast) {  // as MLX broadcasts: full shape, strides of 0
+      params.mask.array.shape = {c.batch, n_q_heads, c.n_queries, c.length};
+      params.mask.array.stride[0] = params.mask.array.stride[1] = 0;
+    }
+  }
+};
+
+}  // namespace veloxquant::attention
