@@ -1,0 +1,30 @@
+// The two halves of kmeans(), apart so that tests can start Lloyd from chosen centroids.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "veloxquant/calibration.h"
+
+namespace veloxquant {
+
+// Training vectors, fp32 [sub_dim][n], dimension-major.
+struct Vectors {
+  const float* data = nullptr;
+  int64_t stride = 0;
+  int64_t n = 0;
+  int sub_dim = 0;
+
+  const float* at(int dim, int64_t t) const { return data + dim * stride + t; }
+};
+
+// k-means++ (Arthur, Vassilvitskii 2007): each centroid is a vector drawn with probability
+// proportional to its squared distance from the centroids so far. Returns [C][d].
+std::vector<float> seed_centroids(const Vectors& x, int n_centroids, uint64_t seed);
+
+// Lloyd's iterations from `centroids` [C][d]. `reseeded` counts the empty clusters that were
+// given a vector.
+KMeansResult lloyd(const Vectors& x, std::vector<float> centroids, const KMeansParams& params,
+                   int* reseeded);
+
+}  // namespace veloxquant
