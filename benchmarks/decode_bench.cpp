@@ -13,6 +13,7 @@
 
 #include "src/math/float16.h"
 #include "veloxquant/cache.h"
+#include "veloxquant/exact.h"
 #include "veloxquant/vecinfer.h"
 
 namespace vq = veloxquant;
@@ -99,19 +100,18 @@ bool measure(const Shape& shape, int length, int sub_dim, double copy) {
   vq::KvCacheConfig config;
   config.n_kv_heads = shape.kv_heads;
   config.head_dim = shape.head_dim;
-  std::string label = "exact, 16 bits";
-  if (sub_dim) {
-    tables = random_tables(shape, sub_dim);
+  auto codec = [&](vq::Side side) {
+    if (sub_dim == 0)
+      return vq::make_exact_codec(side, shape.kv_heads, shape.head_dim, config.exact_dtype);
     vq::Transform hadamard;
     hadamard.kind = vq::TransformKind::hadamard;
-    auto codec = [&](vq::Side side) {
-      return vq::make_vecinfer_codec(side, shape.kv_heads, shape.head_dim, shape.head_dim / sub_dim,
-                                     tables.view, hadamard);
-    };
-    config.key_codec = codec(vq::Side::keys);
-    config.value_codec = codec(vq::Side::values);
-    label = config.key_codec->name();
-  }
+    return vq::make_vecinfer_codec(side, shape.kv_heads, shape.head_dim, shape.head_dim / sub_dim,
+                                   tables.view, hadamard);
+  };
+  if (sub_dim != 0) tables = random_tables(shape, sub_dim);
+  config.key_codec = codec(vq::Side::keys);
+  config.value_codec = codec(vq::Side::values);
+  std::string label = config.key_codec->name();
   vq::KvCache cache(config);
   std::vector<float> keys = random_values(int64_t{shape.kv_heads} * length * shape.head_dim, 1);
   std::vector<float> values = random_values(int64_t{shape.kv_heads} * length * shape.head_dim, 2);
