@@ -6,6 +6,8 @@ VELOXQUANT := .venv/bin/veloxquant
 BUILD := build/python
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN)
 
+configure = cmake -S . -B $(BUILD) -DVELOXQUANT_BUILD_$(1)=ON > build/configure.log || { cat build/configure.log; false; }
+
 setup:
 	@tools/setup.sh
 
@@ -16,13 +18,15 @@ demo: setup
 test:
 	@tools/setup.sh --test
 	$(PYTHON) tools/check_layers.py
-	cmake -S . -B $(BUILD) -DVELOXQUANT_BUILD_TESTS=ON > build/configure.log || (cat build/configure.log; false)
+	$(call configure,TESTS)
 	cmake --build $(BUILD)
 	ctest --test-dir $(BUILD) --output-on-failure
 	$(PYTHON) -m pytest
 
 bench: setup
-	$(VELOXQUANT) bench kernels
+	$(call configure,BENCHMARKS)
+	cmake --build $(BUILD) --target decode_bench
+	$(BUILD)/decode_bench
 
 quality: setup
 	@tools/quality.sh

@@ -1,29 +1,34 @@
 #!/usr/bin/env bash
-# Perplexity, KL divergence and top-1 agreement of every method and width. Run by `make quality`.
+# Perplexity, KL divergence and top-1 agreement of VecInfer at 2 and at 4 bits beside mlx_lm's own
+# 4-bit cache, on SmolLM2. Run by `make quality`. Environment:
 #
-#   DATA=folder   with wikitext2-test.txt and wikitext2-valid.txt (default: ../shared/data)
-#   OUT=folder    for the calibrated codebooks (default: build/quality)
-#   WINDOWS=n     windows of 2048 tokens that are scored (default: 8)
-#
-# Without those texts both steps use the built-in text: comparable with each other, not with papers.
+#   DATA=folder            with wikitext2-test.txt and wikitext2-valid.txt (default: ../shared/data)
+#   TEXT=file              text to score        (default: DATA's test split)
+#   CALIBRATION=file       text to calibrate on (default: DATA's validation split; never TEXT)
+#   WINDOWS=n              windows of 2048 tokens that are scored (default: 8)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 data=${DATA:-../shared/data}
-out=${OUT:-build/quality}
-windows=${WINDOWS:-8}
-calibration_text=() evaluation_text=()
-if [[ -f $data/wikitext2-test.txt ]]; then
-  calibration_text=(--text "$data/wikitext2-valid.txt")
-  evaluation_text=(--text "$data/wikitext2-test.txt")
-else
-  echo "quality: $data/wikitext2-test.txt is missing (DATA=...): using the built-in text" >&2
-fi
+text=${TEXT:-$data/wikitext2-test.txt}
+calibration=${CALIBRATION:-$data/wikitext2-valid.txt}
+for file in "$text" "$calibration"; do
+  if [[ ! -f $file ]]; then
+    echo "quality: $file is missing; wanted DATA=folder with WikiText-2 as plain text," \
+      "or TEXT=file and CALIBRATION=file" >&2
+    exit 2
+  fi
+done
 
+methods=vecinfer,mlx4
 for bits in 2 4; do
-  artifacts=$out/vecinfer-$bits
-  [[ -d $artifacts ]] ||
-    .venv/bin/veloxquant calibrate smollm2 --bits $bits "${calibration_text[@]}" -o "$artifacts"
-  .venv/bin/veloxquant eval smollm2 --method vecinfer --bits $bits --artifacts "$artifacts" \
-    --windows "$windows" --length 2048 "${evaluation_text[@]}"
+  artifacts=build/quality/$(cksum < "$calibration" | cut -d' ' -f1)-$bits
+  if [[ ! -d $artifacts ]]; then
+    rm -rf "$artifacts.part"
+    .venv/bin/veloxquant calibrate smollm2 --bits $bits --text "$calibration" -o "$artifacts.part"
+    mv "$artifacts.part" "$artifacts"
+  fi
+  .venv/bin/veloxquant eval smollm2 --method $methods --bits $bits --artifacts "$artifacts" \
+    --text "$text" --windows "${WINDOWS:-8}" --length 2048
+  methods=vecinfer  # once is enough for the cache that does not depend on our bits
 done

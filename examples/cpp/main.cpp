@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "veloxquant/cache.h"
+#include "veloxquant/exact.h"
 #include "veloxquant/vecinfer.h"
 
 namespace vq = veloxquant;
@@ -47,7 +48,9 @@ int main() {
   vq::KvCacheConfig config;
   config.n_kv_heads = kHeads;
   config.head_dim = kHeadDim;
-  vq::KvCache exact(config);  // no codecs: every token stays in 16 bits
+  config.key_codec = vq::make_exact_codec(vq::Side::keys, kHeads, kHeadDim, config.exact_dtype);
+  config.value_codec = vq::make_exact_codec(vq::Side::values, kHeads, kHeadDim, config.exact_dtype);
+  vq::KvCache exact(config);  // 16 bits an element: what the other is compared with
   config.key_codec = vq::make_vecinfer_codec(vq::Side::keys, kHeads, kHeadDim, kSubVectors,
                                              table_view, transform);
   config.value_codec = vq::make_vecinfer_codec(vq::Side::values, kHeads, kHeadDim, kSubVectors,
