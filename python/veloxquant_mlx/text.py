@@ -35,7 +35,7 @@ def calibration_text():
     kinds = []
     for documents in (PASSAGES, _manual(), _package_files(), _docstrings()):
         passages = [passage for document in documents for passage in islice(split_passages(document), _PER_DOCUMENT)]
-        passages = [passage for passage in passages if len(passage) >= _SHORTEST_PASSAGE]
+        passages = [passage for passage in dict.fromkeys(passages) if len(passage) >= _SHORTEST_PASSAGE]
         shuffle(passages)
         kinds.append(passages)
     for deal in zip_longest(*kinds):

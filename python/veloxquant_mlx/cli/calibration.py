@@ -14,10 +14,11 @@ FULL_TOKENS = 24576
 
 def load(directory):
     """(smooth_factors, codebook) of an artifact directory; ValueError or FileNotFoundError if there are none."""
-    from veloxquant_mlx.artifacts.npy_store import NpyArtifactStore
-
     if not Path(directory).is_dir():
         raise FileNotFoundError(f"--artifacts: got {str(directory)!r}, wanted a directory made by veloxquant calibrate")
+
+    from veloxquant_mlx.artifacts.npy_store import NpyArtifactStore
+
     store = NpyArtifactStore(directory)
     return store.load(SMOOTH), store.load(CODEBOOK)
 

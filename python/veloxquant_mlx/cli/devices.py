@@ -1,9 +1,13 @@
 """veloxquant devices: what this machine runs the kernels on."""
+import sys
+from pathlib import Path
+
 from veloxquant_mlx.cli import options, output
 
 NAME = "devices"
 EXAMPLE = "veloxquant devices --json"
 
+_REFERENCE = "reference"
 _SLOW_BLAS = (
     "MLX runs on the reference BLAS, 15-40 times slower than OpenBLAS; install it with: "
     "apt-get install libopenblas0-pthread"
@@ -13,13 +17,13 @@ _SLOW_BLAS = (
 def command(json: options.Json = False):
     """Show what the kernels run on.
 
-    Backends with SIMD levels or device names, threads, MLX, BLAS."""
+    Backends with SIMD levels or device names, threads, MLX, BLAS.
+    """
     fields = collect()
     if json:
         output.emit_json(fields)
         return
-    rows = [[backend["name"], ", ".join(map(str, backend.get("levels") or backend.get("devices") or []))]
-            for backend in fields["backends"]]  # fmt: skip
+    rows = [[f"{backend['name']} backend", backend["description"]] for backend in fields["backends"]]
     rows += [[key.replace("_", " "), str(fields[key])] for key in ("threads", "mlx", "default_device", "blas", "metal", "cuda")]
     output.table("VeloxQuant on this machine", ["what", "found"], rows)
     if fields["advice"]:
@@ -30,14 +34,37 @@ def collect():
     """The fields of devices --json."""
     import mlx.core as mx
 
-    from veloxquant_mlx._ext import devices_info
+    from veloxquant_mlx import _ext
 
-    fields = dict(devices_info())
-    fields.update(
-        mlx=mx.__version__,
-        default_device=str(mx.default_device()),
-        metal=mx.metal.is_available(),
-        cuda=mx.cuda.is_available(),
-    )
-    fields["advice"] = _SLOW_BLAS if "reference" in str(fields["blas"]).lower() else ""
-    return fields
+    levels = _ext.simd_levels()
+    running = _ext.simd_level()
+    blas = find_blas()
+    return {
+        "backends": [
+            {
+                "name": "cpu",
+                "simd_levels": levels,
+                "simd_level": running,
+                "description": f"SIMD {running}; this machine runs {', '.join(levels)}",
+            },
+            {"name": "reference", "simd_levels": [], "simd_level": None, "description": "plain C++, for checking"},
+        ],
+        "default_backend": _ext.backend(),
+        "threads": _ext.num_threads(),
+        "mlx": mx.__version__,
+        "default_device": str(mx.default_device()),
+        "blas": blas,
+        "metal": mx.metal.is_available(),
+        "cuda": mx.cuda.is_available(),
+        "advice": _SLOW_BLAS if blas == _REFERENCE else "",
+    }
+
+
+def find_blas():
+    """Which BLAS MLX's matrix products run on: "Accelerate", the path of an OpenBLAS, or "reference"."""
+    if sys.platform == "darwin":
+        return "Accelerate"
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.is_file() else []
+    libraries = {line.split(maxsplit=5)[-1] for line in lines if "openblas" in line}
+    return min(libraries, default=_REFERENCE)

@@ -105,7 +105,7 @@ def _config(metadata, tied):
         "intermediate_size": metadata("llama.feed_forward_length"),
         "num_attention_heads": n_heads,
         "num_key_value_heads": metadata("llama.attention.head_count_kv", n_heads),
-        "head_dim": hidden // n_heads,
+        "head_dim": metadata("llama.attention.key_length", hidden // n_heads),
         "rms_norm_eps": round(float(metadata("llama.attention.layer_norm_rms_epsilon")), 12),
         "vocab_size": metadata("llama.vocab_size"),
         "max_position_embeddings": metadata("llama.context_length"),
@@ -127,7 +127,7 @@ def _write_tokenizer(metadata, target):
             f"source: got a GGUF with a {metadata('tokenizer.ggml.model')!r} tokenizer, wanted 'gpt2' (byte-level BPE)"
         )
     tokens = metadata("tokenizer.ggml.tokens")
-    merges = [tuple(pair.split(" ", 1)) for pair in metadata("tokenizer.ggml.merges")]
+    merges = [tuple(pair.split(" ", 1)) for pair in metadata("tokenizer.ggml.merges", [])]
     prefix_space = bool(metadata("tokenizer.ggml.add_space_prefix", False))
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = _pre_tokenizer(pre_tokenizers, metadata("tokenizer.ggml.pre", "default"), prefix_space)

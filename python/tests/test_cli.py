@@ -1,0 +1,242 @@
+"""The command line on a small random model: output, exit codes, and errors of one sentence."""
+import json
+
+import pytest
+import tiny_model
+
+from veloxquant_mlx.cli import main
+
+GENERATE_FIELDS = {
+    "text": str,
+    "method": str,
+    "bits_per_element": float,
+    "prompt_tokens": int,
+    "generated_tokens": int,
+    "tokens_per_s": float,
+    "cache_bytes": int,
+    "shared_bytes": int,
+    "fp16_cache_bytes": int,
+    "kernel": str,
+    "dequantize_calls": int,
+}
+EVAL_FIELDS = {
+    "method": str,
+    "bits_per_element": float,
+    "tokens": int,
+    "window": int,
+    "sinks": int,
+    "ppl": float,
+    "ppl_fp16": float,
+    "kl": float,
+    "top1": float,
+    "cache_bytes_per_token": float,
+    "shared_bytes": int,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_model.save(tmp_path_factory.mktemp("cli") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("How vexingly quick daft zebras jump. The five boxing wizards jump quickly. " * 40)
+    return str(file)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """run(*arguments) -> (exit code, stdout, stderr)."""
+    monkeypatch.setenv("VELOXQUANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("VELOXQUANT_DEBUG", raising=False)
+
+    def run(*arguments):
+        code = main(list(arguments))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def check_fields(fields, wanted):
+    assert {key: type(value) for key, value in fields.items()} == wanted
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in "demo generate calibrate eval inspect devices".split())])
+def test_help_has_an_example(run, command):
+    code, out, err = run(*command, "--help")
+    assert (code, err) == (0, "")
+    assert "Example: veloxquant" in out or not command
+
+
+def test_no_arguments_print_the_help(run):
+    assert run() == run("--help")
+
+
+@pytest.mark.parametrize("method", ["exact", "fp16", "vecinfer"])
+def test_generate_json(run, model, method):
+    code, out, err = run("generate", model, "--method", method, "--prompt", "a" * 300, "--max-tokens", "20", "--json")
+    assert code == 0, err
+    fields = json.loads(out)
+    check_fields(fields, GENERATE_FIELDS)
+    assert (fields["method"], fields["prompt_tokens"], fields["dequantize_calls"]) == (method, 300, 0)
+    per_token = 2 * tiny_model.N_LAYERS * 2 * tiny_model.N_KV_HEADS * tiny_model.HEAD_DIM
+    assert fields["fp16_cache_bytes"] == per_token * (300 + fields["generated_tokens"] - 1)
+    if method == "vecinfer":
+        assert fields["cache_bytes"] < fields["fp16_cache_bytes"] / 2
+        assert fields["shared_bytes"] > 0
+    if method == "fp16":
+        assert fields["cache_bytes"] == pytest.approx(fields["fp16_cache_bytes"], rel=0.25)
+
+
+def test_generate_streams_text_on_stdout_only(run, model):
+    code, out, err = run("generate", model, "--method", "exact", "--prompt", "abc", "--max-tokens", "8")
+    assert code == 0
+    assert len(out) >= 1 and "tokens/s" not in out and "tokens/s" in err
+    again = run("generate", model, "--method", "exact", "--prompt", "abc", "--max-tokens", "8", "--json")
+    assert json.loads(again[1])["text"] == out.removesuffix("\n")
+
+
+def test_a_second_run_reuses_the_calibration(run, model):
+    first = run("generate", model, "--prompt", "abc", "--max-tokens", "4", "--json")
+    second = run("generate", model, "--prompt", "abc", "--max-tokens", "4", "--json")
+    assert "calibrating on" in first[2] and "calibrating on" not in second[2]
+    assert json.loads(first[1])["text"] == json.loads(second[1])["text"]
+
+
+def test_eval_json_of_one_method(run, model, text):
+    code, out, err = run(
+        "eval", model, "--method", "mlx4", "--text", text, "--windows", "2", "--length", "256", "--json"
+    )
+    assert code == 0, err
+    fields = json.loads(out)
+    check_fields(fields, EVAL_FIELDS)
+    assert fields["tokens"] == 2 * 255
+    assert fields["kl"] > 0
+
+
+def test_eval_of_several_methods_with_a_plot(run, model, text, tmp_path):
+    plot = tmp_path / "plot.png"
+    arguments = ["--method", "vecinfer,exact", "--method", "mlx4", "--bits", "4,2"]
+    code, out, err = run(
+        "eval", model, *arguments, "--text", text, "--windows", "1", "--length", "512", "--plot", str(plot), "--json"
+    )
+    assert code == 0, err
+    results = json.loads(out)["results"]
+    assert [(r["method"], r["bits_per_element"]) for r in results] == [
+        ("vecinfer", 4.0), ("vecinfer", 2.0), ("exact", 32.0), ("mlx4", 5.0)
+    ]  # fmt: skip
+    for fields in results:
+        check_fields(fields, EVAL_FIELDS)
+    assert results[2]["kl"] == 0 and results[2]["ppl"] == results[2]["ppl_fp16"]
+    assert 0 < results[0]["kl"] < results[1]["kl"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_prints_a_table(run, model, text):
+    code, out, _ = run("eval", model, "--method", "exact", "--text", text, "--windows", "1", "--length", "128")
+    assert code == 0
+    assert "perplexity" in out and "exact" in out and "bytes/token" in out
+
+
+def test_calibrate_then_inspect_then_generate(run, model, text, tmp_path):
+    artifacts = str(tmp_path / "artifacts")
+    code, out, err = run("calibrate", model, "--text", text, "--bits", "4", "--tokens", "1024", "-o", artifacts, "--json")
+    assert code == 0, err
+    calibrated = json.loads(out)
+    assert calibrated["bits_per_element"] == 4.0
+
+    code, out, err = run("inspect", artifacts, "--json")
+    assert code == 0, err
+    found = json.loads(out)["artifacts"]
+    assert {artifact["name"] for artifact in found} == {"vecinfer_smooth", "vecinfer_codebook"}
+    assert all(artifact["state"] == "whole" and artifact["arrays"] for artifact in found)
+    assert run("inspect", artifacts)[0] == 0
+
+    generate = ["generate", model, "--prompt", "b" * 200, "--max-tokens", "4", "--artifacts", artifacts, "--json"]
+    code, out, err = run(*generate)
+    assert code == 0, err
+    assert json.loads(out)["bits_per_element"] == 4.0
+
+
+def test_inspect_finds_a_changed_byte(run, model, text, tmp_path):
+    artifacts = tmp_path / "artifacts"
+    assert run("calibrate", model, "--text", text, "--tokens", "512", "-o", str(artifacts))[0] == 0
+    array = max(artifacts.glob("vecinfer_codebook.*.npy"), key=lambda file: file.stat().st_size)
+    contents = bytearray(array.read_bytes())
+    contents[-100] ^= 1
+    array.write_bytes(contents)
+    code, out, _ = run("inspect", str(artifacts), "--json")
+    states = {artifact["name"]: artifact["state"] for artifact in json.loads(out)["artifacts"]}
+    assert code == 1
+    assert states["vecinfer_smooth"] == "whole" and states["vecinfer_codebook"] != "whole"
+    code, out, err = run("generate", model, "--prompt", "x", "--artifacts", str(artifacts), "--json")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+
+
+def test_artifacts_of_another_model_are_refused(run, model, text, tmp_path):
+    other = str(tiny_model.save(tmp_path / "other", seed=1))
+    artifacts = str(tmp_path / "artifacts")
+    assert run("calibrate", other, "--text", text, "--tokens", "512", "-o", artifacts)[0] == 0
+    code, out, err = run("generate", model, "--prompt", "x", "--artifacts", artifacts, "--json")
+    assert (code, out) == (2, "")
+    assert "model" in err and len(err.splitlines()) == 1
+
+
+def test_devices(run):
+    code, out, err = run("devices", "--json")
+    assert code == 0, err
+    fields = json.loads(out)
+    cpu = next(backend for backend in fields["backends"] if backend["name"] == "cpu")
+    assert cpu["simd_level"] in cpu["simd_levels"]
+    assert fields["blas"] and fields["threads"] >= 1
+    assert "OpenBLAS" in fields["advice"] or fields["blas"] != "reference"
+    assert run("devices")[0] == 0
+
+
+MISTAKES = [
+    (["frobnicate"], "No such command 'frobnicate'"),
+    (["generate"], "Missing argument"),
+    (["generate", "{model}"], "Missing option '--prompt'"),
+    (["generate", "{model}", "--prompt", " "], "--prompt: got an empty text"),
+    (["generate", "{model}", "--prompt", "x", "--method", "zip"], "--method: got 'zip', wanted one of"),
+    (["generate", "{model}", "--prompt", "x", "--method", "fp16,exact"], "--method: got 2 values, wanted one"),
+    (["generate", "{model}", "--prompt", "x", "--bits", "3"], "--bits: got 3, wanted one of 1, 2, 4"),
+    (["generate", "{model}", "--prompt", "x", "--bits", "two"], "--bits: got 'two'"),
+    (["generate", "{model}", "--prompt", "x", "--max-tokens", "0"], "--max-tokens: got 0, wanted at least 1"),
+    (["generate", "{model}", "--prompt", "x", "--max-tokens", "few"], "--max-tokens"),
+    (["generate", "{model}", "--prompt", "x", "--sinks", "-1"], "--sinks: got -1, wanted at least 0"),
+    (["generate", "nowhere", "--prompt", "x"], "model: got 'nowhere'"),
+    (["generate", "{model}", "--prompt", "x", "--artifacts", "/no/where"], "--artifacts: got '/no/where'"),
+    (["eval", "{model}", "--text", "/no/file"], "--text: got '/no/file'"),
+    (["eval", "{model}", "--text", "{text}", "--windows", "0"], "--windows: got 0"),
+    (["eval", "{model}", "--text", "{text}", "--method", "exact", "--windows", "9"], "tokens, wanted at least 18432"),
+    (["eval", "{model}", "--text", "{text}", "--plot", "/no/where/plot.png"], "--plot: got '/no/where/plot.png'"),
+    (["eval", "{model}", "--text", "{text}", "--bits", "4,2", "--artifacts", "/"], "--bits: got several values"),
+    (["calibrate", "{model}"], "Missing option '-o'"),
+    (["calibrate", "{model}", "--text", "/no/file", "-o", "out"], "--text: got '/no/file'"),
+    (["calibrate", "{model}", "--tokens", "10", "-o", "out"], "--tokens: got 10, wanted at least 256"),
+    (["inspect", "/no/where"], "path: got '/no/where'"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_a_mistake_is_one_sentence(run, model, text, arguments, message):
+    code, out, err = run(*(argument.format(model=model, text=text) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1 and err.startswith("veloxquant: error: ")
+
+
+def test_a_directory_without_artifacts(run, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    code, out, err = run("inspect", str(tmp_path))
+    assert (code, out) == (2, "") and "holds no artifacts" in err
+
+
+def test_debugging_shows_the_traceback(run, monkeypatch):
+    monkeypatch.setenv("VELOXQUANT_DEBUG", "1")
+    code, _, err = run("inspect", "/no/where")
+    assert code == 2 and "Traceback" in err

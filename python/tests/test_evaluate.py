@@ -1,0 +1,86 @@
+"""The evaluation protocol, on a small random model."""
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+from tiny_model import save
+
+from veloxquant_mlx.evaluate import LogProbs, bits_per_element, cache_bytes, evaluate, mean_kl, read_windows
+from veloxquant_mlx.models import kv_elements_per_token, load_model
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return load_model(str(save(tmp_path_factory.mktemp("model"))))
+
+
+class NoisyCache(KVCache):
+    """An exact cache with an error in every value."""
+
+    def update_and_fetch(self, keys, values):
+        return super().update_and_fetch(keys, values + 0.1 * mx.sin(1000 * values))
+
+
+def test_windows_are_the_first_tokens(loaded):
+    _, tokenizer = loaded
+    windows = read_windows(tokenizer, "abcdefghijk", 2, 5)
+    assert windows.shape == (2, 5)
+    assert tokenizer.decode(windows.ravel().tolist()) == "abcdefghij"
+
+
+def test_a_short_text_is_refused(loaded):
+    with pytest.raises(ValueError, match="text: got 3 tokens, wanted at least 10"):
+        read_windows(loaded[1], "abc", 2, 5)
+
+
+def test_perplexity_is_that_of_a_plain_forward_pass(loaded):
+    model, tokenizer = loaded
+    windows = read_windows(tokenizer, "The quick brown fox jumps over the lazy dog. " * 20, 2, 300)
+    score = evaluate(model, windows, {"exact": lambda: make_prompt_cache(model)})["exact"]
+
+    logits = np.array(model(mx.array(windows)), np.float64)[:, :-1]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_p, windows[:, 1:, None], -1).mean()
+    assert score.tokens == 2 * 299
+    assert score.ppl == pytest.approx(math.exp(nll), rel=1e-5)
+    assert (score.ppl_exact, score.kl, score.top1) == (score.ppl, 0.0, 1.0)
+
+
+def test_kl_and_top1_are_against_the_exact_cache(loaded):
+    model, tokenizer = loaded
+    windows = read_windows(tokenizer, "Pack my box with five dozen liquor jugs. " * 20, 2, 300)
+    score = evaluate(model, windows, {"noisy": lambda: [NoisyCache() for _ in model.layers]})["noisy"]
+
+    kl, same = [], []
+    for window in windows:
+        p, q = (
+            LogProbs(model, window, caches).rows(0, 299)
+            for caches in (make_prompt_cache(model), [NoisyCache() for _ in model.layers])
+        )
+        kl.append((p[0].astype(np.float64) * (p[1] - q[1])).sum(-1).mean())
+        same.append((p[1].argmax(-1) == q[1].argmax(-1)).mean())
+    assert score.kl > 1e-4 and score.top1 < 1
+    assert score.kl == pytest.approx(np.mean(kl), rel=1e-4)
+    assert score.top1 == pytest.approx(np.mean(same))
+
+
+def test_log_probabilities_from_a_later_position(loaded):
+    model, tokenizer = loaded
+    tokens = tokenizer.encode("Sphinx of black quartz, judge my vow.")
+    whole = LogProbs(model, tokens, make_prompt_cache(model))
+    end = LogProbs(model, tokens, make_prompt_cache(model), start=10)
+    np.testing.assert_array_equal(end.rows(0, 5)[1], whole.rows(10, 15)[1])
+    assert mean_kl(end, end) == 0.0
+
+
+def test_bytes_and_bits_of_mlx_lm_caches(loaded):
+    model, tokenizer = loaded
+    tokens = mx.array([tokenizer.encode("x" * 256)])
+    exact = make_prompt_cache(model)
+    packed = [cache.to_quantized(group_size=64, bits=4) for cache in make_prompt_cache(model)]
+    for caches, bits in ((exact, 32.0), (packed, 4 + 2 * 32 / 64)):  # fp32 model: fp32 scale and bias per 64
+        model(tokens, cache=caches)
+        assert bits_per_element(caches) == bits
+        assert cache_bytes(caches) == 256 * kv_elements_per_token(model) * bits / 8
