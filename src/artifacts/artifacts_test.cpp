@@ -7,7 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <fstream>
+#include <chrono>
 #include <random>
 
 #include "src/artifacts/npy.h"
@@ -184,16 +184,20 @@ TEST_F(Artifacts, KilledSavesLeaveTheOldOrTheNewVersion) {
     return artifact;
   };
   const Artifact versions[2] = {version(0), version(1)};
-  store_.save("a", versions[0]);
+  // Kills fall within the first few saves, however slow the disk and the build are.
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < 4; ++i) store_.save("a", versions[i % 2]);
+  const auto four_saves = std::chrono::duration_cast<std::chrono::microseconds>(
+      std::chrono::steady_clock::now() - start);
   std::mt19937 random(7);
   int seen[2] = {0, 0};
-  for (int round = 0; round < 300; ++round) {
+  for (int round = 0; round < 200; ++round) {
     const pid_t child = fork();
     ASSERT_GE(child, 0);
     if (child == 0) {
       for (unsigned i = round;; ++i) store_.save("a", versions[i % 2]);
     }
-    usleep(random() % 6000);
+    usleep(static_cast<useconds_t>(random() % (2 * four_saves.count())));
     kill(child, SIGKILL);
     waitpid(child, nullptr, 0);
     const Artifact loaded = store_.load("a");

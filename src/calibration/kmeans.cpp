@@ -25,13 +25,21 @@ void add_centroid(const Vectors& x, const float* centroid, std::vector<float>& n
     nearest_centroids(default_backend(), x.at(0, start), x.stride, n, centroid, 1, x.sub_dim, codes,
                       distance);
     float* block = nearest.data() + start;
-    // Four sums: one would wait for its own last addition every time.
-    double sums[4] = {};
-    for (int64_t t = 0; t < n; ++t) {
-      block[t] = std::min(block[t], distance[t]);
-      sums[t % 4] += block[t];
+    // Sixteen sums side by side, so that the compiler may use vectors without changing their order.
+    constexpr int kLanes = 16;
+    float sums[kLanes] = {};
+    int64_t t = 0;
+    for (; t + kLanes <= n; t += kLanes) {
+      for (int k = 0; k < kLanes; ++k) {
+        block[t + k] = distance[t + k] < block[t + k] ? distance[t + k] : block[t + k];
+        sums[k] += block[t + k];
+      }
     }
-    block_sums[b] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int k = 0; t < n; ++t, ++k) {
+      block[t] = std::min(block[t], distance[t]);
+      sums[k] += block[t];
+    }
+    block_sums[b] = std::accumulate(sums, sums + kLanes, 0.0);
   }
 }
 
