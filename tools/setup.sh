@@ -32,7 +32,7 @@ step() {
   say "$text ..."
   { "$@" 2>&1 || echo "FAILED: exit status $?"; } | tee -a "$log" |
     awk -v pattern="$pattern" \
-      '$0 ~ pattern { sub(/^ +/, ""); sub(/Building [A-Z]+ object .*\//, "compiling ")
+      '$0 ~ pattern { sub(/^ +/, ""); sub(/Building [A-Z]+ object .*\.dir\//, "compiling ")
                       print "      " substr($0, 1, 90); fflush() }'
   if tail -n 1 "$log" | grep -q '^FAILED: '; then
     tail -n 40 "$log" >&2
