@@ -52,9 +52,12 @@ def include_problem(where, target):
 
 def check(root):
     problems, warnings = [], []
-    files = [p for top in ("include", "src", "python", "tools", "tests", "examples")
-             for p in sorted((root / top).rglob("*"))
-             if p.suffix in {".h", ".cpp", ".cu", ".cuh", ".py", ".sh"}]
+    files = [
+        p
+        for top in ("include", "src", "python", "tools", "tests", "examples")
+        for p in sorted((root / top).rglob("*"))
+        if p.suffix in {".h", ".cpp", ".cu", ".cuh", ".py", ".sh"}
+    ]
     for path in files:
         where = path.relative_to(root)
         lines = path.read_text(encoding="utf-8").splitlines()
