@@ -24,6 +24,7 @@ def test_mlx_is_pinned_alike_for_build_and_run():
 
 def test_the_extension_knows_mlx_arrays():
     import mlx.core  # noqa: F401  (loads libmlx, whose types the extension shares)
+
     from veloxquant_mlx import _ext
 
     # A module outside nanobind's `mlx` domain imports well and writes C++ type names here.
