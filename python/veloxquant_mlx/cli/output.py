@@ -75,10 +75,5 @@ class _Lines:
             note(f"[{100 * fraction:3.0f} %] {what}")
 
 
-def part(report, first, last):
-    """A report() for one stage: its 0..1 becomes first..last of `report`."""
-    return lambda fraction, what: report(first + (last - first) * fraction, what)
-
-
 def megabytes(n_bytes):
     return f"{n_bytes / 1e6:.2f} MB"
