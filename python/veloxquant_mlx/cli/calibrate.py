@@ -37,7 +37,7 @@ def command(
     calibration.save(out, smooth_factors, codebook)
     key_bits, value_bits = codebook.bits_per_element
     if json:
-        bits_per_element = (key_bits + value_bits) / 2
+        bits_per_element = calibration.bits_of(codebook)
         output.emit_json({"artifacts": out, "bits_per_element": bits_per_element, "shared_bytes": codebook.nbytes})
     else:
         size = output.megabytes(codebook.nbytes)

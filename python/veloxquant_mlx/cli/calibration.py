@@ -6,6 +6,7 @@ from pathlib import Path
 
 from veloxquant_mlx.allocators import vecinfer
 from veloxquant_mlx.artifacts.npy_store import NpyArtifactStore
+from veloxquant_mlx.cache.codebook import Codebook
 from veloxquant_mlx.cli import output
 from veloxquant_mlx.models import model_directory
 from veloxquant_mlx.models.paths import atomic_directory, cache_root
@@ -20,7 +21,15 @@ def load(directory):
     if not Path(directory).is_dir():
         raise FileNotFoundError(f"--artifacts: got {str(directory)!r}, wanted a directory made by veloxquant calibrate")
     store = NpyArtifactStore(directory)
-    return store.load(SMOOTH), store.load(CODEBOOK)
+    smooth_factors, codebook = store.load(SMOOTH), store.load(CODEBOOK)
+    if not isinstance(codebook, Codebook):
+        raise ValueError(f"--artifacts: got a {type(codebook).__name__} as {CODEBOOK} in {directory}, wanted a Codebook")
+    return smooth_factors, codebook
+
+
+def bits_of(codebook):
+    """Bits per element of the codes, keys and values averaged."""
+    return sum(codebook.bits_per_element) / 2
 
 
 def save(directory, smooth_factors, codebook):
