@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
+
+from veloxquant_mlx.cache.kv_cache import VeloxQuantKVCache, shared_nbytes
+from veloxquant_mlx.cache.layout import native_caches
 
 _CHUNK = 256  # positions turned into log-probabilities at a time
 
@@ -57,7 +59,7 @@ def evaluate(model, windows, methods, progress=lambda fraction, text: None):
     steps, done = len(windows) * (1 + len(methods)), 0
     for number, window in enumerate(windows):
         progress(done / steps, f"window {number + 1}/{len(windows)}: exact cache")
-        exact = LogProbs(model, window, make_prompt_cache(model))
+        exact = LogProbs(model, window, native_caches(model))
         exact_nll += exact.nll()
         done += 1
         for label, make_caches in methods.items():
@@ -142,7 +144,7 @@ class _Sums:
         self.same += same
         self.nll += nll
         self.cache_bytes += cache_bytes(caches)
-        self.shared_bytes = shared_bytes(caches)
+        self.shared_bytes = shared_nbytes(caches)
         self.bits_per_element = bits_per_element(caches)
 
     def score(self, scored, tokens, exact_nll):
@@ -163,14 +165,9 @@ def cache_bytes(caches):
     return sum(cache.nbytes for cache in caches)
 
 
-def shared_bytes(caches):
-    """Bytes of codebooks and transforms, which all sequences share; 0 for mlx_lm's own caches."""
-    return sum(getattr(cache, "shared_nbytes", 0) for cache in caches)
-
-
 def bits_per_element(caches):
     """Bits that one stored key or value element takes in the codes (mlx_lm's caches: in their arrays)."""
-    ours = [cache.bits_per_element for cache in caches if hasattr(cache, "bits_per_element")]
+    ours = [cache.bits_per_element for cache in caches if isinstance(cache, VeloxQuantKVCache)]
     if ours:
         return sum(ours) / len(ours)
     keys = caches[0].keys

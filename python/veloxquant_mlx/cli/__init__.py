@@ -20,6 +20,12 @@ app = typer.Typer(
 )
 
 
+def _quieten_libraries():
+    """Their notes (a text longer than the model's context, no PyTorch) say nothing about what runs here."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def _register():
     from veloxquant_mlx.cli import calibrate, demo, devices, evaluate, generate, inspect
 
@@ -27,6 +33,7 @@ def _register():
         app.command(module.NAME, epilog=f"Example: {module.EXAMPLE}")(module.command)
 
 
+_quieten_libraries()  # read by the libraries when the commands import them
 _register()
 
 
@@ -40,7 +47,6 @@ def main(arguments=None):
 
 
 def _run(arguments):
-    _quieten_libraries()
     try:
         return app(arguments, prog_name="veloxquant", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
@@ -59,9 +65,3 @@ def _fail(code, message):
     if os.environ.get("VELOXQUANT_DEBUG") == "1":
         traceback.print_exc()
     return code
-
-
-def _quieten_libraries():
-    """Their notes (a text longer than the model's context, no PyTorch) say nothing about what runs here."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

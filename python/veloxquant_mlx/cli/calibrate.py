@@ -35,7 +35,10 @@ def command(
     with output.progress() as report:
         ((smooth_factors, codebook),) = calibration.calibrate(loaded, tokenizer, [width], text, tokens, report).values()
     calibration.save(out, smooth_factors, codebook)
+    key_bits, value_bits = codebook.bits_per_element
     if json:
-        output.emit_json({"artifacts": out, "bits_per_element": codebook.bits_per_element, "shared_bytes": codebook.nbytes})
+        bits_per_element = calibration.bits_of(codebook)
+        output.emit_json({"artifacts": out, "bits_per_element": bits_per_element, "shared_bytes": codebook.nbytes})
     else:
-        output.note(f"saved in {out}: {codebook.bits_per_element:g} bits per element, {output.megabytes(codebook.nbytes)}")
+        size = output.megabytes(codebook.nbytes)
+        output.note(f"saved in {out}: {key_bits:g} bits per key element, {value_bits:g} per value element, {size}")

@@ -1,8 +1,12 @@
 """Smooth factors and codebooks for a command: read from --artifacts, or calibrated once and kept."""
+
 import hashlib
 import shutil
 from pathlib import Path
 
+from veloxquant_mlx.allocators import vecinfer
+from veloxquant_mlx.artifacts.npy_store import NpyArtifactStore
+from veloxquant_mlx.cache.codebook import Codebook
 from veloxquant_mlx.cli import output
 from veloxquant_mlx.models import model_directory
 from veloxquant_mlx.models.paths import atomic_directory, cache_root
@@ -16,16 +20,19 @@ def load(directory):
     """(smooth_factors, codebook) of an artifact directory; ValueError or FileNotFoundError if there are none."""
     if not Path(directory).is_dir():
         raise FileNotFoundError(f"--artifacts: got {str(directory)!r}, wanted a directory made by veloxquant calibrate")
-
-    from veloxquant_mlx.artifacts.npy_store import NpyArtifactStore
-
     store = NpyArtifactStore(directory)
-    return store.load(SMOOTH), store.load(CODEBOOK)
+    smooth_factors, codebook = store.load(SMOOTH), store.load(CODEBOOK)
+    if not isinstance(codebook, Codebook):
+        raise ValueError(f"--artifacts: got a {type(codebook).__name__} as {CODEBOOK} in {directory}, wanted a Codebook")
+    return smooth_factors, codebook
+
+
+def bits_of(codebook):
+    """Bits per element of the codes, keys and values averaged."""
+    return sum(codebook.bits_per_element) / 2
 
 
 def save(directory, smooth_factors, codebook):
-    from veloxquant_mlx.artifacts.npy_store import NpyArtifactStore
-
     store = NpyArtifactStore(directory)
     store.save(SMOOTH, smooth_factors)
     store.save(CODEBOOK, codebook)
@@ -52,13 +59,10 @@ def load_or_calibrate(model_name, model, tokenizer, bits):
 
 def calibrate(model, tokenizer, bits, texts, n_tokens, report):
     """{b: (smooth_factors, codebook)} for every b in `bits`. texts: None for the built-in text, a path, or strings."""
-    from veloxquant_mlx.allocators import vecinfer
-
-    made = {}
-    for i, b in enumerate(bits):
-        stage = output.part(report, i / len(bits), (i + 1) / len(bits))
-        made[b] = vecinfer.calibrate(model, tokenizer, bits=b, texts=texts, num_tokens=n_tokens, progress=stage)
-    return made
+    smooth_factors, codebooks = vecinfer.calibrate(
+        model, tokenizer, list(bits), texts=texts, num_tokens=n_tokens, progress=report
+    )
+    return {b: (smooth_factors, codebook) for b, codebook in zip(bits, codebooks)}
 
 
 def _load_kept(directory):

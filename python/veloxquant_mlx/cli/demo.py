@@ -1,6 +1,6 @@
 """veloxquant demo: the same prompt answered from the exact cache and from VecInfer at 4 and at 2 bits."""
 from veloxquant_mlx.cli import options, output
-from veloxquant_mlx.cli.demo_prompt import PROMPT
+from veloxquant_mlx.cli.demo_prompt import PROMPT, QUESTION
 from veloxquant_mlx.cli.generate import chat_tokens, run
 from veloxquant_mlx.cli.setup import make_methods, open_model
 from veloxquant_mlx.models import smollm2
@@ -51,7 +51,7 @@ def answer_divergences(model, prompt, answer, methods):
 
 
 def _print(results):
-    output.text(PROMPT)
+    output.text(f"A text about the history of calculus, then: {QUESTION}\n")
     rows = [
         ["answer", *(result["text"].strip() for result in results)],
         ["tokens/s", *(f"{result['tokens_per_s']:.1f}" for result in results)],

@@ -50,8 +50,8 @@ Weierstrass in Berlin gave the definitions with epsilon and delta that students 
 exactly what an integral is, and Henri Lebesgue, in 1902, found a better answer that covers far more functions.
 """
 
-PROMPT = f"""\
-Read the following text.
-
-{_TEXT}
-In a few sentences: what did Newton and Leibniz each contribute to calculus, and what did their followers quarrel about?"""
+QUESTION = (
+    "In a few sentences: what did Newton and Leibniz each contribute to calculus, "
+    "and what did their followers quarrel about?"
+)
+PROMPT = f"Read the following text.\n\n{_TEXT}\n{QUESTION}"

@@ -1,13 +1,11 @@
 """veloxquant devices: what this machine runs the kernels on."""
-import sys
-from pathlib import Path
 
+from veloxquant_mlx import _ext, _runtime
 from veloxquant_mlx.cli import options, output
 
 NAME = "devices"
 EXAMPLE = "veloxquant devices --json"
 
-_REFERENCE = "reference"
 _SLOW_BLAS = (
     "MLX runs on the reference BLAS, 15-40 times slower than OpenBLAS; install it with: "
     "apt-get install libopenblas0-pthread"
@@ -24,7 +22,8 @@ def command(json: options.Json = False):
         output.emit_json(fields)
         return
     rows = [[f"{backend['name']} backend", backend["description"]] for backend in fields["backends"]]
-    rows += [[key.replace("_", " "), str(fields[key])] for key in ("threads", "mlx", "default_device", "blas", "metal", "cuda")]
+    rows += [[key.replace("_", " "), str(fields[key])] for key in ("threads", "mlx", "default_device", "metal", "cuda")]
+    rows.append(["BLAS", " ".join(filter(None, (fields["blas"]["name"], fields["blas"]["path"])))])
     output.table("VeloxQuant on this machine", ["what", "found"], rows)
     if fields["advice"]:
         output.note(fields["advice"])
@@ -34,11 +33,9 @@ def collect():
     """The fields of devices --json."""
     import mlx.core as mx
 
-    from veloxquant_mlx import _ext
-
     levels = _ext.simd_levels()
     running = _ext.simd_level()
-    blas = find_blas()
+    blas = _runtime.blas_in_use()
     return {
         "backends": [
             {
@@ -56,15 +53,5 @@ def collect():
         "blas": blas,
         "metal": mx.metal.is_available(),
         "cuda": mx.cuda.is_available(),
-        "advice": _SLOW_BLAS if blas == _REFERENCE else "",
+        "advice": "" if blas["fast"] else _SLOW_BLAS,
     }
-
-
-def find_blas():
-    """Which BLAS MLX's matrix products run on: "Accelerate", the path of an OpenBLAS, or "reference"."""
-    if sys.platform == "darwin":
-        return "Accelerate"
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.is_file() else []
-    libraries = {line.split(maxsplit=5)[-1] for line in lines if "openblas" in line}
-    return min(libraries, default=_REFERENCE)

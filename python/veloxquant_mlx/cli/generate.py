@@ -63,7 +63,8 @@ def run(model, tokenizer, tokens, method, max_tokens, on_text=lambda piece: None
     from mlx_lm import stream_generate
 
     from veloxquant_mlx._ext import dequantize_calls
-    from veloxquant_mlx.evaluate import bits_per_element, cache_bytes, shared_bytes
+    from veloxquant_mlx.cache.kv_cache import shared_nbytes
+    from veloxquant_mlx.evaluate import bits_per_element, cache_bytes
     from veloxquant_mlx.models import kv_elements_per_token
 
     caches = method.build(model)
@@ -87,7 +88,7 @@ def run(model, tokenizer, tokens, method, max_tokens, on_text=lambda piece: None
         "generated_tokens": response.generation_tokens,
         "tokens_per_s": response.generation_tps,
         "cache_bytes": cache_bytes(caches),
-        "shared_bytes": shared_bytes(caches),
+        "shared_bytes": shared_nbytes(caches),
         "fp16_cache_bytes": 2 * kv_elements_per_token(model) * cached_tokens,
         "kernel": kernel(caches),
         "dequantize_calls": dequantize_calls() - dequantized_before,

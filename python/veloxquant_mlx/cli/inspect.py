@@ -1,10 +1,11 @@
 """veloxquant inspect: what an artifact directory, or one artifact in it, holds."""
-import json as jsonlib
+
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from veloxquant_mlx.artifacts.npy_store import NpyArtifactStore
 from veloxquant_mlx.cli import options, output
 
 NAME = "inspect"
@@ -12,14 +13,16 @@ EXAMPLE = "veloxquant inspect artifacts"
 
 
 def command(
-    path: Annotated[str, typer.Argument(metavar="DIR|FILE", help="A directory made by calibrate, or one manifest in it.")],
+    path: Annotated[
+        str, typer.Argument(metavar="DIR|FILE", help="A directory made by calibrate, or one manifest (.json) in it.")
+    ],
     json: options.Json = False,
 ):
     """Show what an artifact directory holds.
 
-    Arrays, model, and whether the checksums hold; exit code 1 if not."""
-    manifests = find_manifests(path)
-    artifacts = [describe(manifest) for manifest in manifests]
+    Arrays, model, and whether the checksums hold; exit code 1 if not.
+    """
+    artifacts = [describe(manifest) for manifest in find_manifests(path)]
     if json:
         output.emit_json({"path": path, "artifacts": artifacts})
     else:
@@ -47,33 +50,48 @@ def _is_manifest(file):
 
 
 def describe(manifest):
-    """One artifact as a dict: name, kind, state ("whole" or what is wrong), bytes, arrays, attributes."""
-    from veloxquant_mlx.artifacts.npy_store import NpyArtifactStore
-
+    """One artifact as a dict: name, state ("whole" or what is wrong), kind, model, transform, bits_per_element,
+    relative_error (squared, mean over layers and heads), bytes, arrays. What an artifact does not have is None."""
     name = manifest.name.removesuffix(".json")
-    described = {"name": name, "kind": None, "state": "whole", "bytes": 0, "arrays": [], "attributes": {}}
+    store = NpyArtifactStore(manifest.parent)
     try:
-        NpyArtifactStore(manifest.parent).load(name)  # checks sizes, versions and checksums
-        contents = jsonlib.loads(manifest.read_text())
+        found, loaded = store.describe(name), store.load(name)  # both check sizes, versions and checksums
     except (ValueError, OSError, RuntimeError) as error:
-        described["state"] = " ".join(str(error).split())
-        return described
-    described["kind"] = contents["kind"]
-    described["attributes"] = contents["attributes"]
-    described["arrays"] = [
-        {"name": array, **{key: entry[key] for key in ("dtype", "shape", "bytes")}}
-        for array, entry in contents["arrays"].items()
-    ]
-    described["bytes"] = sum(array["bytes"] for array in described["arrays"])
-    return described
+        found, loaded, state = {"kind": None, "attributes": {}, "arrays": {}}, None, " ".join(str(error).split())
+    else:
+        state = "whole"
+    attributes = found["attributes"]
+    bits = getattr(loaded, "bits_per_element", None)
+    errors = attributes.get("relative_error") or {}
+    return {
+        "name": name,
+        "state": state,
+        "kind": found["kind"],
+        "model": attributes.get("model"),
+        "transform": attributes.get("transform"),
+        "bits_per_element": sum(bits) / len(bits) if bits else None,
+        "relative_error": {side: _mean(per_layer) for side, per_layer in errors.items()} or None,
+        "bytes": sum(array["bytes"] for array in found["arrays"].values()),
+        "arrays": [{"name": array, **entry} for array, entry in found["arrays"].items()],
+    }
+
+
+def _mean(per_layer):
+    values = [value for layer in per_layer for value in layer]
+    return sum(values) / len(values)
 
 
 def _print(artifacts):
     for artifact in artifacts:
-        attributes = ", ".join(f"{key} {value}" for key, value in artifact["attributes"].items())
-        title = f"{artifact['name']} ({artifact['kind'] or 'unknown'}): {artifact['state']}, {output.megabytes(artifact['bytes'])}"
+        facts = [f"{artifact['name']}: {artifact['state']}", artifact["kind"], output.megabytes(artifact["bytes"])]
+        if artifact["bits_per_element"] is not None:
+            facts.append(f"{artifact['bits_per_element']:g} bits per element")
+        if artifact["model"]:
+            facts.append(f"model {artifact['model']}")
+        for side, error in (artifact["relative_error"] or {}).items():
+            facts.append(f"error of {side} {100 * error:.2f} %")
         rows = [
             [array["name"], array["dtype"], " x ".join(map(str, array["shape"])), str(array["bytes"])]
             for array in artifact["arrays"]
         ]
-        output.table(f"{title}\n{attributes}".rstrip(), ["array", "dtype", "shape", "bytes"], rows)
+        output.table(", ".join(filter(None, facts)), ["array", "dtype", "shape", "bytes"], rows)

@@ -1,13 +1,17 @@
 """Cache methods by the names that the command line uses, and the checks of their options."""
 from dataclasses import dataclass
 
+from veloxquant_mlx.allocators.vecinfer import TABLE_SHAPES
+from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
+from veloxquant_mlx.cache.layout import native_caches
+
 METHODS = {
     "vecinfer": "packed product-quantised codes, attention on the codes",
     "fp16": "VeloxQuant's exact cache, 2 bytes an element",
     "exact": "mlx_lm's own cache, in the model's dtype",
     "mlx4": "mlx_lm's QuantizedKVCache, 4 bits, groups of 64",
 }
-BITS = (1.0, 2.0, 4.0)  # of vecinfer: sub-vectors of 8, 4 and 2 elements with 256 centroids
+BITS = tuple(TABLE_SHAPES)  # of vecinfer
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,6 @@ class CacheMethod:
         """One new cache per layer. strict: every query sees what token-by-token decoding would."""
         if self.name in ("exact", "mlx4"):
             return _mlx_lm_caches(model, quantised=self.name == "mlx4")
-        from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
-
         options = {"window": self.window, "sinks": self.sinks, "strict": strict}
         if self.name == "vecinfer":
             options |= {"bits": self.bits, "codebook": self.codebook, "smooth_factors": self.smooth_factors}
@@ -82,9 +84,7 @@ def check_at_least(option, value, least):
 
 
 def _mlx_lm_caches(model, quantised):
-    from mlx_lm.models.cache import make_prompt_cache
-
-    caches = make_prompt_cache(model)
+    caches = native_caches(model)
     if quantised:
         caches = [cache.to_quantized(group_size=64, bits=4) if hasattr(cache, "to_quantized") else cache for cache in caches]
     return caches

@@ -6,6 +6,8 @@ from contextlib import contextmanager, redirect_stdout
 
 _LINE_EVERY_S = 10.0  # between the plain progress lines of a stderr that is no terminal
 
+_FILE_WIDTH = 120  # columns of a table that is not printed on a terminal
+
 _stdout = None  # the real one while captured() is active
 
 
@@ -44,7 +46,10 @@ def table(title, columns, rows):
         grid.add_column(column, overflow="fold")
     for row in rows:
         grid.add_row(*row)
-    Console(file=_stdout).print(grid)
+    console = Console(file=_stdout)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    console.print(grid)
 
 
 @contextmanager
@@ -73,11 +78,6 @@ class _Lines:
         if now >= self._next:
             self._next = now + _LINE_EVERY_S
             note(f"[{100 * fraction:3.0f} %] {what}")
-
-
-def part(report, first, last):
-    """A report() for one stage: its 0..1 becomes first..last of `report`."""
-    return lambda fraction, what: report(first + (last - first) * fraction, what)
 
 
 def megabytes(n_bytes):

@@ -21,7 +21,8 @@ def make_methods(model_name, model, tokenizer, names, bits, artifacts=None, wind
         if artifacts is None:
             found = calibration.load_or_calibrate(model_name, model, tokenizer, bits)
         else:
-            found = {bits[0]: calibration.load(artifacts)}
+            smooth_factors, codebook = calibration.load(artifacts)
+            found = {calibration.bits_of(codebook): (smooth_factors, codebook)}
     methods = []
     for name in names:
         if name == "vecinfer":

@@ -47,13 +47,15 @@ def load_model(name, progress=lambda fraction, text: None):
 def kv_elements_per_token(model):
     """Numbers that one token adds to the keys and values of all layers: sum of H_kv * (D_k + D_v).
 
-    Read off the model's own caches after one token; layers without keys (recurrent ones) count nothing.
+    Read off the model's own caches after the graph of one token was built; layers without keys (recurrent
+    ones) count nothing.
     """
     import mlx.core as mx
-    from mlx_lm.models.cache import make_prompt_cache
 
-    caches = make_prompt_cache(model)
-    mx.eval(model(mx.array([[0]]), cache=caches))
+    from veloxquant_mlx.cache.layout import native_caches
+
+    caches = native_caches(model)
+    model(mx.array([[0]]), cache=caches)
     return sum(
         side.shape[1] * side.shape[3]
         for cache in caches
