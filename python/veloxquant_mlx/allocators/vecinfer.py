@@ -10,7 +10,12 @@ from veloxquant_mlx.cache.layout import attention_layers, model_fingerprint, nat
 from veloxquant_mlx.text import read_texts
 
 SAMPLE_TOKENS = 128  # tokens of one calibration sample
-WINDOW_TOKENS = 512  # samples are run through the model this many tokens at a time
+# Samples are run through the model in windows of this length: keys carry their RoPE, so that the
+# codebook must see positions as late as the ones it will encode.
+WINDOW_TOKENS = 2048
+# The first tokens of a window draw attention and have keys of their own kind. Caches keep them
+# exact (sinks=4), so they are not trained on.
+SINK_TOKENS = 4
 
 # bits per element -> (dimensions of a sub-vector, centroids)
 TABLE_SHAPES = {1: (8, 256), 2: (4, 256), 4: (2, 256)}
@@ -109,8 +114,9 @@ def collect_kv(model, tokenizer, num_tokens, texts=None, progress=None):
         inner(window[None], cache=caches)
         for layer in layers:
             k, v = caches[layer.index].keys_and_values()
-            keys[layer.position].append(k[0].astype(mx.float16))
-            values[layer.position].append(v[0].astype(mx.float16))
+            first = min(SINK_TOKENS, k.shape[2] - 1)
+            keys[layer.position].append(k[0, :, first:].astype(mx.float16))
+            values[layer.position].append(v[0, :, first:].astype(mx.float16))
         mx.eval([side[-1] for side in keys], [side[-1] for side in values])
         if progress:
             progress(min(1.0, (start + WINDOW_TOKENS) / len(tokens)), "running the model")
