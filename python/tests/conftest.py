@@ -1,9 +1,9 @@
+import mlx.core as mx
 import numpy as np
 import pytest
-import veloxquant_mlx  # noqa: F401  (loads OpenBLAS before MLX)
-
-import mlx.core as mx
 from mlx_lm.models import llama
+
+import veloxquant_mlx  # noqa: F401  (loads OpenBLAS before MLX)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """The command line on a small random model: output, exit codes, and errors of one sentence."""
+
 import json
 
 import pytest
@@ -150,7 +151,9 @@ def test_eval_prints_a_table(run, model, text):
 
 def test_calibrate_then_inspect_then_generate(run, model, text, tmp_path):
     artifacts = str(tmp_path / "artifacts")
-    code, out, err = run("calibrate", model, "--text", text, "--bits", "4", "--tokens", "1024", "-o", artifacts, "--json")
+    code, out, err = run(
+        "calibrate", model, "--text", text, "--bits", "4", "--tokens", "1024", "-o", artifacts, "--json"
+    )
     assert code == 0, err
     calibrated = json.loads(out)
     assert calibrated["bits_per_element"] == 4.0
@@ -229,7 +232,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("arguments, message", MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "arguments, message", MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
 def test_a_mistake_is_one_sentence(run, model, text, arguments, message):
     code, out, err = run(*(argument.format(model=model, text=text) for argument in arguments))
     assert (code, out) == (2, "")

@@ -1,4 +1,5 @@
 """The evaluation protocol, on a small random model."""
+
 import math
 
 import mlx.core as mx

@@ -46,9 +46,7 @@ def case(request):
 
 def test_values_as_an_array(case):
     k = case["encoded"].dequantize()
-    out = metal_fused_sdpa(
-        queries=case["q"], encoded_keys=case["encoded"], values=case["values"], scale=case["scale"]
-    )
+    out = metal_fused_sdpa(queries=case["q"], encoded_keys=case["encoded"], values=case["values"], scale=case["scale"])
     assert relative_error(out, dense(case["q"], k, case["values"], case["scale"])) < 2e-3
 
 

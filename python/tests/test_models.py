@@ -1,4 +1,5 @@
 """The GGUF converter, the cache directory, model names, and the embedded model where it is installed."""
+
 from importlib.metadata import PackageNotFoundError
 
 import gguf

@@ -1,4 +1,5 @@
 """Calibration text: varied, repeatable, and the three forms of `texts=`."""
+
 from itertools import islice
 
 import pytest

@@ -1,4 +1,5 @@
 """A random llama model small enough for quick tests, saved as an mlx_lm directory."""
+
 import json
 
 import mlx.core as mx

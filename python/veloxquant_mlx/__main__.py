@@ -1,4 +1,5 @@
 """python -m veloxquant_mlx: the command line without the entry point."""
+
 import sys
 
 from veloxquant_mlx.cli import main

@@ -5,6 +5,7 @@ are n windows; positions 1..length-1 of each window are scored. The exact cache 
 dtype) and every method run on the same window, in one pass, before the next window starts, so that memory is
 bounded by two windows of logits.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -106,9 +107,7 @@ class LogProbs:
 
     def nll(self):
         """The summed negative log-likelihood of the tokens, nats."""
-        return sum(
-            _nll(self.rows(start, stop)[1], self.targets[start:stop]) for start, stop in _chunks(self.n_scored)
-        )
+        return sum(_nll(self.rows(start, stop)[1], self.targets[start:stop]) for start, stop in _chunks(self.n_scored))
 
 
 def _chunks(n):

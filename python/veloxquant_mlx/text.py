@@ -4,6 +4,7 @@ Codebooks fit what they are shown, so a short prefix of the source must already 
 many kinds (prose, a manual, read-mes and licences, docstrings), dealt round-robin, each kind shuffled with a
 fixed seed. What is found depends on the Python installation; its order does not depend on anything else.
 """
+
 import importlib
 import os
 import random

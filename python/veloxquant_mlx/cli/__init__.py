@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 a wrong argument. An error is one sentence on stderr; with VELOXQUANT_DEBUG=1
 the traceback follows.
 """
+
 import os
 import sys
 import traceback

@@ -1,4 +1,5 @@
 """veloxquant calibrate: fit smooth factors and codebooks to a model, and save them."""
+
 from typing import Annotated, Optional
 
 import typer
@@ -14,7 +15,9 @@ EXAMPLE = "veloxquant calibrate smollm2 --text my_domain.txt --bits 2 -o artifac
 def command(
     model: options.Model,
     out: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="Directory to write the artifacts into.")],
-    text: Annotated[Optional[str], typer.Option(metavar="FILE", help="Calibration text; left out: built-in text.")] = None,
+    text: Annotated[
+        Optional[str], typer.Option(metavar="FILE", help="Calibration text; left out: built-in text.")
+    ] = None,
     bits: Annotated[str, typer.Option(help="Bits per element of keys and values: 1, 2 or 4.")] = "2",
     tokens: Annotated[int, typer.Option(help="Calibration tokens; fewer are used if the text is shorter.")] = (
         calibration.FULL_TOKENS

@@ -23,7 +23,9 @@ def load(directory):
     store = NpyArtifactStore(directory)
     smooth_factors, codebook = store.load(SMOOTH), store.load(CODEBOOK)
     if not isinstance(codebook, Codebook):
-        raise ValueError(f"--artifacts: got a {type(codebook).__name__} as {CODEBOOK} in {directory}, wanted a Codebook")
+        raise ValueError(
+            f"--artifacts: got a {type(codebook).__name__} as {CODEBOOK} in {directory}, wanted a Codebook"
+        )
     return smooth_factors, codebook
 
 

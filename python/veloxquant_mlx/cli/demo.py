@@ -1,4 +1,5 @@
 """veloxquant demo: the same prompt answered from the exact cache and from VecInfer at 4 and at 2 bits."""
+
 from veloxquant_mlx.cli import options, output
 from veloxquant_mlx.cli.demo_prompt import PROMPT, QUESTION
 from veloxquant_mlx.cli.generate import chat_tokens, run
@@ -40,12 +41,12 @@ def answer_divergences(model, prompt, answer, methods):
     from veloxquant_mlx.evaluate import LogProbs, mean_kl
 
     tokens, start = prompt + answer, len(prompt) - 1
-    divergences = []
+    exact, divergences = None, []
     with output.progress() as report:
         for i, method in enumerate(methods):
             report(i / len(methods), f"comparing next-token distributions: {method.label}")
             log_probs = LogProbs(model, tokens, method.build(model, strict=True), start)
-            exact = log_probs if i == 0 else exact
+            exact = exact or log_probs
             divergences.append(mean_kl(exact, log_probs))
     return divergences
 
@@ -62,5 +63,7 @@ def _print(results):
         ["attention", *(result["kernel"] for result in results)],
     ]
     exact = results[0]
-    title = f"SmolLM2-135M, {exact['prompt_tokens']} tokens read; an fp16 cache takes {exact['fp16_cache_bytes']:,} bytes"
+    title = (
+        f"SmolLM2-135M, {exact['prompt_tokens']} tokens read; an fp16 cache takes {exact['fp16_cache_bytes']:,} bytes"
+    )
     output.table(title, ["", *(result["label"] for result in results)], rows)

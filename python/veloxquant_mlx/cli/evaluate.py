@@ -1,4 +1,5 @@
 """veloxquant eval: perplexity, KL divergence and top-1 agreement of caches against the exact one."""
+
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -24,7 +25,9 @@ def command(
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     window: options.Window = 64,
     sinks: options.Sinks = 4,
-    plot: Annotated[Optional[str], typer.Option(metavar="PNG", help="Draw perplexity increase over bytes per token.")] = None,
+    plot: Annotated[
+        Optional[str], typer.Option(metavar="PNG", help="Draw perplexity increase over bytes per token.")
+    ] = None,
     json: options.Json = False,
 ):
     """Score caches against the exact one.

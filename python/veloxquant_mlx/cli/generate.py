@@ -1,4 +1,5 @@
 """veloxquant generate: text from a model whose KV cache is compressed."""
+
 import sys
 from itertools import chain
 from typing import Annotated
@@ -71,7 +72,10 @@ def run(model, tokenizer, tokens, method, max_tokens, on_text=lambda piece: None
     dequantized_before = dequantize_calls()
     pieces = []
     with output.progress() as report:
-        on_prompt = lambda done, total: report(done / total, f"reading the prompt, {done} of {total} tokens")
+
+        def on_prompt(done, total):
+            report(done / total, f"reading the prompt, {done} of {total} tokens")
+
         responses = stream_generate(
             model, tokenizer, tokens, max_tokens=max_tokens, prompt_cache=caches, prompt_progress_callback=on_prompt
         )

@@ -40,7 +40,9 @@ def find_manifests(path):
         raise FileNotFoundError(f"path: got {str(path)!r}, wanted an artifact directory or a manifest (.json) in one")
     manifests = [file for file in sorted(path.glob("*.json")) if _is_manifest(file)]
     if not manifests:
-        raise FileNotFoundError(f"path: got {str(path)!r}, which holds no artifacts, wanted a directory made by calibrate")
+        raise FileNotFoundError(
+            f"path: got {str(path)!r}, which holds no artifacts, wanted a directory made by calibrate"
+        )
     return manifests
 
 

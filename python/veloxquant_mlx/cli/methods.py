@@ -1,4 +1,5 @@
 """Cache methods by the names that the command line uses, and the checks of their options."""
+
 from dataclasses import dataclass
 
 from veloxquant_mlx.allocators.vecinfer import TABLE_SHAPES
@@ -50,7 +51,7 @@ def kernel(caches):
 
 
 def check_methods(text):
-    """"a,b" -> ["a", "b"]; ValueError naming the option for an unknown method."""
+    """ "a,b" -> ["a", "b"]; ValueError naming the option for an unknown method."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in METHODS:
@@ -59,7 +60,7 @@ def check_methods(text):
 
 
 def check_bits(text):
-    """"4,2" -> [4.0, 2.0]; ValueError naming the option for bits that vecinfer does not have."""
+    """ "4,2" -> [4.0, 2.0]; ValueError naming the option for bits that vecinfer does not have."""
     wanted = ", ".join(f"{bits:g}" for bits in BITS)
     try:
         bits = [float(part) for part in str(text).split(",")]
@@ -86,5 +87,7 @@ def check_at_least(option, value, least):
 def _mlx_lm_caches(model, quantised):
     caches = native_caches(model)
     if quantised:
-        caches = [cache.to_quantized(group_size=64, bits=4) if hasattr(cache, "to_quantized") else cache for cache in caches]
+        caches = [
+            cache.to_quantized(group_size=64, bits=4) if hasattr(cache, "to_quantized") else cache for cache in caches
+        ]
     return caches

@@ -1,4 +1,5 @@
 """Arguments and options that several commands share."""
+
 from typing import Annotated, Optional
 
 import typer

@@ -1,4 +1,5 @@
 """What the commands print: one JSON object or a table on stdout; progress, notes and errors on stderr."""
+
 import json
 import sys
 import time

@@ -1,4 +1,5 @@
 """What generate, eval and demo do first: load the model, and give every method what it needs."""
+
 from veloxquant_mlx.cli import calibration, output
 from veloxquant_mlx.cli.methods import CacheMethod
 

@@ -1,4 +1,5 @@
 """Models by name: "smollm2" (embedded), a directory, or a name on the Hugging Face hub."""
+
 from pathlib import Path
 
 from veloxquant_mlx.models import smollm2

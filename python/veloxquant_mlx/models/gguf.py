@@ -6,6 +6,7 @@ Matrices are dequantised to fp32: on a CPU that is MLX's fast path, fp16 and 4-b
 slower there. llama.cpp stores the rows of attn_q and attn_k interleaved, (d/2, 2) inside a head; the
 Hugging Face order that mlx_lm's RoPE expects is (2, d/2).
 """
+
 import json
 from pathlib import Path
 

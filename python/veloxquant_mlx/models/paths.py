@@ -1,4 +1,5 @@
 """Where VeloxQuant keeps what it makes: converted models, calibrated artifacts."""
+
 import os
 import shutil
 import tempfile

