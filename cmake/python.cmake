@@ -46,3 +46,5 @@ endif()
 # site-packages/veloxquant_mlx/_ext.so finds site-packages/mlx/lib/libmlx.so.
 set_target_properties(_ext PROPERTIES INSTALL_RPATH "${origin}/../mlx/lib")
 install(TARGETS _ext LIBRARY DESTINATION veloxquant_mlx COMPONENT python)
+# Beside the package: OpenBLAS is loaded before MLX, whoever imports MLX first.
+install(FILES python/_veloxquant_preload.py python/veloxquant_preload.pth DESTINATION . COMPONENT python)

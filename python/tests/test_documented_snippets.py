@@ -5,7 +5,6 @@ from pathlib import Path
 
 import mlx_lm
 import pytest
-
 import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,24 +1,22 @@
 """What has to be right before the extension is loaded: MLX's BLAS and its C++ ABI."""
 
-import ctypes
-import glob
+import logging
 import os
 import re
 import sys
 from importlib import metadata
 
-_OPENBLAS_PATTERNS = (
-    "/usr/lib/*/openblas-pthread/libopenblas.so.0",
-    "/usr/lib/*/libopenblas.so.0",
-    "/usr/lib64/libopenblas*.so.0",
-)
+import _veloxquant_preload
+
+log = logging.getLogger("veloxquant_mlx")
 
 
 def prepare() -> None:
-    """Load OpenBLAS where MLX would use its slow reference BLAS, then MLX, then check the ABI."""
-    if sys.platform == "linux" and "mlx.core" not in sys.modules:
-        _load_openblas()
+    """Load MLX on a fast BLAS, then check that it is the MLX that the extension was built for."""
     import mlx.core as mx
+
+    if not blas_in_use()["fast"]:
+        log.info("MLX runs on its reference BLAS: install OpenBLAS (libopenblas0-pthread) for 15-40 x faster prefill")
 
     wanted, found = mlx_pin(), metadata.version("mlx")
     if wanted and wanted != found:
@@ -50,30 +48,13 @@ def mlx_pin() -> str | None:
     return None
 
 
-def _load_openblas() -> None:
-    """MLX's Linux wheel ships the Netlib reference BLAS, 15-40 times slower: symbols of a BLAS
-    that is loaded globally beforehand win. VELOXQUANT_BLAS names a library, or 'off'."""
-    choice = os.environ.get("VELOXQUANT_BLAS", "")
-    if choice == "off":
-        return
-    candidates = [choice] if choice else sorted(p for pattern in _OPENBLAS_PATTERNS for p in glob.glob(pattern))
-    for path in candidates:
-        try:
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-            return
-        except OSError as error:
-            if choice:
-                raise ImportError(f"VELOXQUANT_BLAS: got {path!r}, wanted a BLAS library ({error})") from error
-
-
 def blas_in_use() -> dict:
     """{'name', 'path', 'fast'}: the BLAS that MLX's matrix products run on."""
     if sys.platform == "darwin":
         return {"name": "Accelerate", "path": None, "fast": True}
-    with open("/proc/self/maps") as maps:
-        loaded = {line.split()[-1] for line in maps if ".so" in line}
-    openblas = sorted(path for path in loaded if "openblas" in path and "numpy" not in path and "scipy" not in path)
-    if openblas:
-        return {"name": "OpenBLAS", "path": openblas[0], "fast": True}
-    reference = sorted(path for path in loaded if "libblas" in path)
-    return {"name": "reference BLAS of the MLX wheel", "path": reference[0] if reference else None, "fast": False}
+    preloaded = _veloxquant_preload.loaded or next(
+        (lib for lib in os.environ.get("LD_PRELOAD", "").replace(":", " ").split() if "openblas" in lib), None
+    )
+    if preloaded:
+        return {"name": "OpenBLAS", "path": preloaded, "fast": True}
+    return {"name": "reference BLAS of the MLX wheel", "path": None, "fast": False}
