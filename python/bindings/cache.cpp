@@ -3,8 +3,11 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
+
+#include <algorithm>
 
 #include "python/bindings/module.h"
 #include "src/mlx/array_cache.h"
@@ -28,6 +31,43 @@ std::string kernel_name(const CodecArrays& keys, const CodecArrays& values) {
   return std::string(backend_name(default_backend())) + "/" + simd_level() + " " + codecs;
 }
 
+// (method, heads, head_dim, sub-vectors, transform, has scale): numbers and words for a file.
+using CodecDescription = std::tuple<std::string, int, int, int, std::string, bool>;
+
+const char* const kTransformNames[] = {"none", "hadamard", "dense"};
+
+CodecDescription describe(const CodecArrays& codec) {
+  const bool exact = codec.method == CodecArrays::Method::exact;
+  return {exact ? "exact" : "vecinfer",
+          codec.n_kv_heads,
+          codec.head_dim,
+          codec.n_subvectors,
+          kTransformNames[static_cast<int>(codec.transform)],
+          codec.has_scale};
+}
+
+CodecArrays restored_codec(const std::string& side, const CodecDescription& description,
+                           mx::Dtype exact_dtype, const std::vector<mx::array>& arrays) {
+  const auto& [method, heads, dim, subvectors, transform, has_scale] = description;
+  require(method == "exact" || method == "vecinfer", "[codec] method: got '", method,
+          "', wanted exact or vecinfer");
+  CodecArrays codec;
+  codec.method = method == "exact" ? CodecArrays::Method::exact : CodecArrays::Method::vecinfer;
+  codec.side = side_named(side);
+  codec.n_kv_heads = heads;
+  codec.head_dim = dim;
+  codec.n_subvectors = subvectors;
+  codec.has_scale = has_scale;
+  codec.exact_dtype = dtype_of(exact_dtype);
+  const auto* name = std::find(std::begin(kTransformNames), std::end(kTransformNames), transform);
+  require(name != std::end(kTransformNames), "[codec] transform: got '", transform,
+          "', wanted none, hadamard or dense");
+  codec.transform = static_cast<TransformKind>(name - kTransformNames);
+  require(!has_scale || codec.transform == TransformKind::hadamard,
+          "[codec] scale: got smooth factors and transform '", transform, "', wanted hadamard");
+  return restored_codec_arrays(codec, arrays);
+}
+
 void bind_codec(nb::module_& m) {
   nb::class_<CodecArrays>(m, "Codec", "A codec of one side of one layer, with its tables.")
       .def_ro("name", &CodecArrays::name)
@@ -36,6 +76,9 @@ void bind_codec(nb::module_& m) {
       .def_ro("n_subvectors", &CodecArrays::n_subvectors)
       .def_ro("block_bytes", &CodecArrays::block_bytes)
       .def_ro("arrays", &CodecArrays::arrays)
+      .def_prop_ro("description", &describe,
+                   "What restored_codec needs beside the arrays: (method, heads, head_dim, "
+                   "n_subvectors, transform, has scale).")
       .def_prop_ro("nbytes", &CodecArrays::nbytes)
       .def_prop_ro("bits_per_element", &CodecArrays::bits_per_element);
   m.def(
@@ -55,6 +98,14 @@ void bind_codec(nb::module_& m) {
       "side"_a, "tables"_a, "n_subvectors"_a, "hadamard"_a = true, "scale"_a = nb::none(),
       "encode_matrix"_a = nb::none(), "query_matrix"_a = nb::none(),
       "tables: [H, M or 1, C, d]; scale: [H, D]; matrices: [H, D, D]. See codec_arrays.h.");
+  m.def("restored_codec", &restored_codec, "side"_a, "description"_a, "exact_dtype"_a, "arrays"_a,
+        "The codec of a file; ValueError where the arrays are not what the description says.");
+  m.def(
+      "checksum",
+      [](const std::string& text, const std::vector<mx::array>& arrays) {
+        return checksum_op(text, arrays);
+      },
+      "text"_a, "arrays"_a, "CRC-32 of text, dtypes, shapes and bytes: a lazy uint32 [1].");
 }
 
 void bind_snapshot(nb::module_& m) {
@@ -110,8 +161,9 @@ void bind_array_cache(nb::module_& m) {
       .def("trim", &ArrayCache::trim, "n"_a, "stream"_a = nb::none())
       .def("copy", [](const ArrayCache& self) { return ArrayCache(self); })
       .def("arrays", &ArrayCache::arrays)
+      .def("interchange_arrays", &ArrayCache::interchange_arrays)
       .def("positions", &ArrayCache::positions)
-      .def("restore", &ArrayCache::restore, "arrays"_a, "positions"_a)
+      .def("restore", &ArrayCache::restore, "arrays"_a, "positions"_a, "interchange"_a = false)
       .def_prop_ro("length", [](const ArrayCache& self) { return self.geometry().length; })
       .def_prop_ro("exact_tokens",
                    [](const ArrayCache& self) { return self.geometry().exact_count(); })

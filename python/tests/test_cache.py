@@ -23,7 +23,7 @@ def run(model, cache, tokens, chunk):
 
 
 def state_bytes(cache):
-    return [[np.array(a.view(mx.uint8)).tobytes() for a in c.state[0]] + [c.state[1]] for c in cache]
+    return [[np.array(a.view(mx.uint8)).tobytes() for a in c.state[1:]] + [c.state[0]] for c in cache]
 
 
 def test_exact_method_equals_mlx(tiny_model, tokens):
@@ -86,7 +86,7 @@ def test_nbytes_is_the_formula_and_what_the_arrays_hold(tiny_model, tables, toke
     blocks = (700 - 4 - 64) // 64
     packed = 2 * 2 * blocks * 64 * 16  # sides x heads x tokens x 16 codes of 8 bits
     exact = 2 * 2 * (4 + 64 + 64) * 64 * 2
-    assert cache[0].nbytes == packed + exact == sum(a.nbytes for a in cache[0].state[0])
+    assert cache[0].nbytes == packed + exact == sum(a.nbytes for a in cache[0].state[2:]) - cache[0].shared_nbytes
     assert cache[0].bits_per_element == 2
     assert shared_nbytes(cache) == sum(c.shared_nbytes for c in cache) > 0
 
@@ -141,10 +141,11 @@ def test_attention_reads_the_codes(tiny_model, tables, tokens):
     calls = _ext.dequantize_calls()
     run(tiny_model, cache, tokens[:300], 300)
     before = run(tiny_model, copy.deepcopy(cache), tokens[300:301], 1)
-    arrays, positions = cache[1].state
+    core = cache[1]._core
+    arrays = core.arrays()
     codes = np.array(arrays[2])
     codes[0, 0, 0, 5] ^= 0x40
-    cache[1].state = (arrays[:2] + [mx.array(codes)] + arrays[3:], positions)
+    core.restore(arrays[:2] + [mx.array(codes)] + arrays[3:], core.positions())
     after = run(tiny_model, cache, tokens[300:301], 1)
     assert not np.array_equal(before, after)
     assert _ext.dequantize_calls() == calls
@@ -189,7 +190,7 @@ def test_half_precision_models(tiny_model, tables, tokens):
         cache = KVCacheBuilder.build(tiny_model, KVCacheConfig(codebook=tables))
         logits = tiny_model(tokens[None, :200], cache=cache)
         assert logits.dtype == dtype
-        assert cache[0].state[0][0].dtype == dtype
+        assert cache[0]._core.arrays()[0].dtype == dtype
         assert bool(mx.isfinite(logits).all())
 
 

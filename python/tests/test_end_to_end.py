@@ -94,7 +94,7 @@ def test_strict_one_pass_equals_token_by_token(held_out):
     assert np.median(np.abs(logits - np.concatenate(rows))) < 5e-3
 
     def codes(caches):
-        return np.concatenate([np.array(span).ravel() for cache in caches for span in cache.state[0][2:]])
+        return np.concatenate([np.array(span).ravel() for cache in caches for span in cache._core.arrays()[2:]])
 
     packed = codes(whole)
     assert packed.size == 30 * 2 * 3 * 192 * 16  # layers, sides, heads, sealed tokens, codes

@@ -35,10 +35,26 @@ def _with_kv_cache(function):
                 f"kv_bits: got {kwargs['kv_bits']} beside a VeloxQuant cache, wanted none: the cache is "
                 "already compressed (KVCacheConfig sets its bits)"
             )
+        _check_models(args, kwargs)
         return function(*args, **kwargs)
 
     generate._veloxquant_original = function
     return generate
+
+
+def _check_models(args, kwargs):
+    """A loaded cache must meet its own model: with another one of the same shape it would go on
+    without an error, and say nonsense."""
+    from veloxquant_mlx.cache.layout import model_fingerprint
+
+    caches = kwargs.get("prompt_cache") or []
+    found = {c.fingerprint for c in caches if getattr(c, "fingerprint", None) is not None}
+    if not found:
+        return
+    models = [*args[1:3], *map(kwargs.get, ("model", "draft_model"))]
+    wanted = {model_fingerprint(m) for m in models if hasattr(m, "parameters")}
+    if not found <= wanted:
+        raise ValueError(f"prompt_cache: got a cache of model {min(found - wanted)}, wanted {' or '.join(wanted)}")
 
 
 def hooked_modules():

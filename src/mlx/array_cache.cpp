@@ -1,11 +1,42 @@
 #include "src/mlx/array_cache.h"
 
 #include <mlx/ops.h>
+#include <mlx/transforms.h>
+
+#include <limits>
 
 #include "src/mlx/views.h"
+#include "veloxquant/interchange.h"
 
 namespace veloxquant {
 namespace mx = mlx::core;
+namespace {
+
+// Both orders of one span: [B, H, blocks, block bytes] <-> [B, H, tokens, interchange bytes].
+mx::array reordered(const CodecArrays& codec, const PackedSpan& span, mx::array from,
+                    bool interchange) {
+  const mx::Device cpu = mx::Device::cpu;
+  mx::eval(from);
+  const CodecPtr core = codec.over(codec.arrays.data());
+  const int64_t n_tokens = span.end() - span.start;
+  const int batch = from.shape(0), heads = from.shape(1);
+  mx::Shape shape{batch, heads, span.n_blocks, static_cast<int>(codec.block_bytes)};
+  if (interchange) {
+    shape[2] = static_cast<int>(n_tokens);
+    shape[3] = static_cast<int>(interchange_bytes(*core));
+  }
+  mx::array to = mx::zeros(shape, mx::uint8, cpu);
+  mx::eval(to);
+  for (int line = 0; line < batch * heads; ++line) {
+    const uint8_t* in = from.data<uint8_t>() + line * (from.nbytes() / (batch * heads));
+    uint8_t* out = to.data<uint8_t>() + line * (to.nbytes() / (batch * heads));
+    interchange ? to_interchange(*core, in, n_tokens, out)
+                : from_interchange(*core, in, n_tokens, out);
+  }
+  return to;
+}
+
+}  // namespace
 
 ArrayCache::ArrayCache(CodecArrays keys, CodecArrays values, int window, int sinks,
                        DType exact_dtype)
@@ -152,8 +183,18 @@ std::vector<int64_t> ArrayCache::positions() const {
   return all;
 }
 
+std::vector<mx::array> ArrayCache::interchange_arrays() const {
+  std::vector<mx::array> all = arrays();
+  for (size_t i = 2; i < all.size(); ++i) {
+    const size_t span = (i - 2) % geometry_.packed.size();
+    const CodecArrays& codec = i - 2 < geometry_.packed.size() ? keys_ : values_;
+    all[i] = reordered(codec, geometry_.packed[span], all[i], true);
+  }
+  return all;
+}
+
 void ArrayCache::restore(const std::vector<mx::array>& arrays,
-                         const std::vector<int64_t>& positions) {
+                         const std::vector<int64_t>& positions, bool interchange) {
   require(positions.size() >= 2 && positions.size() % 3 == 2, "[cache] state: got ",
           positions.size(), " positions, wanted 2 and 3 more for each span");
   CacheGeometry geometry(geometry_.window, geometry_.sinks);
@@ -170,9 +211,10 @@ void ArrayCache::restore(const std::vector<mx::array>& arrays,
     end = span.end();
     geometry.packed.push_back(span);
   }
-  const bool consistent = geometry.length >= 0 && geometry.tail_start == end &&
-                          (geometry.packed.empty() || geometry.length >= end) &&
-                          geometry.tail_count() <= geometry.window + kBlockTokens;
+  const bool consistent =
+      geometry.length >= 0 && geometry.length <= std::numeric_limits<int>::max() / 2 &&
+      geometry.tail_start == end && (geometry.packed.empty() || geometry.length >= end) &&
+      geometry.tail_count() <= geometry.window + kBlockTokens;
   require(consistent, "[cache] state: got ", geometry.length, " tokens with a tail at ",
           geometry.tail_start, ", wanted a tail at ", end, " of at most ",
           geometry.window + kBlockTokens, " tokens");
@@ -180,32 +222,40 @@ void ArrayCache::restore(const std::vector<mx::array>& arrays,
   const size_t n_spans = geometry.packed.size();
   require(arrays.size() == 2 + 2 * n_spans || (arrays.empty() && geometry.length == 0),
           "[cache] state: got ", arrays.size(), " arrays, wanted ", 2 + 2 * n_spans);
-  auto check = [](const mx::array& a, const mx::Shape& shape, mx::Dtype dtype) {
-    require(a.shape() == shape && a.dtype() == dtype, "[cache] state: got an array of ",
-            dtype_text(a.dtype()), " and ", a.ndim(), " dimensions, wanted ", dtype_text(dtype),
-            " in the shape of this cache");
+  const int batch = arrays.empty() || arrays[0].ndim() != 4 ? 1 : arrays[0].shape(0);
+  auto check = [&](const mx::array& a, int64_t n, int64_t width, mx::Dtype dtype) {
+    const bool fits = a.ndim() == 4 && a.shape(0) == batch && batch >= 1 &&
+                      a.shape(1) == keys_.n_kv_heads && a.shape(2) == n && a.shape(3) == width;
+    require(fits && a.dtype() == dtype, "[cache] state: got an array of ", dtype_text(a.dtype()),
+            " and ", a.ndim(), " dimensions, wanted ", dtype_text(dtype), " [", batch, ", ",
+            keys_.n_kv_heads, ", ", n, ", ", width, "]");
   };
-  const int batch = arrays.empty() ? 1 : arrays[0].shape(0);
   std::vector<mx::array> key_spans, value_spans;
   for (size_t i = 0; i < arrays.size(); ++i) {
     if (i < 2) {
-      check(arrays[i],
-            {batch, keys_.n_kv_heads, static_cast<int>(geometry.exact_capacity()), keys_.head_dim},
-            mlx_dtype(exact_dtype_));
+      check(arrays[i], geometry.exact_capacity(), keys_.head_dim, mlx_dtype(exact_dtype_));
       continue;
     }
     const bool keys = i < 2 + n_spans;
-    const size_t span = (i - 2) % n_spans;
-    check(arrays[i],
-          {batch, keys_.n_kv_heads, geometry.packed[span].n_blocks,
-           static_cast<int>(keys ? keys_.block_bytes : values_.block_bytes)},
-          mx::uint8);
-    (keys ? key_spans : value_spans).push_back(mx::contiguous(arrays[i], false, mx::Device::cpu));
+    const CodecArrays& codec = keys ? keys_ : values_;
+    const PackedSpan& span = geometry.packed[(i - 2) % n_spans];
+    if (interchange) {
+      const CodecPtr core = codec.over(codec.arrays.data());
+      check(arrays[i], span.end() - span.start, interchange_bytes(*core), mx::uint8);
+    } else {
+      check(arrays[i], span.n_blocks, codec.block_bytes, mx::uint8);
+    }
+    mx::array blocks = mx::contiguous(arrays[i], false, mx::Device::cpu);
+    if (interchange) blocks = reordered(codec, span, blocks, false);
+    (keys ? key_spans : value_spans).push_back(std::move(blocks));
   }
   geometry_ = std::move(geometry);
   batch_ = batch;
   exact_.reset();
-  if (!arrays.empty()) exact_ = Exact{arrays[0], arrays[1]};
+  if (!arrays.empty()) {
+    exact_ = Exact{mx::contiguous(arrays[0], false, mx::Device::cpu),
+                   mx::contiguous(arrays[1], false, mx::Device::cpu)};
+  }
   key_spans_ = std::move(key_spans);
   value_spans_ = std::move(value_spans);
 }

@@ -38,8 +38,12 @@ class ArrayCache {
   // and positions (length, tail start, then start, blocks, last count of each span).
   std::vector<mlx::core::array> arrays() const;
   std::vector<int64_t> positions() const;
+  // The same arrays with the spans in interchange order, u8 [B, H, tokens, interchange_bytes]; for
+  // files, evaluated here.
+  std::vector<mlx::core::array> interchange_arrays() const;
   // Throws Error where the two do not describe a cache of these codecs, window and sinks.
-  void restore(const std::vector<mlx::core::array>& arrays, const std::vector<int64_t>& positions);
+  void restore(const std::vector<mlx::core::array>& arrays, const std::vector<int64_t>& positions,
+               bool interchange = false);
 
  private:
   struct Exact {

@@ -97,4 +97,36 @@ CodecArrays vecinfer_codec_arrays(Side side, const mx::array& tables, int n_subv
   return described(codec);
 }
 
+CodecArrays restored_codec_arrays(const CodecArrays& described,
+                                  const std::vector<mx::array>& arrays) {
+  const size_t wanted = static_cast<size_t>(described.n_arrays());
+  require(arrays.size() == wanted, "[codec] arrays: got ", arrays.size(), ", wanted ", wanted);
+  if (described.method == CodecArrays::Method::exact) {
+    return exact_codec_arrays(described.side, described.n_kv_heads, described.head_dim,
+                              described.exact_dtype);
+  }
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    const mx::Dtype dtype = i == 0 ? mx::float16 : mx::float32;
+    require(arrays[i].dtype() == dtype, "[codec] arrays: got ", dtype_text(arrays[i].dtype()),
+            ", wanted ", dtype_text(dtype));
+  }
+  const bool dense = described.transform == TransformKind::dense;
+  auto optional = [&](bool there, size_t i) {
+    return there ? std::optional<mx::array>(arrays[i]) : std::nullopt;
+  };
+  // A batch axis would have to fit the batch of the cache: such tables are not saved.
+  require(arrays[0].ndim() == 4, "[codec] tables: got ", arrays[0].ndim(),
+          " dimensions, wanted [H, M or 1, C, d]");
+  require(int64_t{described.n_subvectors} * arrays[0].shape(3) == described.head_dim,
+          "[codec] n_subvectors: got ", described.n_subvectors, " of ", arrays[0].shape(3),
+          " dimensions, wanted ", described.head_dim, " in all");
+  CodecArrays codec = vecinfer_codec_arrays(described.side, arrays[0], described.n_subvectors,
+                                            described.transform == TransformKind::hadamard,
+                                            optional(described.has_scale, 1), optional(dense, 1),
+                                            optional(dense, 2));
+  require(codec.n_kv_heads == described.n_kv_heads, "[codec] tables: got ", codec.n_kv_heads,
+          " heads, wanted ", described.n_kv_heads);
+  return codec;
+}
+
 }  // namespace veloxquant

@@ -52,4 +52,9 @@ CodecArrays vecinfer_codec_arrays(Side side, const mlx::core::array& tables, int
                                   const std::optional<mlx::core::array>& encode_matrix,
                                   const std::optional<mlx::core::array>& query_matrix);
 
+// The codec that `described` (method, side, sizes, transform, exact dtype) was, with arrays from a
+// file. Throws Error where they are not exactly what such a codec has.
+CodecArrays restored_codec_arrays(const CodecArrays& described,
+                                  const std::vector<mlx::core::array>& arrays);
+
 }  // namespace veloxquant

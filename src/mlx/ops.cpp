@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "src/artifacts/manifest.h"
 #include "src/mlx/views.h"
 
 namespace veloxquant {
@@ -144,6 +145,19 @@ Snapshot exact_like(const Snapshot& like, const mx::array& x, mx::StreamOrDevice
   }
   if (like.chunk) exact.chunk = tokens(layout.chunk_start, layout.length);
   return exact;
+}
+
+mx::array checksum_op(const std::string& text, const std::vector<mx::array>& arrays,
+                      mx::StreamOrDevice s) {
+  const mx::Stream stream = cpu_stream(s);
+  std::string described = text;
+  std::vector<mx::array> inputs;
+  for (const mx::array& a : arrays) {
+    described += "\n" + shape_text(a);
+    inputs.push_back(mx::contiguous(a, false, stream));
+  }
+  return mx::array({1}, mx::uint32, std::make_shared<Checksum>(stream, crc32_of(described)),
+                   std::move(inputs));
 }
 
 std::vector<mx::array> append_op(const mx::array& keys, const mx::array& values,

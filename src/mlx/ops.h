@@ -5,6 +5,7 @@
 #include <mlx/utils.h>
 
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -37,6 +38,11 @@ mlx::core::array dequantize_op(const Snapshot& snapshot, mlx::core::StreamOrDevi
 // be attended beside encoded keys.
 Snapshot exact_like(const Snapshot& like, const mlx::core::array& x,
                     mlx::core::StreamOrDevice s = {});
+
+// uint32 [1]: the CRC-32 of the text, the dtypes and shapes, and the bytes of the arrays. Lazy, and
+// takes no memory: a state carries it, and states are evaluated often.
+mlx::core::array checksum_op(const std::string& text, const std::vector<mlx::core::array>& arrays,
+                             mlx::core::StreamOrDevice s = {});
 
 // Outputs of CacheAppend, see primitives.h.
 std::vector<mlx::core::array> append_op(

@@ -3,6 +3,7 @@
 #include <mlx/allocator.h>
 #include <mlx/backend/cpu/encoder.h>
 
+#include "src/artifacts/manifest.h"
 #include "src/mlx/views.h"
 #include "veloxquant/dequantize.h"
 
@@ -105,6 +106,18 @@ void CacheDequantize::eval_cpu(const std::vector<mx::array>& inputs,
              const KeyValueSource source =
                  source_over(layout, codec, codec, has_exact, has_chunk, in.data(), in.data());
              dequantize(default_backend(), source, Side::keys, mutable_view_of(out[0]));
+           });
+}
+
+Checksum::Checksum(mx::Stream stream, uint32_t text_crc)
+    : CpuPrimitive(stream), text_crc_(text_crc) {}
+
+void Checksum::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  dispatch(stream(), inputs, outputs,
+           [crc = text_crc_](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+             uint32_t sum = crc;
+             for (const mx::array& a : in) sum = crc32_of({a.data<char>(), a.nbytes()}, sum);
+             *out[0].data<uint32_t>() = sum;
            });
 }
 

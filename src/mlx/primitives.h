@@ -72,4 +72,17 @@ class CacheDequantize : public CpuPrimitive {
   bool has_exact_, has_chunk_;
 };
 
+// inputs: arrays, row-major. output: uint32 [1], the CRC-32 that starts at text_crc and goes over
+// their bytes.
+class Checksum : public CpuPrimitive {
+ public:
+  Checksum(mlx::core::Stream stream, uint32_t text_crc);
+  void eval_cpu(const std::vector<mlx::core::array>& inputs,
+                std::vector<mlx::core::array>& outputs) override;
+  const char* name() const override { return "VeloxQuantChecksum"; }
+
+ private:
+  uint32_t text_crc_;
+};
+
 }  // namespace veloxquant

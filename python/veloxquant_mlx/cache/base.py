@@ -100,6 +100,8 @@ def _cache_maker(model, config):
         unfused = {layer.index for layer in layers}
         log.warning("use_fused_sdpa=False: history is dequantised at every step, no memory is saved")
 
+    fingerprint = model_fingerprint(model)
+
     def make_caches():
         caches = native_caches(model)
         for layer, factory in zip(layers, factories):
@@ -109,6 +111,8 @@ def _cache_maker(model, config):
                 sinks=config.sinks,
                 strict=config.strict,
                 fused=layer.index not in unfused,
+                fingerprint=fingerprint,
+                layer=layer.index,
             )
         return caches
 

@@ -3,9 +3,12 @@
 import logging
 
 import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
 from veloxquant_mlx import _ext
+from veloxquant_mlx.cache import state as states
+from veloxquant_mlx.metal.fused_sdpa import patch_mlx_lm_for_fused_sdpa
 
 log = logging.getLogger("veloxquant_mlx")
 
@@ -15,19 +18,24 @@ class VeloxQuantKVCache:
 
     make_codecs(exact_dtype) -> (key codec, value codec): called at the first update, when the
     model's dtype is known (exact tokens are kept in bf16 for bf16 models, else in fp16).
+    fingerprint, layer: the model and the place in it that the cache belongs to; saved with it.
     """
 
-    def __init__(self, make_codecs, *, window=64, sinks=4, strict=False, fused=True):
+    def __init__(self, make_codecs, *, window=64, sinks=4, strict=False, fused=True, fingerprint=None, layer=None):
         self._make_codecs = make_codecs
         self._window, self._sinks = window, sinks
         self.strict, self.fused = strict, fused
+        self.fingerprint, self.layer = fingerprint, layer
         self._codecs = None
         self._core = None
+        self._exact_dtype = None
 
     def _start(self, dtype):
-        exact_dtype = mx.bfloat16 if dtype == mx.bfloat16 else mx.float16
-        self._codecs = self._make_codecs(exact_dtype)
-        self._core = _ext.ArrayCache(*self._codecs, self._window, self._sinks, exact_dtype)
+        if self._make_codecs is None:
+            raise ValueError("cache: got one that was saved before its first use, wanted a new one: it has no codec")
+        self._exact_dtype = mx.bfloat16 if dtype == mx.bfloat16 else mx.float16
+        self._codecs = self._make_codecs(self._exact_dtype)
+        self._core = _ext.ArrayCache(*self._codecs, self._window, self._sinks, self._exact_dtype)
 
     # What models call.
 
@@ -55,17 +63,39 @@ class VeloxQuantKVCache:
     # What generate, the server and speculative decoding call.
 
     @property
-    def state(self):
-        """(arrays, positions): everything but the codecs, which belong to the model."""
-        return ([], []) if self._core is None else (self._core.arrays(), self._core.positions())
+    def state(self) -> tuple:
+        """Everything: text, checksum, arrays (cache/state.py). Lazy and cheap."""
+        return states.pack(self._settings(), self._codecs, self._core, self._exact_dtype)
 
     @state.setter
     def state(self, state):
-        arrays, positions = state
-        if self._core is None and arrays:
-            self._start(arrays[0].dtype)
-        if self._core is not None:
-            self._core.restore(arrays, positions or [0, self._sinks])
+        settings, self._codecs, self._core, self._exact_dtype = states.unpack(state)
+        self._window, self._sinks = settings["window"], settings["sinks"]
+        self.strict, self.fused = settings["strict"], settings["fused"]
+        self.fingerprint, self.layer = settings["fingerprint"], settings["layer"]
+
+    def interchange_state(self) -> tuple:
+        """The same for files, in an order that does not depend on the layout in memory; evaluated."""
+        return states.pack(self._settings(), self._codecs, self._core, self._exact_dtype, interchange=True)
+
+    def _settings(self):
+        return {
+            "fingerprint": self.fingerprint,
+            "layer": self.layer,
+            "window": self._window,
+            "sinks": self._sinks,
+            "strict": self.strict,
+            "fused": self.fused,
+        }
+
+    @classmethod
+    def from_state(cls, state):
+        """A cache that goes on where the one of `state` was, with the codecs of the state."""
+        cache = cls(None)
+        cache.state = state
+        if cache.fused:
+            patch_mlx_lm_for_fused_sdpa()
+        return cache
 
     def is_trimmable(self):
         return True
@@ -82,9 +112,15 @@ class VeloxQuantKVCache:
     def __deepcopy__(self, memo):
         # Arrays are immutable: a copy shares them.
         copy = VeloxQuantKVCache(
-            self._make_codecs, window=self._window, sinks=self._sinks, strict=self.strict, fused=self.fused
+            self._make_codecs,
+            window=self._window,
+            sinks=self._sinks,
+            strict=self.strict,
+            fused=self.fused,
+            fingerprint=self.fingerprint,
+            layer=self.layer,
         )
-        copy._codecs = self._codecs
+        copy._codecs, copy._exact_dtype = self._codecs, self._exact_dtype
         copy._core = None if self._core is None else self._core.copy()
         return copy
 
@@ -121,6 +157,10 @@ class VeloxQuantKVCache:
         if self._codecs is None:
             return None
         return _ext.kernel_name(*self._codecs) if self.fused else "dequantised, mx.fast attention"
+
+
+# load_prompt_cache looks classes up by their names in this module.
+mlx_lm_cache.VeloxQuantKVCache = VeloxQuantKVCache
 
 
 def shared_nbytes(caches) -> int:
