@@ -44,10 +44,14 @@ class VeloxQuantKVCache:
         attention, or dense arrays (dequantised history) where the layer cannot use it."""
         if self._core is None:
             self._start(keys.dtype)
-        encoded = self._core.update(keys, values, self.strict)
-        if self.fused:
-            return encoded
-        return encoded[0].dequantize(), encoded[1].dequantize()
+        return self._handed_out(self._core.update(keys, values, self.strict))
+
+    def fetch(self):
+        """What is held now, in the form of update_and_fetch; (None, None) before the first update."""
+        return (None, None) if self._core is None else self._handed_out(self._core.snapshot())
+
+    def _handed_out(self, encoded):
+        return encoded if self.fused else (encoded[0].dequantize(), encoded[1].dequantize())
 
     @property
     def offset(self) -> int:
@@ -96,6 +100,13 @@ class VeloxQuantKVCache:
         if cache.fused:
             patch_mlx_lm_for_fused_sdpa()
         return cache
+
+    @classmethod
+    def merge(cls, caches):
+        """A batch with these caches as rows; mlx_lm batches every cache that has this function."""
+        from veloxquant_mlx.cache.batch import BatchVeloxQuantKVCache  # which is made of this class
+
+        return BatchVeloxQuantKVCache.merge(caches)
 
     def is_trimmable(self):
         return True

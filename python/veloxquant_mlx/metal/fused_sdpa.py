@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from veloxquant_mlx import _ext, _mlx_lm
 from veloxquant_mlx.cache.layout import attention_layers, native_caches
+from veloxquant_mlx.metal.rows import EncodedRows, attend_rows
 
 log = logging.getLogger("veloxquant_mlx")
 
@@ -60,6 +61,8 @@ def _hook(original):
     def scaled_dot_product_attention(queries, keys, values, cache, scale, mask=None, sinks=None):
         if isinstance(keys, EncodedTensor):
             return metal_fused_sdpa(queries, keys, values, scale, mask, sinks=sinks)
+        if isinstance(keys, EncodedRows):
+            return attend_rows(metal_fused_sdpa, queries, keys, mask, scale=scale, sinks=sinks)
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
 
     scaled_dot_product_attention._veloxquant_original = original
