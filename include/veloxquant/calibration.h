@@ -1,5 +1,5 @@
-// Fitting smooth factors and codebooks to calibration keys and values. Deterministic by seed,
-// independent of the number of threads.
+// Fitting smooth factors, rotations and codebooks to calibration keys and values. Deterministic by
+// seed, independent of the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,22 @@ namespace veloxquant {
 // x: [H, N, D], any float dtype, any strides. lambda: fp32 [H, D]. max|x| is floored at
 // `floor` times the head's largest channel (dead channels) and at 1e-8; non-finite x is ignored.
 void smooth_factors(const TensorView& x, const MutableTensorView& lambda, float floor = 1e-4f);
+
+// The learned rotation, per KV head: U' [D, D] is orthogonal, its columns the eigenvectors of
+// W E[x^T x] W dealt out to the sub-vectors so that their volumes balance; W = diag(w) is the
+// metric of the scores, w_i = sqrt(E q_i^2) over its mean, at least 1e-3. Scaling keys or queries
+// by a power of two changes no bit of it. x: [H, N, D], any float dtype, any strides; tokens with
+// NaN or infinity are left out. query_moments: E q_i^2 of the queries of each KV head, fp32 [H, D];
+// empty means w = 1 (values). rotation: fp32 [H, D, D]. weight: fp32 [H, D].
+void learned_rotation(const TensorView& x, const TensorView& query_moments, int n_subvectors,
+                      const MutableTensorView& rotation, const MutableTensorView& weight);
+
+// The dense Transform of a learned rotation: E = W U', F = W^-1 U'. One rounding an element, so
+// that files keep U' and w alone. rotation, encode_matrix, query_matrix: fp32 [H, D, D];
+// weight: fp32 [H, D]. Throws Error where a weight is not positive or a number not finite.
+void rotation_matrices(const TensorView& rotation, const TensorView& weight,
+                       const MutableTensorView& encode_matrix,
+                       const MutableTensorView& query_matrix);
 
 struct KMeansParams {
   int n_centroids = 256;

@@ -149,26 +149,28 @@ def test_eval_prints_a_table(run, model, text):
     assert "perplexity" in out and "exact" in out and "bytes/token" in out
 
 
-def test_calibrate_then_inspect_then_generate(run, model, text, tmp_path):
+@pytest.mark.parametrize("transform", ["hadamard", "learned"])
+def test_calibrate_then_inspect_then_generate(run, model, text, tmp_path, transform):
     artifacts = str(tmp_path / "artifacts")
-    code, out, err = run(
-        "calibrate", model, "--text", text, "--bits", "4", "--tokens", "1024", "-o", artifacts, "--json"
-    )
+    arguments = ["--text", text, "--bits", "4", "--tokens", "1024", "--transform", transform, "-o", artifacts]
+    code, out, err = run("calibrate", model, *arguments, "--json")
     assert code == 0, err
     calibrated = json.loads(out)
     assert calibrated["bits_per_element"] == 4.0
+    assert calibrated["transform"] == transform
 
     code, out, err = run("inspect", artifacts, "--json")
     assert code == 0, err
     found = json.loads(out)["artifacts"]
     assert {artifact["name"] for artifact in found} == {"vecinfer_smooth", "vecinfer_codebook"}
     assert all(artifact["state"] == "whole" and artifact["arrays"] for artifact in found)
-    assert run("inspect", artifacts)[0] == 0
+    assert f"{transform} transform" in run("inspect", artifacts)[1]
 
     generate = ["generate", model, "--prompt", "b" * 200, "--max-tokens", "4", "--artifacts", artifacts, "--json"]
     code, out, err = run(*generate)
     assert code == 0, err
     assert json.loads(out)["bits_per_element"] == 4.0
+    assert json.loads(out)["shared_bytes"] == calibrated["shared_bytes"]
 
 
 def test_inspect_finds_a_changed_byte(run, model, text, tmp_path):
@@ -227,6 +229,7 @@ MISTAKES = [
     (["eval", "{model}", "--text", "{text}", "--bits", "4,2", "--artifacts", "/"], "--bits: got several values"),
     (["calibrate", "{model}"], "Missing option '-o'"),
     (["calibrate", "{model}", "--text", "/no/file", "-o", "out"], "--text: got '/no/file'"),
+    (["calibrate", "{model}", "--transform", "dct", "-o", "out"], "--transform: got 'dct', wanted one of hadamard"),
     (["calibrate", "{model}", "--tokens", "10", "-o", "out"], "--tokens: got 10, wanted at least 256"),
     (["inspect", "/no/where"], "path: got '/no/where'"),
 ]

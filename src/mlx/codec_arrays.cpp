@@ -47,7 +47,10 @@ CodecArrays CodecArrays::without_arrays() const {
 
 int64_t CodecArrays::nbytes() const {
   int64_t bytes = 0;
-  for (const mx::array& a : arrays) bytes += static_cast<int64_t>(a.nbytes());
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    const bool shared = i > 0 && arrays[i].id() == arrays[i - 1].id();
+    if (!shared) bytes += static_cast<int64_t>(arrays[i].nbytes());
+  }
   return bytes;
 }
 
@@ -92,7 +95,11 @@ CodecArrays vecinfer_codec_arrays(Side side, const mx::array& tables, int n_subv
   if (scale) keep(*scale, mx::float32);
   if (encode_matrix) {
     keep(*encode_matrix, mx::float32);
-    keep(*query_matrix, mx::float32);
+    if (query_matrix->id() == encode_matrix->id()) {
+      codec.arrays.push_back(codec.arrays.back());
+    } else {
+      keep(*query_matrix, mx::float32);
+    }
   }
   return described(codec);
 }

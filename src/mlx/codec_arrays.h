@@ -38,14 +38,15 @@ struct CodecArrays {
   // Everything but the arrays: what a primitive keeps, the arrays being its inputs.
   CodecArrays without_arrays() const;
 
-  int64_t nbytes() const;           // of the arrays
+  int64_t nbytes() const;           // of the arrays, an array that serves twice counted once
   double bits_per_element() const;  // of packed tokens
 };
 
 CodecArrays exact_codec_arrays(Side side, int n_kv_heads, int head_dim, DType dtype);
 
 // tables: floats [H, M or 1, C, d] (optional leading batch axis), rounded to fp16 here.
-// scale (lambda): fp32 [H, D], Hadamard transform. encode_matrix and query_matrix: fp32 [H, D, D].
+// scale (lambda): fp32 [H, D], Hadamard transform. encode_matrix and query_matrix: fp32 [H, D, D];
+// the same array given for both (an orthogonal matrix) is held and counted once.
 // With neither: no transform, unless `hadamard` is set. Throws Error where shapes do not fit.
 CodecArrays vecinfer_codec_arrays(Side side, const mlx::core::array& tables, int n_subvectors,
                                   bool hadamard, const std::optional<mlx::core::array>& scale,

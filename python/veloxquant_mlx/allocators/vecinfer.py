@@ -1,11 +1,13 @@
-"""Calibration of VecInfer: smooth factors and product codebooks from a model and some text."""
+"""Calibration of VecInfer: smooth factors, learned rotations and product codebooks from a model and some text."""
+
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from veloxquant_mlx import _ext
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
-from veloxquant_mlx.cache.codebook import Codebook, SmoothFactors
+from veloxquant_mlx.cache.codebook import TRANSFORMS, Codebook, Rotations, SmoothFactors
 from veloxquant_mlx.cache.layout import attention_layers, model_fingerprint
 from veloxquant_mlx.text import read_texts
 
@@ -24,11 +26,11 @@ TABLE_SHAPES = {1: (8, 256), 2: (4, 256), 4: (2, 256)}
 def calibrate_smooth_factors(model, tokenizer, num_samples=64, *, texts=None, progress=None):
     """lambda_i = sqrt(max_t |K[t, i]|) of every layer, KV head and channel (arXiv 2510.06175, eq. 4).
 
-    Returns SmoothFactors, an fp32 array [L, H_kv, D]. num_samples: samples of 128 tokens.
+    Returns SmoothFactors, an fp32 array [L, H_kv, D], with the second moments of the queries that
+    learned rotations need. num_samples: samples of 128 tokens.
     texts: strings or the path of a text file; default a built-in source. progress(fraction, text).
     """
-    keys, _ = collect_kv(model, tokenizer, num_samples * SAMPLE_TOKENS, texts, progress)
-    return _smooth_factors(model, keys)
+    return _smooth_factors(model, collect(model, tokenizer, num_samples * SAMPLE_TOKENS, texts, progress))
 
 
 def train_codebook(
@@ -45,12 +47,14 @@ def train_codebook(
     seed=0,
     progress=None,
 ):
-    """Product codebooks of keys (post-RoPE, smoothed, rotated) and values (rotated), per layer and
-    KV head, by k-means. Returns a Codebook.
+    """Product codebooks of keys (post-RoPE) and values, per layer and KV head, by k-means on their
+    transforms. Returns a Codebook.
 
     num_subspaces: sub-vectors of a head; None: 2 bits per element. codebook_per: "subvector" (one
     table each) or "head" (one for all sub-vectors of a head). smooth_factors: what
-    calibrate_smooth_factors returned (None: measured on the same text).
+    calibrate_smooth_factors returned (None: measured on the same text). transform: "hadamard"
+    (keys smoothed, both sides rotated alike everywhere) or "learned" (a rotation per head, in the
+    metric of the queries: better, and two more matrices a head to hold).
     """
     layers = attention_layers(model)
     dim = layers[0].head_dim
@@ -59,18 +63,29 @@ def train_codebook(
     _check_training(dim, num_centroids, num_subspaces, codebook_per, transform)
     _check_factors(model, smooth_factors, layers)
     steps = _Steps(progress, collecting=0.5)
-    keys, values = collect_kv(model, tokenizer, num_samples * SAMPLE_TOKENS, texts, steps.collecting)
+    data = collect(model, tokenizer, num_samples * SAMPLE_TOKENS, texts, steps.collecting)
     if smooth_factors is None:
-        smooth_factors = _smooth_factors(model, keys)
-    return _train(model, keys, values, smooth_factors, num_subspaces, num_centroids, codebook_per, seed, steps.training)
+        smooth_factors = _smooth_factors(model, data)
+    shape = _TableShape(num_subspaces, num_centroids, codebook_per, transform)
+    return _train(model, data, smooth_factors, shape, seed, steps.training)
 
 
 def calibrate(
-    model, tokenizer, bits=2, *, texts=None, num_tokens=8192, codebook_per="subvector", seed=0, progress=None
+    model,
+    tokenizer,
+    bits=2,
+    *,
+    texts=None,
+    num_tokens=8192,
+    codebook_per="subvector",
+    transform="hadamard",
+    seed=0,
+    progress=None,
 ):
     """Smooth factors and a codebook from one pass over the text: (SmoothFactors, Codebook).
 
     bits: 1, 2 or 4 per element, or a sequence of them: then (SmoothFactors, [Codebook, ...]).
+    codebook_per, transform: as in train_codebook.
     """
     several = isinstance(bits, (list, tuple))
     wanted = list(bits) if several else [bits]
@@ -80,26 +95,40 @@ def calibrate(
     if num_tokens < 1:
         raise ValueError(f"num_tokens: got {num_tokens}, wanted at least 1")
     steps = _Steps(progress, collecting=0.5)
-    keys, values = collect_kv(model, tokenizer, num_tokens, texts, steps.collecting)
-    factors = _smooth_factors(model, keys)
-    codebooks = []
-    for i, b in enumerate(wanted):
+    dim = attention_layers(model)[0].head_dim
+    shapes = []
+    for b in wanted:
         sub_dim, centroids = TABLE_SHAPES[b]
-        dim = factors.shape[-1]
-        _check_training(dim, centroids, dim // sub_dim, codebook_per, "hadamard")
+        _check_training(dim, centroids, dim // sub_dim, codebook_per, transform)
+        shapes.append(_TableShape(dim // sub_dim, centroids, codebook_per, transform))
+    data = collect(model, tokenizer, num_tokens, texts, steps.collecting)
+    factors = _smooth_factors(model, data)
+    codebooks = []
+    for i, shape in enumerate(shapes):
 
         def step(fraction, text, i=i):
             steps.training((i + fraction) / len(wanted), text)
 
-        codebooks.append(_train(model, keys, values, factors, dim // sub_dim, centroids, codebook_per, seed, step))
+        codebooks.append(_train(model, data, factors, shape, seed, step))
     return factors, codebooks if several else codebooks[0]
 
 
-def collect_kv(model, tokenizer, num_tokens, texts=None, progress=None):
-    """Keys (post-RoPE) and values of every attention layer over `num_tokens` tokens of text.
+@dataclass
+class CalibrationData:
+    """What `collect` saw of every attention layer.
 
-    Returns two lists, one fp16 array [H_kv, n, D] per attention layer. The language head is not run.
+    keys (post-RoPE), values: one fp16 array [H_kv, n, D] per layer. query_moments: E q_i^2 of the
+    post-RoPE queries of all query heads of a KV head, fp32 [L, H_kv, D]; None where a layer calls
+    MLX's attention directly, so that its queries cannot be seen.
     """
+
+    keys: list
+    values: list
+    query_moments: np.ndarray | None
+
+
+def collect(model, tokenizer, num_tokens, texts=None, progress=None):
+    """CalibrationData over `num_tokens` tokens of text. The language head is not run."""
     tokens = _tokens(tokenizer, num_tokens, texts)
     layers = attention_layers(model)
     inner = getattr(model, "model", model)  # without the language head
@@ -111,17 +140,24 @@ def collect_kv(model, tokenizer, num_tokens, texts=None, progress=None):
             recorder.cache = caches[layer.index]
             caches[layer.index] = recorder
         inner(mx.array(tokens[start : start + WINDOW_TOKENS])[None], cache=caches)
-        mx.eval([(r.keys[-1], r.values[-1]) for r in recorders])
+        mx.eval([(r.keys[-1], r.values[-1], r.query_squares) for r in recorders])
         if progress:
             progress(min(1.0, (start + WINDOW_TOKENS) / len(tokens)), "running the model")
-    return tuple([mx.concatenate(getattr(r, side), axis=1) for r in recorders] for side in ("keys", "values"))
+    moments = [r.query_moments() for r in recorders]
+    return CalibrationData(
+        keys=[mx.concatenate(r.keys, axis=1) for r in recorders],
+        values=[mx.concatenate(r.values, axis=1) for r in recorders],
+        query_moments=None if any(m is None for m in moments) else np.stack(moments),
+    )
 
 
 class _Recorder:
-    """Stands in for a layer's cache and keeps what passes through it: fp16 [H_kv, n, D] per window."""
+    """Stands in for a layer's cache and keeps what passes through it: keys and values, fp16
+    [H_kv, n, D] per window, and the sum of the squares of the queries."""
 
     def __init__(self):
         self.keys, self.values = [], []
+        self.query_squares, self.n_queries = [], 0
         self.cache = None
 
     def __getattr__(self, name):
@@ -132,6 +168,19 @@ class _Recorder:
         self.keys.append(keys[0, :, first:].astype(mx.float16))
         self.values.append(values[0, :, first:].astype(mx.float16))
         return self.cache.update_and_fetch(keys, values)
+
+    def observe_queries(self, queries):
+        """queries: [1, H_q, n, D] as attention gets them; called by its hook (metal/fused_sdpa.py)."""
+        _, heads, n, dim = queries.shape
+        groups = heads // self.keys[-1].shape[0]
+        squares = mx.square(queries.astype(mx.float32)).reshape(-1, groups * n, dim)
+        squares = mx.where(mx.isfinite(squares), squares, 0).sum(axis=1)
+        self.query_squares = [squares + self.query_squares[0] if self.query_squares else squares]
+        self.n_queries += groups * n
+
+    def query_moments(self):
+        """E q_i^2, fp32 [H_kv, D]; None where the attention of the layer never reached the hook."""
+        return np.array(self.query_squares[0]) / np.float32(self.n_queries) if self.query_squares else None
 
 
 def _tokens(tokenizer, num_tokens, texts):
@@ -145,33 +194,67 @@ def _tokens(tokenizer, num_tokens, texts):
     return tokens  # a short text is used whole
 
 
-def _smooth_factors(model, keys):
-    return SmoothFactors(np.stack([np.array(_ext.smooth_factors(k)) for k in keys]), model_fingerprint(model))
+def _smooth_factors(model, data):
+    factors = np.stack([np.array(_ext.smooth_factors(k)) for k in data.keys])
+    return SmoothFactors(factors, model_fingerprint(model), data.query_moments)
 
 
-def _train(model, keys, values, factors, num_subspaces, num_centroids, codebook_per, seed, progress):
+@dataclass(frozen=True)
+class _TableShape:
+    n_subvectors: int
+    n_centroids: int
+    codebook_per: str
+    transform: str
+
+
+def _train(model, data, factors, shape, seed, progress):
     tables = {"keys": [], "values": []}
     errors = {"keys": [], "values": []}
-    for i, (k, v) in enumerate(zip(keys, values)):
-        for side, x, scale in (("keys", k, mx.array(factors[i])), ("values", v, None)):
+    rotations = None
+    if shape.transform == "learned":
+        moments = getattr(factors, "query_moments", None)
+        moments = data.query_moments if moments is None else moments
+        rotations = _rotations(data, moments, shape.n_subvectors)
+    for i, (k, v) in enumerate(zip(data.keys, data.values)):
+        if rotations is None:
+            maps = {"scale": mx.array(factors[i])}, {}
+        else:
+            maps = rotations.key_matrices(i), rotations.value_matrices(i)
+        for side, x, transform in (("keys", k, maps[0]), ("values", v, maps[1])):
             table, error = _ext.train_tables(
                 x,
-                scale=scale,
-                n_subvectors=num_subspaces,
-                n_centroids=num_centroids,
-                per_head=codebook_per == "head",
+                **transform,
+                n_subvectors=shape.n_subvectors,
+                n_centroids=shape.n_centroids,
+                per_head=shape.codebook_per == "head",
                 seed=seed,
             )
             tables[side].append(np.array(table))
             errors[side].append([round(e, 6) for e in error])
         if progress:
-            progress((i + 1) / len(keys), "training codebooks")
+            progress((i + 1) / len(data.keys), "training codebooks")
     return Codebook(
         keys=np.stack(tables["keys"]),
         values=np.stack(tables["values"]),
         smooth_factors=np.array(factors, dtype=np.float32),
         fingerprint=model_fingerprint(model),
+        transform=shape.transform,
         relative_error=errors,
+        rotations=rotations,
+    )
+
+
+def _rotations(data, query_moments, n_subvectors):
+    if query_moments is None:
+        raise ValueError(
+            "transform: got 'learned' for a model whose attention does not show its queries, wanted 'hadamard'"
+        )
+    keys = [_ext.learned_rotation(k, mx.array(m), n_subvectors=n_subvectors) for k, m in zip(data.keys, query_moments)]
+    values = [_ext.learned_rotation(v, n_subvectors=n_subvectors) for v in data.values]
+    return Rotations(
+        keys=np.stack([np.array(rotation) for rotation, _ in keys]),
+        values=np.stack([np.array(rotation) for rotation, _ in values]),
+        key_weights=np.stack([np.array(weight) for _, weight in keys]),
     )
 
 
@@ -182,8 +265,8 @@ def _check_training(head_dim, num_centroids, num_subspaces, codebook_per, transf
         raise ValueError(f"num_subspaces: got {num_subspaces!r}, wanted a divisor of head_dim = {head_dim}")
     if codebook_per not in ("subvector", "head"):
         raise ValueError(f"codebook_per: got {codebook_per!r}, wanted 'subvector' or 'head'")
-    if transform != "hadamard":
-        raise ValueError(f"transform: got {transform!r}, wanted 'hadamard'")
+    if transform not in TRANSFORMS:
+        raise ValueError(f"transform: got {transform!r}, wanted 'hadamard' or 'learned'")
 
 
 def _check_factors(model, factors, layers):

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxquant_mlx import _ext
-from veloxquant_mlx.cache.codebook import Codebook, SmoothFactors
+from veloxquant_mlx.cache.codebook import Codebook, Rotations, SmoothFactors
 
 _NUMPY_DTYPES = {
     "float32": np.float32,
@@ -20,6 +20,9 @@ _NUMPY_DTYPES = {
     "int32": np.int32,
     "bool": np.bool_,
 }
+
+# Field of Rotations -> array in the file.
+_ROTATIONS = {"keys": "key_rotation", "values": "value_rotation", "key_weights": "key_weight"}
 
 
 class NpyArtifactStore:
@@ -42,8 +45,12 @@ class NpyArtifactStore:
         if kind == "array":
             return _mlx_array(*raw["array"])
         if kind == "smooth_factors":
-            return SmoothFactors(_numpy_array(*raw["factors"]), attributes["model"])
+            moments = _numpy_array(*raw["query_moments"]) if "query_moments" in raw else None
+            return SmoothFactors(_numpy_array(*raw["factors"]), attributes["model"], moments)
         if kind == "vecinfer_codebook":
+            rotations = None
+            if attributes["transform"] == "learned":
+                rotations = Rotations(**{field: _numpy_array(*raw[name]) for field, name in _ROTATIONS.items()})
             return Codebook(
                 keys=_numpy_array(*raw["keys"]),
                 values=_numpy_array(*raw["values"]),
@@ -51,6 +58,7 @@ class NpyArtifactStore:
                 fingerprint=attributes["model"],
                 transform=attributes["transform"],
                 relative_error=attributes["relative_error"],
+                rotations=rotations,
             )
         raise ValueError(f"{name}: got an artifact of kind {kind!r}, wanted an array, smooth factors or a codebook")
 
@@ -70,13 +78,15 @@ class NpyArtifactStore:
 def _describe(obj):
     if isinstance(obj, Codebook):
         attributes = {"model": obj.fingerprint, "transform": obj.transform, "relative_error": obj.relative_error}
-        return (
-            "vecinfer_codebook",
-            attributes,
-            {"keys": obj.keys, "values": obj.values, "smooth_factors": obj.smooth_factors},
-        )
+        arrays = {"keys": obj.keys, "values": obj.values, "smooth_factors": obj.smooth_factors}
+        if obj.rotations is not None:
+            arrays |= {name: getattr(obj.rotations, field) for field, name in _ROTATIONS.items()}
+        return "vecinfer_codebook", attributes, arrays
     if isinstance(obj, SmoothFactors):
-        return "smooth_factors", {"model": obj.fingerprint}, {"factors": obj}
+        arrays = {"factors": obj}
+        if obj.query_moments is not None:
+            arrays["query_moments"] = obj.query_moments
+        return "smooth_factors", {"model": obj.fingerprint}, arrays
     return "array", {}, {"array": obj}
 
 

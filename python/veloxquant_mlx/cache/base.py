@@ -150,6 +150,8 @@ def _vecinfer_factories(model, config, layers):
             factors.shape == codebook.smooth_factors.shape and (factors == codebook.smooth_factors).all()
         ):
             raise ValueError("smooth_factors: got other factors than the codebook was trained with, wanted those")
+        elif codebook.rotations is not None and not isinstance(factors, SmoothFactors):
+            raise ValueError("smooth_factors: got an array for a codebook of learned rotations, wanted none")
         key_tables, value_tables = codebook.keys, codebook.values
     else:
         key_tables = value_tables = codebook
@@ -162,13 +164,19 @@ def _vecinfer_factories(model, config, layers):
             f"num_subspaces: got {config.num_subspaces}, wanted {n_subvectors} (the codebook has sub-vectors of "
             f"{key_tables.shape[-1]} for head_dim {dim})"
         )
-    codecs = [
-        (
-            _ext.vecinfer_codec("keys", mx.array(key_tables[i]), n_subvectors, True, mx.array(factors[i])),
-            _ext.vecinfer_codec("values", mx.array(value_tables[i]), dim // value_tables.shape[-1], True),
+    rotations = getattr(codebook, "rotations", None)
+    codecs = []
+    for i in range(n_layers):
+        if rotations is None:
+            key_map, value_map = {"scale": mx.array(factors[i])}, {}
+        else:
+            key_map, value_map = rotations.key_matrices(i), rotations.value_matrices(i)
+        codecs.append(
+            (
+                _ext.vecinfer_codec("keys", mx.array(key_tables[i]), n_subvectors, **key_map),
+                _ext.vecinfer_codec("values", mx.array(value_tables[i]), dim // value_tables.shape[-1], **value_map),
+            )
         )
-        for i in range(n_layers)
-    ]
     true_bits = [codec.bits_per_element for codec in codecs[0]]
     asked = [config.bits, config.bits if config.value_bits is None else config.value_bits]
     note = "" if asked == true_bits else f" (asked for {asked[0]:g}/{asked[1]:g}: the codebook decides)"

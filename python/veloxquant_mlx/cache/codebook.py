@@ -1,23 +1,56 @@
-"""Smooth factors and codebooks: what calibration returns, the store keeps and the config takes."""
+"""Smooth factors, rotations and codebooks: what calibration returns, the store keeps and the config takes."""
 
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
+from veloxquant_mlx import _ext
+
+TRANSFORMS = ("hadamard", "learned")
+
 
 class SmoothFactors(np.ndarray):
-    """lambda, fp32 [L, H_kv, D]: an array that knows the model it was measured on."""
+    """lambda, fp32 [L, H_kv, D]: an array that knows the model it was measured on.
+
+    query_moments: E q_i^2 of the post-RoPE queries of each KV head, fp32 [L, H_kv, D]; None where
+    the model's attention does not let them be seen. Learned rotations need them.
+    """
 
     fingerprint: str | None
+    query_moments: np.ndarray | None
 
-    def __new__(cls, values, fingerprint=None):
+    def __new__(cls, values, fingerprint=None, query_moments=None):
         factors = np.asarray(values, dtype=np.float32).view(cls)
         factors.fingerprint = fingerprint
+        factors.query_moments = query_moments
         return factors
 
     def __array_finalize__(self, other):
         self.fingerprint = getattr(other, "fingerprint", None)
+        self.query_moments = getattr(other, "query_moments", None)
+
+
+@dataclass
+class Rotations:
+    """Learned rotations of a whole model, fp32: what the matrices of the transforms are made of.
+
+    keys, values: [L, H_kv, D, D], orthogonal. key_weights: [L, H_kv, D], the metric of the queries.
+    """
+
+    keys: np.ndarray
+    values: np.ndarray
+    key_weights: np.ndarray
+
+    def key_matrices(self, layer: int) -> dict:
+        """encode_matrix and query_matrix of the keys of a layer, fp32 [H_kv, D, D]."""
+        encode, query = _ext.rotation_matrices(mx.array(self.keys[layer]), mx.array(self.key_weights[layer]))
+        return {"encode_matrix": encode, "query_matrix": query}
+
+    def value_matrices(self, layer: int) -> dict:
+        """The same of the values: one array for both, an orthogonal matrix being its own dual."""
+        matrix = mx.array(self.values[layer])
+        return {"encode_matrix": matrix, "query_matrix": matrix}
 
 
 @dataclass
@@ -26,7 +59,8 @@ class Codebook:
 
     keys, values: fp16 [L, H_kv, M or 1, C, d], L attention layers, M = head_dim / d sub-vectors
     (1: one table for all sub-vectors of a head), C centroids.
-    smooth_factors: fp32 [L, H_kv, D], the lambda that the key tables were trained with.
+    smooth_factors: fp32 [L, H_kv, D], the lambda of the keys, which "hadamard" smooths with.
+    rotations: with transform "learned" only.
     """
 
     keys: np.ndarray
@@ -35,6 +69,14 @@ class Codebook:
     fingerprint: str
     transform: str = "hadamard"
     relative_error: dict = field(default_factory=dict)  # side -> [L][H_kv]: |y - y^|^2 / |y|^2
+    rotations: Rotations | None = None
+
+    def __post_init__(self):
+        if self.transform not in TRANSFORMS:
+            raise ValueError(f"transform: got {self.transform!r}, wanted one of {', '.join(TRANSFORMS)}")
+        if (self.transform == "learned") != (self.rotations is not None):
+            got = "none" if self.rotations is None else "some"
+            raise ValueError(f"rotations: got {got} with transform {self.transform!r}, wanted them with 'learned' only")
 
     @property
     def head_dim(self) -> int:
@@ -47,13 +89,18 @@ class Codebook:
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes + self.smooth_factors.nbytes
+        """Bytes of tables and transforms that all caches of a model share. Keys have two matrices."""
+        tables = self.keys.nbytes + self.values.nbytes
+        if self.rotations is None:
+            return tables + self.smooth_factors.nbytes
+        return tables + 2 * self.rotations.keys.nbytes + self.rotations.values.nbytes
 
     def __repr__(self):
         bits = "/".join(f"{b:g}" for b in self.bits_per_element)
         return (
             f"Codebook({bits} bits per element, {self.keys.shape[0]} layers, {self.keys.shape[1]} KV heads, "
-            f"head_dim {self.head_dim}, tables {self.keys.shape[2]} x {self.keys.shape[3]} x {self.keys.shape[4]})"
+            f"head_dim {self.head_dim}, tables {self.keys.shape[2]} x {self.keys.shape[3]} x {self.keys.shape[4]}, "
+            f"{self.transform} transform)"
         )
 
 

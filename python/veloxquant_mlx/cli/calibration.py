@@ -59,10 +59,10 @@ def load_or_calibrate(model_name, model, tokenizer, bits):
     return found
 
 
-def calibrate(model, tokenizer, bits, texts, n_tokens, report):
+def calibrate(model, tokenizer, bits, texts, n_tokens, report, transform="hadamard"):
     """{b: (smooth_factors, codebook)} for every b in `bits`. texts: None for the built-in text, a path, or strings."""
     smooth_factors, codebooks = vecinfer.calibrate(
-        model, tokenizer, list(bits), texts=texts, num_tokens=n_tokens, progress=report
+        model, tokenizer, list(bits), texts=texts, num_tokens=n_tokens, transform=transform, progress=report
     )
     return {b: (smooth_factors, codebook) for b, codebook in zip(bits, codebooks)}
 

@@ -88,6 +88,8 @@ def _print(artifacts):
         facts = [f"{artifact['name']}: {artifact['state']}", artifact["kind"], output.megabytes(artifact["bytes"])]
         if artifact["bits_per_element"] is not None:
             facts.append(f"{artifact['bits_per_element']:g} bits per element")
+        if artifact["transform"]:
+            facts.append(f"{artifact['transform']} transform")
         if artifact["model"]:
             facts.append(f"model {artifact['model']}")
         for side, error in (artifact["relative_error"] or {}).items():

@@ -1,0 +1,161 @@
+"""Learned rotations: what calibration gathers for them, scores, memory, artifacts, refusals."""
+
+import dataclasses
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny_model
+from mlx_lm.models import llama
+
+from veloxquant_mlx import _ext
+from veloxquant_mlx.allocators.vecinfer import calibrate, calibrate_smooth_factors, collect, train_codebook
+from veloxquant_mlx.artifacts.npy_store import NpyArtifactStore
+from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
+from veloxquant_mlx.cache.codebook import SmoothFactors
+from veloxquant_mlx.cache.kv_cache import shared_nbytes
+from veloxquant_mlx.models import load_model
+
+TEXT = "How vexingly quick daft zebras jump; 5 boxing wizards jump quickly. Pack my box with jugs! "
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return load_model(str(tiny_model.save(tmp_path_factory.mktemp("learned") / "tiny")))
+
+
+@pytest.fixture(scope="module")
+def texts():
+    words = (TEXT * 60).split()
+    np.random.default_rng(0).shuffle(words)
+    return [" ".join(words)]
+
+
+@pytest.fixture(scope="module")
+def calibrated(loaded, texts):
+    return calibrate(*loaded, bits=2, texts=texts, num_tokens=2048, transform="learned")
+
+
+def test_query_moments_are_those_of_the_queries_that_attention_gets(loaded, texts, monkeypatch):
+    model, tokenizer = loaded
+    seen = []
+    attention = llama.scaled_dot_product_attention
+
+    def spy(queries, *arguments, **options):
+        seen.append(np.array(queries.astype(mx.float32)))
+        return attention(queries, *arguments, **options)
+
+    KVCacheBuilder.build(model, KVCacheConfig(method="fp16"))  # hooks mlx_lm's attention
+    attention = llama.scaled_dot_product_attention
+    monkeypatch.setattr(llama, "scaled_dot_product_attention", spy)
+    moments = collect(model, tokenizer, 300, texts).query_moments
+    groups = tiny_model.N_HEADS // tiny_model.N_KV_HEADS
+    for layer, queries in enumerate(seen[-tiny_model.N_LAYERS :]):
+        per_head = np.square(queries[0]).mean(axis=1)
+        wanted = per_head.reshape(-1, groups, tiny_model.HEAD_DIM).mean(axis=1)
+        np.testing.assert_allclose(moments[layer], wanted, rtol=1e-4)
+
+
+def test_scores_are_closer_than_with_hadamard(loaded, texts, calibrated):
+    """Mean (q . (k - k^))^2 over another text, queries drawn with the moments that were measured."""
+    model, tokenizer = loaded
+    factors, learned = calibrated
+    hadamard = train_codebook(model, tokenizer, factors, num_samples=16, texts=texts, transform="hadamard")
+    keys = collect(model, tokenizer, 600, [texts[0][-2000:]]).keys
+    rng = np.random.default_rng(1)
+    errors = {"hadamard": [], "learned": []}
+    for codebook in (hadamard, learned):
+        caches = KVCacheBuilder.build(model, KVCacheConfig(codebook=codebook, sinks=0))
+        for layer, (cache, k) in enumerate(zip(caches, keys)):
+            k = k[None]
+            cache.update_and_fetch(k, k)  # a chunk still sees itself as exact
+            encoded, _ = cache.update_and_fetch(k[:, :, -1:], k[:, :, -1:])
+            n = k.shape[2] - 128  # all of these are packed
+            error = np.array((encoded.dequantize()[:, :, :n] - k[:, :, :n]).astype(mx.float32))[0]
+            scale = np.sqrt(factors.query_moments[layer])[:, None]
+            q = scale * rng.standard_normal((error.shape[0], 64, error.shape[2]))
+            errors[codebook.transform].append(np.square(np.einsum("hqd,htd->hqt", q, error)).mean())
+    # Random weights make keys without structure: a real model gains far more.
+    assert np.mean(errors["learned"]) < np.mean(errors["hadamard"])
+
+
+def test_shared_bytes_count_a_value_rotation_once(loaded, calibrated):
+    model, _ = loaded
+    _, codebook = calibrated
+    caches = KVCacheBuilder.build(model, KVCacheConfig(codebook=codebook))
+    model(mx.array([[1, 2, 3]]), cache=caches)
+    matrix = tiny_model.N_LAYERS * tiny_model.N_KV_HEADS * tiny_model.HEAD_DIM**2 * 4
+    tables = codebook.keys.nbytes + codebook.values.nbytes
+    assert shared_nbytes(caches) == codebook.nbytes == tables + 3 * matrix
+
+
+def test_packed_attention_equals_attention_on_the_decoded_history(loaded, calibrated):
+    model, _ = loaded
+    tokens = mx.array(np.random.default_rng(2).integers(0, 256, (1, 300)))
+    logits = []
+    for fused in (True, False):
+        config = KVCacheConfig(codebook=calibrated[1], use_fused_sdpa=fused)
+        caches = KVCacheBuilder.build(model, config)
+        model(tokens[:, :280], cache=caches)
+        logits.append(np.array(model(tokens[:, 280:], cache=caches)))
+    assert np.abs(logits[0] - logits[1]).max() < 2e-2 * np.abs(logits[1]).max()
+
+
+def test_artifacts_come_back_bit_for_bit(loaded, calibrated, tmp_path):
+    factors, codebook = calibrated
+    store = NpyArtifactStore(tmp_path)
+    store.save("smooth", factors)
+    store.save("codebook", codebook)
+    again, book = store.load("smooth"), store.load("codebook")
+    assert again.tobytes() == factors.tobytes() and again.fingerprint == factors.fingerprint
+    assert again.query_moments.tobytes() == factors.query_moments.tobytes()
+    assert (book.transform, book.relative_error) == ("learned", codebook.relative_error)
+    for field in dataclasses.fields(codebook.rotations):
+        wanted, got = getattr(codebook.rotations, field.name), getattr(book.rotations, field.name)
+        assert got.dtype == np.float32 and got.tobytes() == wanted.tobytes()
+    assert book.keys.tobytes() == codebook.keys.tobytes()
+    KVCacheBuilder.build(loaded[0], KVCacheConfig(codebook=book, smooth_factors=again))
+
+
+def test_moments_are_taken_from_the_factors_or_gathered(loaded, texts):
+    model, tokenizer = loaded
+    factors = calibrate_smooth_factors(model, tokenizer, num_samples=4, texts=texts)
+    without = SmoothFactors(np.array(factors), factors.fingerprint)
+    assert factors.query_moments.shape == factors.shape and without.query_moments is None
+    options = {"num_samples": 4, "num_centroids": 16, "texts": texts, "transform": "learned"}
+    weights = [
+        train_codebook(model, tokenizer, smooth_factors=given, **options).rotations.key_weights
+        for given in (factors, without, None)
+    ]
+    assert (weights[0] == weights[1]).all() and (weights[0] == weights[2]).all()  # the same text
+    flat = SmoothFactors(np.array(factors), factors.fingerprint, np.ones_like(factors))
+    assert (train_codebook(model, tokenizer, smooth_factors=flat, **options).rotations.key_weights == 1).all()
+
+
+def test_matrices_are_dual(calibrated):
+    matrices = calibrated[1].rotations.key_matrices(0)
+    product = np.array(matrices["encode_matrix"]) @ np.array(matrices["query_matrix"]).transpose(0, 2, 1)
+    np.testing.assert_allclose(product, np.broadcast_to(np.eye(tiny_model.HEAD_DIM), product.shape), atol=1e-5)
+
+
+def test_refusals(loaded, texts, calibrated, monkeypatch):
+    model, tokenizer = loaded
+    factors, codebook = calibrated
+    with pytest.raises(ValueError, match="transform: got 'dct'"):
+        calibrate(model, tokenizer, texts=texts, transform="dct")
+    with pytest.raises(ValueError, match="rotations: got none with transform 'learned'"):
+        dataclasses.replace(codebook, rotations=None)
+    with pytest.raises(ValueError, match="smooth_factors: got an array"):
+        KVCacheBuilder.build(model, KVCacheConfig(codebook=codebook, smooth_factors=np.array(factors)))
+    with pytest.raises(ValueError, match="one matrix"):
+        _ext.train_tables(mx.zeros((1, 8, 8)), encode_matrix=mx.eye(8)[None], n_subvectors=2, n_centroids=2)
+    # A model that calls MLX's attention directly never shows its queries.
+    monkeypatch.setattr(llama, "scaled_dot_product_attention", _direct_attention)
+    monkeypatch.setattr(model, "_veloxquant_unrouted", None, raising=False)
+    assert collect(model, tokenizer, 200, texts).query_moments is None
+    with pytest.raises(ValueError, match="does not show its queries"):
+        calibrate(model, tokenizer, texts=texts, num_tokens=200, transform="learned")
+
+
+def _direct_attention(queries, keys, values, cache, scale, mask=None):
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)

@@ -1,0 +1,174 @@
+// The learned rotation: eigenbasis of the keys in the metric of the queries, its directions dealt
+// out to the sub-vectors so that each has the same volume to quantise (the allocation of optimised
+// product quantisation: Ge, He, Ke, Sun 2013, section 3.2). shared/spec/QUALITY.md, steps 1 to 4.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+// Before everything that may include Eigen.
+#include "src/calibration/eigen.h"
+#include "src/calibration/float_rows.h"
+#include "veloxquant/backend.h"
+#include "veloxquant/calibration.h"
+
+namespace veloxquant {
+namespace {
+
+void require_float32(const TensorView& view, const char* name, std::initializer_list<int64_t> shape,
+                     const char* function) {
+  std::string wanted;
+  for (int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
+  const bool fits = !view.empty() && view.dtype == DType::float32 &&
+                    view.ndim == static_cast<int>(shape.size()) &&
+                    std::equal(shape.begin(), shape.end(), view.shape.begin());
+  require(fits, "[", function, "] ", name, ": got ", dtype_name(view.dtype), " with ", view.ndim,
+          " dimensions, wanted float32 [", wanted, "]");
+}
+
+float& element(const MutableTensorView& view, int64_t h, int64_t i, int64_t j) {
+  return *static_cast<float*>(view.at(h, i, j));
+}
+
+// E[x^T x] of one head over its finite tokens; zeros where there is none. Accumulated in fp64, in
+// chunks that do not depend on the threads.
+Matrix second_moment(const TensorView& x, int64_t head) {
+  constexpr int64_t kChunk = 4096;
+  const int64_t tokens = x.shape[1], dims = x.shape[2], chunks = (tokens + kChunk - 1) / kChunk;
+  std::vector<std::vector<double>> sums(chunks);
+  std::vector<int64_t> counts(chunks, 0);
+  parallel_for(chunks, [&](long chunk) {
+    std::vector<double>& sum = sums[chunk];
+    sum.assign(dims * dims, 0.0);
+    std::vector<float> row(dims);
+    std::vector<double> wide(dims);
+    for (int64_t t = chunk * kChunk; t < std::min(tokens, (chunk + 1) * kChunk); ++t) {
+      read_row(x, head, t, row.data());
+      if (!std::all_of(row.begin(), row.end(), [](float v) { return std::isfinite(v); })) continue;
+      ++counts[chunk];
+      std::copy(row.begin(), row.end(), wide.begin());
+      for (int64_t i = 0; i < dims; ++i) {
+        double* out = sum.data() + i * dims;
+        for (int64_t j = 0; j <= i; ++j) out[j] += wide[i] * wide[j];
+      }
+    }
+  });
+  const int64_t count = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  Matrix moment = Matrix::Zero(dims, dims);
+  for (int64_t i = 0; i < dims; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      for (const auto& sum : sums) moment(i, j) += sum[i * dims + j];
+      moment(i, j) /= static_cast<double>(std::max<int64_t>(count, 1));
+      moment(j, i) = moment(i, j);
+    }
+  }
+  return moment;
+}
+
+// w_i = sqrt(E q_i^2) over its mean, at least 1e-3: a channel that no query looks at must not
+// vanish. Ones without queries.
+std::vector<float> query_weight(const TensorView& query_moments, int64_t head, int64_t dims) {
+  constexpr double kFloor = 1e-3;
+  std::vector<double> root(dims, 0.0);
+  for (int64_t i = 0; !query_moments.empty() && i < dims; ++i) {
+    const float moment = *static_cast<const float*>(query_moments.at(head, i));
+    if (std::isfinite(moment) && moment > 0.0f) root[i] = std::sqrt(static_cast<double>(moment));
+  }
+  // Dividing by the mean makes the codes independent of the scale of the queries.
+  const double mean = std::accumulate(root.begin(), root.end(), 0.0) / static_cast<double>(dims);
+  std::vector<float> weight(dims, 1.0f);
+  for (int64_t i = 0; mean > 0.0 && i < dims; ++i) {
+    weight[i] = static_cast<float>(std::max(root[i] / mean, kFloor));
+  }
+  return weight;
+}
+
+// Which eigenvector goes to each of the D columns. `spectrum` is ascending, as Eigen gives it.
+// Descending, each goes to the sub-vector with room whose sum of log l is smallest, the first of
+// equals; l is over its minimum, so that every log is >= 0 and no scale matters.
+std::vector<int64_t> balanced_columns(const std::vector<double>& spectrum, int64_t n_subvectors) {
+  constexpr double kFloor = 1e-6;
+  const int64_t dims = static_cast<int64_t>(spectrum.size()), sub_dim = dims / n_subvectors;
+  const double largest = spectrum.back(), least = std::max(spectrum.front(), kFloor * largest);
+  std::vector<int64_t> columns(dims), filled(n_subvectors, 0);
+  std::vector<double> load(n_subvectors, 0.0);
+  for (int64_t k = dims - 1; k >= 0; --k) {
+    int64_t best = -1;
+    for (int64_t m = 0; m < n_subvectors; ++m) {
+      if (filled[m] < sub_dim && (best < 0 || load[m] < load[best])) best = m;
+    }
+    columns[best * sub_dim + filled[best]++] = k;
+    if (largest > 0.0) load[best] += std::log(std::max(spectrum[k], least) / least);
+  }
+  return columns;
+}
+
+}  // namespace
+
+void learned_rotation(const TensorView& x, const TensorView& query_moments, int n_subvectors,
+                      const MutableTensorView& rotation, const MutableTensorView& weight) {
+  require_float_rows(x, "learned_rotation");
+  const int64_t heads = x.shape[0], dims = x.shape[2];
+  require(n_subvectors >= 1 && dims % n_subvectors == 0, "[learned_rotation] n_subvectors: got ",
+          n_subvectors, ", wanted a divisor of head_dim = ", dims);
+  if (!query_moments.empty()) {
+    require_float32(query_moments, "query_moments", {heads, dims}, "learned_rotation");
+  }
+  require_float32(read_only(rotation), "rotation", {heads, dims, dims}, "learned_rotation");
+  require_float32(read_only(weight), "weight", {heads, dims}, "learned_rotation");
+
+  parallel_for(heads, [&](long h) {
+    const std::vector<float> w = query_weight(query_moments, h, dims);
+    Matrix metric = second_moment(x, h);
+    for (int64_t i = 0; i < dims; ++i) {
+      for (int64_t j = 0; j < dims; ++j) metric(i, j) *= static_cast<double>(w[i]) * w[j];
+    }
+    const veloxquant_eigen::SelfAdjointEigenSolver<Matrix> solver(metric);
+    require(solver.info() == veloxquant_eigen::Success,
+            "[learned_rotation] x: the eigen-decomposition of head ", h, " did not converge");
+    const auto& values = solver.eigenvalues();
+    const std::vector<int64_t> columns =
+        balanced_columns({values.data(), values.data() + dims}, n_subvectors);
+    for (int64_t j = 0; j < dims; ++j) {
+      const auto vector = solver.eigenvectors().col(columns[j]);
+      // The sign of an eigenvector is arbitrary: its largest entry is made positive.
+      int64_t largest = 0;
+      for (int64_t i = 1; i < dims; ++i) {
+        if (std::abs(vector(i)) > std::abs(vector(largest))) largest = i;
+      }
+      const double sign = vector(largest) < 0.0 ? -1.0 : 1.0;
+      for (int64_t i = 0; i < dims; ++i) {
+        element(rotation, h, i, j) = static_cast<float>(sign * vector(i));
+      }
+    }
+    for (int64_t i = 0; i < dims; ++i) *static_cast<float*>(weight.at(h, i)) = w[i];
+  });
+}
+
+void rotation_matrices(const TensorView& rotation, const TensorView& weight,
+                       const MutableTensorView& encode_matrix,
+                       const MutableTensorView& query_matrix) {
+  require(!rotation.empty() && rotation.ndim == 3 && rotation.shape[1] == rotation.shape[2],
+          "[rotation_matrices] rotation: got ", rotation.ndim, " dimensions, wanted [H, D, D]");
+  const int64_t heads = rotation.shape[0], dims = rotation.shape[1];
+  require_float32(rotation, "rotation", {heads, dims, dims}, "rotation_matrices");
+  require_float32(weight, "weight", {heads, dims}, "rotation_matrices");
+  require_float32(read_only(encode_matrix), "encode_matrix", {heads, dims, dims},
+                  "rotation_matrices");
+  require_float32(read_only(query_matrix), "query_matrix", {heads, dims, dims},
+                  "rotation_matrices");
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t i = 0; i < dims; ++i) {
+      const float w = *static_cast<const float*>(weight.at(h, i));
+      require(std::isfinite(w) && w > 0.0f, "[rotation_matrices] weight: got ", w,
+              ", wanted finite positive weights");
+      for (int64_t j = 0; j < dims; ++j) {
+        const float u = *static_cast<const float*>(rotation.at(h, i, j));
+        require(std::isfinite(u), "[rotation_matrices] rotation: got ", u, ", wanted finite");
+        element(encode_matrix, h, i, j) = w * u;
+        element(query_matrix, h, i, j) = u / w;
+      }
+    }
+  }
+}
+
+}  // namespace veloxquant
