@@ -1,8 +1,9 @@
 // Eigen for the calibration, in a namespace of our own and without SIMD.
 //
-// Scalar, so that sums run in one order and a rotation has the same bits on every machine that
-// shares its libm. Renamed, because a program that links this static library may use Eigen with
-// other settings, and the linker would mix the two instances of the same templates.
+// Scalar, so that the order of sums, and with it the bits of a rotation, does not depend on the
+// SIMD level that the library was compiled for. Renamed, because a program that links this static
+// library may use Eigen with other settings, and the linker would mix the two instances of the same
+// templates.
 #pragma once
 
 #ifdef EIGEN_WORLD_VERSION
