@@ -11,6 +11,7 @@ from mlx_lm.models import llama
 from veloxquant_mlx import _ext
 from veloxquant_mlx.allocators.vecinfer import calibrate, calibrate_smooth_factors, collect, train_codebook
 from veloxquant_mlx.artifacts.npy_store import NpyArtifactStore
+from veloxquant_mlx.cache import prompt_cache
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
 from veloxquant_mlx.cache.codebook import SmoothFactors
 from veloxquant_mlx.cache.kv_cache import shared_nbytes
@@ -115,6 +116,17 @@ def test_artifacts_come_back_bit_for_bit(loaded, calibrated, tmp_path):
         assert got.dtype == np.float32 and got.tobytes() == wanted.tobytes()
     assert book.keys.tobytes() == codebook.keys.tobytes()
     KVCacheBuilder.build(loaded[0], KVCacheConfig(codebook=book, smooth_factors=again))
+
+
+def test_a_prompt_cache_goes_on_with_the_same_logits(loaded, calibrated, tmp_path):
+    model, _ = loaded
+    tokens = mx.array(np.random.default_rng(3).integers(0, 256, (1, 300)))
+    caches = KVCacheBuilder.build(model, KVCacheConfig(codebook=calibrated[1]))
+    model(tokens, cache=caches)
+    prompt_cache.save(str(tmp_path / "prompt.safetensors"), caches)
+    again = prompt_cache.load(str(tmp_path / "prompt.safetensors"), model)
+    logits = [np.array(model(mx.array([[7]]), cache=c)) for c in (caches, again)]
+    assert (logits[0] == logits[1]).all()
 
 
 def test_moments_are_taken_from_the_factors_or_gathered(loaded, texts):
