@@ -58,9 +58,8 @@ double copy_bandwidth() {
   std::vector<char> from(kBytes, 1), to(kBytes, 2);
   int64_t parts = 4 * vq::num_threads(), part = kBytes / parts;
   double time = seconds([&] {
-    vq::parallel_for(parts, [&](long i) {
-      std::memcpy(to.data() + i * part, from.data() + i * part, part);
-    });
+    vq::parallel_for(
+        parts, [&](long i) { std::memcpy(to.data() + i * part, from.data() + i * part, part); });
   });
   return 2.0 * static_cast<double>(part * parts) / time;
 }

@@ -51,8 +51,8 @@ int main() {
   config.key_codec = vq::make_exact_codec(vq::Side::keys, kHeads, kHeadDim, config.exact_dtype);
   config.value_codec = vq::make_exact_codec(vq::Side::values, kHeads, kHeadDim, config.exact_dtype);
   vq::KvCache exact(config);  // 16 bits an element: what the other is compared with
-  config.key_codec = vq::make_vecinfer_codec(vq::Side::keys, kHeads, kHeadDim, kSubVectors,
-                                             table_view, transform);
+  config.key_codec =
+      vq::make_vecinfer_codec(vq::Side::keys, kHeads, kHeadDim, kSubVectors, table_view, transform);
   config.value_codec = vq::make_vecinfer_codec(vq::Side::values, kHeads, kHeadDim, kSubVectors,
                                                table_view, transform);
   vq::KvCache packed(config);
