@@ -27,31 +27,28 @@ void widen_bf16(const uint16_t* HWY_RESTRICT from, int64_t n, float* HWY_RESTRIC
   for (int64_t i = 0; i < n; ++i) to[i] = bf16_to_f32(from[i]);
 }
 
-// Plain loops over the shared arithmetic, compiled per SIMD level: the compiler vectorises them.
-int64_t narrow_f16(const float* HWY_RESTRICT from, int64_t n, uint16_t* HWY_RESTRICT to) {
+// A plain loop over the shared arithmetic, compiled per SIMD level: the compiler vectorises it.
+// kInfinity: the bits of the 16-bit type's infinity; larger magnitudes are NaN.
+template <uint16_t (*kRound)(float), uint32_t kInfinity>
+HWY_INLINE int64_t narrow(const float* HWY_RESTRICT from, int64_t n, uint16_t* HWY_RESTRICT to) {
   int64_t changed = 0;
   for (int64_t i = 0; i < n; ++i) {
-    uint32_t half = f32_to_f16(from[i]);
+    uint32_t half = kRound(from[i]);
     const uint32_t magnitude = half & 0x7fffu;
-    changed += magnitude >= 0x7c00u;
-    if (magnitude > 0x7c00u) half = 0;
-    if (magnitude == 0x7c00u) half -= 1;
+    changed += magnitude >= kInfinity;
+    if (magnitude > kInfinity) half = 0;
+    if (magnitude == kInfinity) half -= 1;
     to[i] = static_cast<uint16_t>(half);
   }
   return changed;
 }
 
+int64_t narrow_f16(const float* HWY_RESTRICT from, int64_t n, uint16_t* HWY_RESTRICT to) {
+  return narrow<f32_to_f16, 0x7c00u>(from, n, to);
+}
+
 int64_t narrow_bf16(const float* HWY_RESTRICT from, int64_t n, uint16_t* HWY_RESTRICT to) {
-  int64_t changed = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t half = f32_to_bf16(from[i]);
-    const uint32_t magnitude = half & 0x7fffu;
-    changed += magnitude >= 0x7f80u;
-    if (magnitude > 0x7f80u) half = 0;
-    if (magnitude == 0x7f80u) half -= 1;
-    to[i] = static_cast<uint16_t>(half);
-  }
-  return changed;
+  return narrow<f32_to_bf16, 0x7f80u>(from, n, to);
 }
 
 }  // namespace veloxquant::cpu::HWY_NAMESPACE
