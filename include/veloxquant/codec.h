@@ -22,6 +22,15 @@ constexpr int kBlockTokens = 64;
 
 enum class Side { keys, values };
 
+// Where a block belongs. `sequence` picks the tables of a batch row where tables carry a batch
+// axis. `position` is that of the block's first token: codecs of pre-RoPE keys undo and redo the
+// model's rotary embedding with it, all others ignore it.
+struct BlockPlace {
+  int sequence = 0;
+  int kv_head = 0;
+  int64_t position = 0;
+};
+
 class Codec {
  public:
   virtual ~Codec() = default;
@@ -41,17 +50,16 @@ class Codec {
 
   // x: fp32 [n_tokens][head_dim], original coordinates, finite; 1 <= n_tokens <= 64.
   // block: block_bytes() bytes, all of them written. Equal on every backend and SIMD level.
-  // `sequence` picks the codebook of a batch row where codebooks carry a batch axis.
-  virtual void encode_block(Backend backend, int sequence, int kv_head, const float* x,
-                            int n_tokens, uint8_t* block) const = 0;
+  virtual void encode_block(Backend backend, const BlockPlace& place, const float* x, int n_tokens,
+                            uint8_t* block) const = 0;
 
   // tokens [0, n_tokens) of a block -> y: fp32 [n_tokens][y_stride], codec coordinates.
   // Equal on every backend and SIMD level. Codes out of range are clamped.
-  virtual void decode_block(Backend backend, int sequence, int kv_head, const uint8_t* block,
+  virtual void decode_block(Backend backend, const BlockPlace& place, const uint8_t* block,
                             int n_tokens, float* y, int64_t y_stride) const = 0;
 
   // The same, transposed: y_t [head_dim][64], tokens beyond n_tokens are 0.
-  virtual void decode_block_transposed(Backend backend, int sequence, int kv_head,
+  virtual void decode_block_transposed(Backend backend, const BlockPlace& place,
                                        const uint8_t* block, int n_tokens, float* y_t) const = 0;
 
   // In place on n rows of fp32 [n][head_dim]. Keys only: q -> q'.
@@ -61,11 +69,14 @@ class Codec {
   // In place: original -> codec coordinates, as encode does it.
   virtual void forward(int kv_head, float* x, int64_t n) const = 0;
 
-  // Interchange order (files, the Python functions): token-major codes [n_tokens][M], one
-  // uint16 per code, whatever order the block keeps in memory.
-  virtual int codes_per_token() const = 0;
-  virtual void unpack_codes(const uint8_t* block, int n_tokens, uint16_t* codes) const = 0;
-  virtual void pack_codes(const uint16_t* codes, int n_tokens, uint8_t* block) const = 0;
+  // Interchange order (files): token by token, whatever order the block keeps in memory. A token is
+  // token_bytes() bytes: its codes one after the other, least significant bits first, zero bits up
+  // to a whole byte, then its scalars (fp16, little-endian), if the codec has any.
+  virtual int64_t token_bytes() const = 0;
+  // rows: n_tokens * token_bytes()
+  virtual void unpack_tokens(const uint8_t* block, int n_tokens, uint8_t* rows) const = 0;
+  // Tokens that the block does not have are written as code 0, scalar 0.
+  virtual void pack_tokens(const uint8_t* rows, int n_tokens, uint8_t* block) const = 0;
 };
 
 using CodecPtr = std::shared_ptr<const Codec>;
