@@ -6,6 +6,7 @@
 //   VELOXQUANT_THREADS=<n>
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -41,6 +42,15 @@ template <class Body>
 void parallel_for(long n, const Body& body) {
   detail::parallel_for_impl(
       n, [](const void* context, long i) { (*static_cast<const Body*>(context))(i); }, &body);
+}
+
+// Runs body(begin, end) for ranges of at most `step` that make up [0, n), in the same way.
+template <class Body>
+void parallel_ranges(int64_t n, int64_t step, const Body& body) {
+  parallel_for(static_cast<long>((n + step - 1) / step), [&](long i) {
+    const int64_t begin = i * step;
+    body(begin, begin + step < n ? begin + step : n);
+  });
 }
 
 // True when VELOXQUANT_DEBUG=1 or MLX_METAL_DEBUG=1: log_once prints to stderr then.

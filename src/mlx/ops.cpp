@@ -11,14 +11,6 @@ namespace veloxquant {
 namespace mx = mlx::core;
 namespace {
 
-std::string shape_text(const mx::array& a) {
-  std::string text = dtype_text(a.dtype()) + " [";
-  for (int d = 0; d < static_cast<int>(a.ndim()); ++d) {
-    text += (d ? ", " : "") + std::to_string(a.shape(d));
-  }
-  return text + "]";
-}
-
 bool is_core_float(mx::Dtype dtype) {
   return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
 }

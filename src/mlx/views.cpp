@@ -13,6 +13,14 @@ std::string dtype_text(mx::Dtype dtype) {
   return text.str();
 }
 
+std::string shape_text(const mx::array& a) {
+  std::string text = dtype_text(a.dtype()) + " [";
+  for (int d = 0; d < static_cast<int>(a.ndim()); ++d) {
+    text += (d ? ", " : "") + std::to_string(a.shape(d));
+  }
+  return text + "]";
+}
+
 DType dtype_of(mx::Dtype dtype) {
   if (dtype == mx::float32) return DType::float32;
   if (dtype == mx::float16) return DType::float16;

@@ -14,6 +14,7 @@ namespace veloxquant {
 DType dtype_of(mlx::core::Dtype dtype);  // throws Error for a dtype that the core has not
 mlx::core::Dtype mlx_dtype(DType dtype);
 std::string dtype_text(mlx::core::Dtype dtype);
+std::string shape_text(const mlx::core::array& a);  // "float16 [2, 3]", for error texts
 
 // Views of evaluated (or allocated) arrays, strides included.
 TensorView view_of(const mlx::core::array& a);

@@ -1,8 +1,41 @@
-"""The kernels of the system: Metal where MLX has it, else the C++ CPU kernels with the same codes."""
+"""The kernels of the system: Metal where MLX has it, else the C++ CPU kernels with the same codes.
+
+Every function can be imported from here or from its module; a module is loaded on first use.
+"""
+
+import importlib
 
 import mlx.core as mx
+
+# Module -> what it exports.
+_MODULES = {
+    "_vecinfer": ("vecinfer_encode",),
+    "fused_sdpa": (
+        "metal_fused_sdpa",
+        "supports_shape",
+        "patch_mlx_lm_for_fused_sdpa",
+        "unpatch_mlx_lm_for_fused_sdpa",
+        "EncodedTensor",
+    ),
+}
+
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = ["metal_available", *_MODULE_OF]
 
 
 def metal_available() -> bool:
     """True where MLX has a Metal device to run kernels on."""
     return mx.metal.is_available()
+
+
+def __getattr__(name):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(__all__)
