@@ -40,6 +40,8 @@ class Codec {
   virtual Side side() const = 0;
   virtual int n_kv_heads() const = 0;
   virtual int head_dim() const = 0;
+  // Sequences that have tables of their own; 1: all share the same.
+  virtual int64_t n_sequences() const { return 1; }
 
   // Bytes of one packed block of 64 tokens of one KV head, everything per token included.
   virtual int64_t block_bytes() const = 0;

@@ -1,13 +1,14 @@
 #include <mlx/array.h>
 #include <mlx/utils.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
+#include <map>
 
 #include "python/bindings/module.h"
 #include "src/mlx/array_cache.h"
@@ -27,79 +28,37 @@ Side side_named(const std::string& name) {
 }
 
 std::string kernel_name(const CodecArrays& keys, const CodecArrays& values) {
-  const std::string codecs = keys.name == values.name ? keys.name : keys.name + " / " + values.name;
-  return std::string(backend_name(default_backend())) + "/" + simd_level() + " " + codecs;
+  const std::string k = keys.core->name(), v = values.core->name();
+  return std::string(backend_name(default_backend())) + "/" + simd_level() + " " +
+         (k == v ? k : k + " / " + v);
 }
 
-// (method, heads, head_dim, sub-vectors, transform, has scale): numbers and words for a file.
-using CodecDescription = std::tuple<std::string, int, int, int, std::string, bool>;
-
-const char* const kTransformNames[] = {"none", "hadamard", "dense"};
-
-CodecDescription describe(const CodecArrays& codec) {
-  const bool exact = codec.method == CodecArrays::Method::exact;
-  return {exact ? "exact" : "vecinfer",
-          codec.n_kv_heads,
-          codec.head_dim,
-          codec.n_subvectors,
-          kTransformNames[static_cast<int>(codec.transform)],
-          codec.has_scale};
-}
-
-CodecArrays restored_codec(const std::string& side, const CodecDescription& description,
-                           mx::Dtype exact_dtype, const std::vector<mx::array>& arrays) {
-  const auto& [method, heads, dim, subvectors, transform, has_scale] = description;
-  require(method == "exact" || method == "vecinfer", "[codec] method: got '", method,
-          "', wanted exact or vecinfer");
-  CodecArrays codec;
-  codec.method = method == "exact" ? CodecArrays::Method::exact : CodecArrays::Method::vecinfer;
-  codec.side = side_named(side);
-  codec.n_kv_heads = heads;
-  codec.head_dim = dim;
-  codec.n_subvectors = subvectors;
-  codec.has_scale = has_scale;
-  codec.exact_dtype = dtype_of(exact_dtype);
-  const auto* name = std::find(std::begin(kTransformNames), std::end(kTransformNames), transform);
-  require(name != std::end(kTransformNames), "[codec] transform: got '", transform,
-          "', wanted none, hadamard or dense");
-  codec.transform = static_cast<TransformKind>(name - kTransformNames);
-  require(!has_scale || codec.transform == TransformKind::hadamard,
-          "[codec] scale: got smooth factors and transform '", transform, "', wanted hadamard");
-  return restored_codec_arrays(codec, arrays);
+SharedCodec codec(const std::string& side, const std::string& method, int n_kv_heads, int head_dim,
+                  const std::map<std::string, CodecOption>& options,
+                  const std::map<std::string, mx::array>& arrays) {
+  return make_codec_arrays({method, side_named(side), n_kv_heads, head_dim, options}, arrays);
 }
 
 void bind_codec(nb::module_& m) {
   nb::class_<CodecArrays>(m, "Codec", "A codec of one side of one layer, with its tables.")
-      .def_ro("name", &CodecArrays::name)
-      .def_ro("n_kv_heads", &CodecArrays::n_kv_heads)
-      .def_ro("head_dim", &CodecArrays::head_dim)
-      .def_ro("n_subvectors", &CodecArrays::n_subvectors)
-      .def_ro("block_bytes", &CodecArrays::block_bytes)
-      .def_ro("arrays", &CodecArrays::arrays)
-      .def_prop_ro("description", &describe,
-                   "What restored_codec needs beside the arrays: (method, heads, head_dim, "
-                   "n_subvectors, transform, has scale).")
+      .def_prop_ro("name", [](const CodecArrays& self) { return self.core->name(); })
+      .def_prop_ro("method", [](const CodecArrays& self) { return self.spec.method; })
+      .def_prop_ro("n_kv_heads", [](const CodecArrays& self) { return self.spec.n_kv_heads; })
+      .def_prop_ro("head_dim", [](const CodecArrays& self) { return self.spec.head_dim; })
+      .def_prop_ro("options", [](const CodecArrays& self) { return self.spec.options; })
+      .def_prop_ro("arrays", [](const CodecArrays& self) { return self.arrays; })
+      .def_prop_ro("n_sequences", [](const CodecArrays& self) { return self.core->n_sequences(); })
+      .def_prop_ro("block_bytes", [](const CodecArrays& self) { return self.core->block_bytes(); })
+      .def_prop_ro("token_bytes", [](const CodecArrays& self) { return self.core->token_bytes(); })
       .def_prop_ro("nbytes", &CodecArrays::nbytes)
-      .def_prop_ro("bits_per_element", &CodecArrays::bits_per_element);
-  m.def(
-      "exact_codec",
-      [](const std::string& side, int n_kv_heads, int head_dim, mx::Dtype dtype) {
-        return exact_codec_arrays(side_named(side), n_kv_heads, head_dim, dtype_of(dtype));
-      },
-      "side"_a, "n_kv_heads"_a, "head_dim"_a, "dtype"_a);
-  m.def(
-      "vecinfer_codec",
-      [](const std::string& side, const mx::array& tables, int n_subvectors, bool hadamard,
-         const std::optional<mx::array>& scale, const std::optional<mx::array>& encode_matrix,
-         const std::optional<mx::array>& query_matrix) {
-        return vecinfer_codec_arrays(side_named(side), tables, n_subvectors, hadamard, scale,
-                                     encode_matrix, query_matrix);
-      },
-      "side"_a, "tables"_a, "n_subvectors"_a, "hadamard"_a = true, "scale"_a = nb::none(),
-      "encode_matrix"_a = nb::none(), "query_matrix"_a = nb::none(),
-      "tables: [H, M or 1, C, d]; scale: [H, D]; matrices: [H, D, D]. See codec_arrays.h.");
-  m.def("restored_codec", &restored_codec, "side"_a, "description"_a, "exact_dtype"_a, "arrays"_a,
-        "The codec of a file; ValueError where the arrays are not what the description says.");
+      .def_prop_ro("bits_per_element",
+                   [](const CodecArrays& self) { return self.core->bits_per_element(); });
+  m.def("codec", &codec, "side"_a, "method"_a, "n_kv_heads"_a, "head_dim"_a,
+        "options"_a = std::map<std::string, CodecOption>(),
+        "arrays"_a = std::map<std::string, mx::array>(),
+        "A codec from its description (codec_spec.h); the README of its folder lists options and "
+        "arrays. ValueError where they do not fit together.");
+  m.def("codec_methods", &codec_methods);
   m.def(
       "checksum",
       [](const std::string& text, const std::vector<mx::array>& arrays) {
@@ -111,7 +70,8 @@ void bind_codec(nb::module_& m) {
 void bind_snapshot(nb::module_& m) {
   nb::class_<Snapshot>(m, "EncodedTensor",
                        "Keys or values of a cache at one moment: [B, H_kv, length, D].")
-      .def_ro("codec", &Snapshot::codec)
+      .def_prop_ro("codec",
+                   [](const Snapshot& s) { return std::const_pointer_cast<CodecArrays>(s.codec); })
       .def_ro("dtype", &Snapshot::dtype)
       .def_ro("spans", &Snapshot::spans)
       .def_prop_ro("nbytes", &Snapshot::nbytes)
@@ -129,7 +89,8 @@ void bind_snapshot(nb::module_& m) {
           "x"_a, "stream"_a = nb::none(),
           "x [B, H_kv, length, D] in 16 bits, laid out as this tensor is.")
       .def_prop_ro("shape", [](const Snapshot& s) {
-        return std::vector<int64_t>{s.batch, s.codec.n_kv_heads, s.layout.length, s.codec.head_dim};
+        return std::vector<int64_t>{s.batch, s.codec->spec.n_kv_heads, s.layout.length,
+                                    s.codec->spec.head_dim};
       });
   m.def(
       "attend",
@@ -150,9 +111,10 @@ void bind_array_cache(nb::module_& m) {
   nb::class_<ArrayCache>(m, "ArrayCache", "The cache of one layer. See array_cache.h.")
       .def(
           "__init__",
-          [](ArrayCache* self, const CodecArrays& keys, const CodecArrays& values, int window,
-             int sinks, mx::Dtype exact_dtype) {
-            new (self) ArrayCache(keys, values, window, sinks, dtype_of(exact_dtype));
+          [](ArrayCache* self, SharedCodec keys, SharedCodec values, int window, int sinks,
+             mx::Dtype exact_dtype) {
+            new (self) ArrayCache(std::move(keys), std::move(values), window, sinks,
+                                  dtype_of(exact_dtype));
           },
           "keys"_a, "values"_a, "window"_a, "sinks"_a, "exact_dtype"_a)
       .def("update", &ArrayCache::update, "keys"_a, "values"_a, "strict"_a = false,

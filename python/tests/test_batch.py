@@ -11,10 +11,10 @@ import tiny_model as tiny
 from mlx_lm.models import base
 from mlx_lm.models.cache import BatchKVCache, load_prompt_cache, save_prompt_cache
 
-from veloxquant_mlx import _ext
 from veloxquant_mlx.cache import prompt_cache
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, install
 from veloxquant_mlx.cache.batch import BatchVeloxQuantKVCache
+from veloxquant_mlx.cache.codecs import exact
 from veloxquant_mlx.cache.kv_cache import VeloxQuantKVCache
 from veloxquant_mlx.metal.fused_sdpa import patch_mlx_lm_for_fused_sdpa
 
@@ -139,7 +139,7 @@ def test_padding_is_never_stored(loaded, tables, side, chunk):
 @pytest.mark.parametrize("window", [None, 9])
 def test_masks_are_mlx_lms(window):
     ours = BatchVeloxQuantKVCache(
-        VeloxQuantKVCache(lambda dtype: [_ext.exact_codec(side, 1, 8, dtype) for side in ("keys", "values")])
+        VeloxQuantKVCache(lambda dtype: [exact.codec(side, 1, 8, dtype) for side in ("keys", "values")])
         for _ in range(2)
     )
     theirs = BatchKVCache([3, 0])
@@ -159,7 +159,7 @@ def test_a_windowed_mask_reaches_every_row():
     patch_mlx_lm_for_fused_sdpa()
     caches = []
     for n in (30, 50, 11):
-        caches.append(VeloxQuantKVCache(lambda dtype: [_ext.exact_codec(s, 1, 8, dtype) for s in ("keys", "values")]))
+        caches.append(VeloxQuantKVCache(lambda dtype: [exact.codec(s, 1, 8, dtype) for s in ("keys", "values")]))
         caches[-1].update_and_fetch(*[mx.array(rng.standard_normal((1, 1, n, 8)), dtype=mx.float32)] * 2)
     batch = VeloxQuantKVCache.merge(caches)
     mask = batch.make_mask(4, window_size=12)
@@ -185,7 +185,7 @@ def test_500_random_sequences_against_a_list_of_tokens(tmp_path):
     rng = np.random.default_rng(11)
 
     def make():
-        codecs = [_ext.exact_codec(side, 1, 8, mx.float16) for side in ("keys", "values")]
+        codecs = [exact.codec(side, 1, 8, mx.float16) for side in ("keys", "values")]
         return VeloxQuantKVCache(
             lambda dtype: codecs, window=int(rng.integers(0, 70)), sinks=int(rng.integers(0, 6)), fused=False
         )

@@ -10,6 +10,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from veloxquant_mlx import _ext
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, install
+from veloxquant_mlx.cache.codecs import exact, vecinfer
 from veloxquant_mlx.cache.kv_cache import VeloxQuantKVCache, shared_nbytes
 
 generate_step = sys.modules["mlx_lm.generate"].generate_step  # as veloxquant_mlx.cache.base extends it
@@ -51,9 +52,9 @@ def test_any_chunking_of_the_same_tokens_gives_the_same_bytes(tables, method):
     def fill(sizes):
         tables4 = mx.array(np.broadcast_to(tables, (3, 1, 256, 4)))
         if method == "fp16":
-            codecs = [_ext.exact_codec(side, 3, 64, mx.float16) for side in ("keys", "values")]
+            codecs = [exact.codec(side, 3, 64, mx.float16) for side in ("keys", "values")]
         else:
-            codecs = [_ext.vecinfer_codec(side, tables4, 16) for side in ("keys", "values")]
+            codecs = [vecinfer.codec(side, tables4, 16) for side in ("keys", "values")]
         cache = _ext.ArrayCache(*codecs, 64, 4, mx.float16)
         start = 0
         for n in sizes:
@@ -100,7 +101,7 @@ def test_resident_memory_is_what_nbytes_says():
 
     rng = np.random.default_rng(0)
     tables = mx.array(rng.standard_normal((8, 1, 256, 4)).astype(np.float32))
-    codecs = [_ext.vecinfer_codec(side, tables, 32) for side in ("keys", "values")]
+    codecs = [vecinfer.codec(side, tables, 32) for side in ("keys", "values")]
     caches = [_ext.ArrayCache(*codecs, 64, 4, mx.float16) for _ in range(16)]
     chunk = mx.array(rng.standard_normal((1, 8, 512, 128)), dtype=mx.float32)
     token = chunk[:, :, :1]
@@ -120,7 +121,7 @@ def test_resident_memory_is_what_nbytes_says():
 def test_a_decode_step_at_8k_needs_little_memory():
     rng = np.random.default_rng(0)
     tables = mx.array(rng.standard_normal((8, 1, 256, 4)).astype(np.float32))
-    codecs = [_ext.vecinfer_codec(side, tables, 32) for side in ("keys", "values")]
+    codecs = [vecinfer.codec(side, tables, 32) for side in ("keys", "values")]
     cache = _ext.ArrayCache(*codecs, 64, 4, mx.float16)
     history = mx.array(rng.standard_normal((1, 8, 8192, 128)), dtype=mx.float32)
     cache.update(history, history)
@@ -166,7 +167,9 @@ def test_without_the_fused_attention_history_is_dequantised_and_counted(tiny_mod
 def test_trim_and_deepcopy(tiny_model, tables, tokens):
     config = KVCacheConfig(codebook=tables, strict=True)
     cache = KVCacheBuilder.build(tiny_model, config)
-    run(tiny_model, cache, tokens[:500], 500)
+    # In the chunks that are run again below: a BLAS may round another number of rows differently.
+    run(tiny_model, cache, tokens[:480], 480)
+    run(tiny_model, cache, tokens[480:500], 20)
     twin = copy.deepcopy(cache)
     for c in cache:
         assert c.trim(20) == 20
@@ -196,7 +199,7 @@ def test_half_precision_models(tiny_model, tables, tokens):
 
 def test_nonfinite_keys_are_replaced_and_counted(tables):
     tables4 = mx.array(np.broadcast_to(tables, (1, 1, 256, 4)))
-    codecs = [_ext.vecinfer_codec(side, tables4, 16) for side in ("keys", "values")]
+    codecs = [vecinfer.codec(side, tables4, 16) for side in ("keys", "values")]
     cache = _ext.ArrayCache(*codecs, 0, 0, mx.float16)
     keys = mx.zeros((1, 1, 70, 64))
     keys[0, 0, 3, :3] = mx.array([float("nan"), float("inf"), -1e9])
@@ -267,7 +270,7 @@ def test_other_caches_are_served_as_before(tiny_model, tokens):
 
 def test_wrong_shapes_are_refused_before_anything_changes(tables):
     tables4 = mx.array(np.broadcast_to(tables, (2, 1, 256, 4)))
-    codecs = [_ext.vecinfer_codec(side, tables4, 16) for side in ("keys", "values")]
+    codecs = [vecinfer.codec(side, tables4, 16) for side in ("keys", "values")]
     cache = _ext.ArrayCache(*codecs, 64, 4, mx.float16)
     for keys, values in [
         (mx.zeros((1, 3, 5, 64)), mx.zeros((1, 3, 5, 64))),

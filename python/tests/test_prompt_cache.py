@@ -229,8 +229,12 @@ def set_position(index, value):
     return lambda arrays, metadata, header: header["positions"].__setitem__(index, value)
 
 
-def set_codec(index, value):
-    return lambda arrays, metadata, header: header["codecs"][0].__setitem__(index, value)
+def set_codec(name, value):
+    return lambda arrays, metadata, header: header["codecs"][0].__setitem__(name, value)
+
+
+def set_option(name, value):
+    return lambda arrays, metadata, header: header["codecs"][0]["options"].__setitem__(name, value)
 
 
 def set_array(name, make):
@@ -253,10 +257,10 @@ def swap_layers(arrays, metadata, header):
     header.update(json.loads("".join(map(chr, arrays["0.0"].tolist()))))
 
 
-# Layer 0: 0.0 header, 0.1 checksum, 0.2 key tables, 0.3 lambda, 0.4 value tables, 0.5 and 0.6 exact
+# Layer 0: 0.0 header, 0.1 checksum, 0.2 lambda, 0.3 key tables, 0.4 value tables, 0.5 and 0.6 exact
 # keys and values, 0.7 key span, 0.8 value span. positions: length, tail start, start, blocks, count.
 FORGERIES = {
-    "next version of the state": set_header(version=2),
+    "next version of the state": set_header(version=3),
     "no version": set_header(version=None),
     "foreign format": set_header(format="other"),
     "unknown order": set_header(order="sideways"),
@@ -282,13 +286,19 @@ FORGERIES = {
     "no fingerprint": lambda arrays, metadata, header: header.pop("fingerprint"),
     "another dtype": set_header(exact_dtype="float64"),
     "bfloat16 for float16": set_header(exact_dtype="bfloat16"),
-    "unknown method": set_codec(0, "gzip"),
-    "more heads": set_codec(1, 3),
-    "huge head_dim": set_codec(2, 2**31 - 1),
-    "huge n_subvectors": set_codec(3, 2**31 - 1),
-    "zero n_subvectors": set_codec(3, 0),
-    "unknown transform": set_codec(4, "fourier"),
-    "dense without matrices": set_codec(4, "dense"),
+    "version before": set_header(version=1),
+    "unknown method": set_codec("method", "gzip"),
+    "more heads": set_codec("n_kv_heads", 3),
+    "huge head_dim": set_codec("head_dim", 2**31 - 1),
+    "huge n_subvectors": set_option("n_subvectors", 2**31 - 1),
+    "zero n_subvectors": set_option("n_subvectors", 0),
+    "n_subvectors that overflows": set_option("n_subvectors", 2**70),
+    "n_subvectors of text": set_option("n_subvectors", "16"),
+    "unknown option": set_option("colour", 3),
+    "unknown transform": set_option("transform", "fourier"),
+    "dense without matrices": set_option("transform", "dense"),
+    "arrays of other names": set_codec("arrays", ["tables", "lambda"]),
+    "more arrays than there are": set_codec("arrays", [str(i) for i in range(40)]),
     "one codec": lambda arrays, metadata, header: header["codecs"].pop(),
     "missing array": lambda arrays, metadata, header: arrays.pop("0.8"),
     "gap": lambda arrays, metadata, header: arrays.pop("0.5"),
@@ -298,8 +308,8 @@ FORGERIES = {
     "swapped exact and codes": swap("0.5", "0.8"),
     "exact keys in float32": set_array("0.5", lambda a: a.astype(mx.float32)),
     "spans as int8": set_array("0.7", lambda a: a.view(mx.int8)),
-    "tables in float32": set_array("0.2", lambda a: a.astype(mx.float32)),
-    "no scale": set_array("0.3", lambda a: a * 0),
+    "tables in float32": set_array("0.3", lambda a: a.astype(mx.float32)),
+    "no scale": set_array("0.2", lambda a: a * 0),
     "flat span": set_array("0.7", lambda a: a.flatten()),
     "short span": set_array("0.8", lambda a: a[:, :, 1:]),
     "two sequences of values": set_array("0.8", lambda a: mx.concatenate([a, a])),

@@ -10,6 +10,7 @@ import tiny_model as tiny
 
 from veloxquant_mlx import _ext
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
+from veloxquant_mlx.cache.codecs import exact, vecinfer
 
 generate = sys.modules["mlx_lm.generate"]
 
@@ -48,8 +49,8 @@ def test_rewinding_leaves_every_byte_as_if_nothing_was_tried(tables, method):
     keys, values, wrong = (mx.array(rng.standard_normal((1, 2, 400, 64)), dtype=mx.float32) for _ in range(3))
     tables4 = mx.array(np.broadcast_to(tables, (2, 1, 256, 4)))
     make = {
-        "fp16": lambda side: _ext.exact_codec(side, 2, 64, mx.float16),
-        "vecinfer": lambda side: _ext.vecinfer_codec(side, tables4, 16),
+        "fp16": lambda side: exact.codec(side, 2, 64, mx.float16),
+        "vecinfer": lambda side: vecinfer.codec(side, tables4, 16),
     }[method]
     tried, plain = (_ext.ArrayCache(make("keys"), make("values"), 64, 4, mx.float16) for _ in range(2))
     at = 0

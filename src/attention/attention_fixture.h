@@ -30,29 +30,29 @@ class TestCodec : public Codec {
   int head_dim() const override { return head_dim_; }
   int64_t block_bytes() const override { return int64_t{kBlockTokens} * head_dim_; }
 
-  void encode_block(Backend, int sequence, int kv_head, const float* x, int n_tokens,
+  void encode_block(Backend, const BlockPlace& place, const float* x, int n_tokens,
                     uint8_t* block) const override {
     std::vector<float> y(x, x + n_tokens * head_dim_);
-    forward(kv_head, y.data(), n_tokens);
+    forward(place.kv_head, y.data(), n_tokens);
     std::fill(block, block + block_bytes(), uint8_t{255});
     for (size_t i = 0; i < y.size(); ++i) {
-      float code = std::round(y[i] / step(sequence, kv_head)) + 128;
+      float code = std::round(y[i] / step(place)) + 128;
       block[i] = static_cast<uint8_t>(std::fmin(255.0f, std::fmax(0.0f, code)));
     }
   }
-  void decode_block(Backend, int sequence, int kv_head, const uint8_t* block, int n_tokens,
-                    float* y, int64_t y_stride) const override {
+  void decode_block(Backend, const BlockPlace& place, const uint8_t* block, int n_tokens, float* y,
+                    int64_t y_stride) const override {
     for (int t = 0; t < n_tokens; ++t) {
       for (int d = 0; d < head_dim_; ++d) {
-        y[t * y_stride + d] = (block[t * head_dim_ + d] - 128.0f) * step(sequence, kv_head);
+        y[t * y_stride + d] = (block[t * head_dim_ + d] - 128.0f) * step(place);
       }
     }
   }
-  void decode_block_transposed(Backend, int sequence, int kv_head, const uint8_t* block,
-                               int n_tokens, float* y_t) const override {
+  void decode_block_transposed(Backend, const BlockPlace& place, const uint8_t* block, int n_tokens,
+                               float* y_t) const override {
     for (int d = 0; d < head_dim_; ++d) {
       for (int t = 0; t < kBlockTokens; ++t) {
-        float y = (block[t * head_dim_ + d] - 128.0f) * step(sequence, kv_head);
+        float y = (block[t * head_dim_ + d] - 128.0f) * step(place);
         y_t[d * kBlockTokens + t] = t < n_tokens ? y : 0.0f;
       }
     }
@@ -69,17 +69,17 @@ class TestCodec : public Codec {
     for (int64_t i = 0; i < n * head_dim_; ++i) x[i] /= smooth(kv_head, i % head_dim_);
     rotate(x, n, 0.8f, 0.6f);
   }
-  int codes_per_token() const override { return head_dim_; }
-  void unpack_codes(const uint8_t* block, int n_tokens, uint16_t* codes) const override {
-    std::copy(block, block + n_tokens * head_dim_, codes);
+  int64_t token_bytes() const override { return head_dim_; }
+  void unpack_tokens(const uint8_t* block, int n_tokens, uint8_t* rows) const override {
+    std::copy(block, block + n_tokens * head_dim_, rows);
   }
-  void pack_codes(const uint16_t* codes, int n_tokens, uint8_t* block) const override {
-    std::copy(codes, codes + n_tokens * head_dim_, block);
+  void pack_tokens(const uint8_t* rows, int n_tokens, uint8_t* block) const override {
+    std::copy(rows, rows + n_tokens * head_dim_, block);
   }
 
  private:
-  float step(int sequence, int kv_head) const {
-    return 0.03f + 0.01f * sequence + 0.002f * kv_head;
+  float step(const BlockPlace& place) const {
+    return 0.03f + 0.01f * place.sequence + 0.002f * place.kv_head;
   }
   float smooth(int kv_head, int64_t d) const {
     return 0.5f + 0.1f * static_cast<float>((d + 3 * kv_head + (side_ == Side::keys)) % 11);
@@ -216,8 +216,10 @@ struct Scenario {
       for (int64_t i = 0; i < int64_t{c.batch} * c.n_kv_heads * n_blocks; ++i) {
         for (float& value : x) value = normal() * (side == 0 ? c.key_size : 1);
         int head = static_cast<int>(i / n_blocks);
-        codec.encode_block(Backend::reference, head / c.n_kv_heads, head % c.n_kv_heads, x.data(),
-                           kBlockTokens, data.data() + i * bytes);
+        const BlockPlace place{head / c.n_kv_heads, head % c.n_kv_heads,
+                               start + kBlockTokens * (i % n_blocks)};
+        codec.encode_block(Backend::reference, place, x.data(), kBlockTokens,
+                           data.data() + i * bytes);
       }
       blocks.push_back(std::move(data));
       sides[side] = blocks.back().data();

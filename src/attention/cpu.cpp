@@ -118,9 +118,10 @@ void load_tile(const Problem& p, const Rows& rows, const Tile& tile, Scratch& s)
   const KeyValueSource& source = p.source;
   const int b = rows.b, h = rows.kv_head;
   if (tile.packed) {
-    source.key_codec->decode_block_transposed(Backend::cpu, b, h, p.key_block(b, h, tile),
+    const BlockPlace place{b, h, tile.position};
+    source.key_codec->decode_block_transposed(Backend::cpu, place, p.key_block(b, h, tile),
                                               tile.count, s.keys);
-    source.value_codec->decode_block(Backend::cpu, b, h, p.value_block(b, h, tile), tile.count,
+    source.value_codec->decode_block(Backend::cpu, place, p.value_block(b, h, tile), tile.count,
                                      s.values, columns);
     return;
   }

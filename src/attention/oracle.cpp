@@ -24,10 +24,11 @@ struct Token {
 };
 
 // x^ of one block: decoded, then taken back to the original coordinates.
-std::vector<float> dequantise(const Codec& codec, int b, int h, const uint8_t* block, int count) {
+std::vector<float> dequantise(const Codec& codec, const BlockPlace& place, const uint8_t* block,
+                              int count) {
   std::vector<float> x(static_cast<size_t>(count) * codec.head_dim());
-  codec.decode_block(Backend::reference, b, h, block, count, x.data(), codec.head_dim());
-  codec.inverse(h, x.data(), count);
+  codec.decode_block(Backend::reference, place, block, count, x.data(), codec.head_dim());
+  codec.inverse(place.kv_head, x.data(), count);
   return x;
 }
 
@@ -49,8 +50,9 @@ std::vector<Token> all_tokens(const KeyValueSource& source, int b, int h) {
                             block * source.key_codec->block_bytes();
       const uint8_t* values = run.values + b * run.value_batch_stride + h * run.value_head_stride +
                               block * source.value_codec->block_bytes();
-      auto k = dequantise(*source.key_codec, b, h, keys, count);
-      auto v = dequantise(*source.value_codec, b, h, values, count);
+      const BlockPlace place{b, h, run.start + int64_t{kBlockTokens} * block};
+      auto k = dequantise(*source.key_codec, place, keys, count);
+      auto v = dequantise(*source.value_codec, place, values, count);
       int D = source.key_codec->head_dim();
       for (int t = 0; t < count; ++t) {
         tokens.push_back({run.start + int64_t{kBlockTokens} * block + t,

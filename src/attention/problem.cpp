@@ -40,6 +40,8 @@ void check_codec(const char* name, const CodecPtr& codec, Side side, const Probl
           ", wanted that of q, ", p.head_dim);
   require(codec->n_kv_heads() == p.n_kv_heads, "[attend] ", name, " n_kv_heads: got ",
           codec->n_kv_heads(), ", wanted ", p.n_kv_heads);
+  require(codec->n_sequences() == 1 || codec->n_sequences() == p.batch, "[attend] ", name,
+          " sequences: got ", codec->n_sequences(), ", wanted 1 or ", p.batch);
 }
 
 void check_mask(Problem& p) {

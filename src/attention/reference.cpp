@@ -46,10 +46,11 @@ void load_tile(const Problem& p, const RowBlock& rows, const Tile& tile, float* 
                float* values) {
   if (tile.packed) {
     const KeyValueSource& source = p.source;
-    source.key_codec->decode_block(Backend::reference, rows.b, rows.kv_head,
+    const BlockPlace place{rows.b, rows.kv_head, tile.position};
+    source.key_codec->decode_block(Backend::reference, place,
                                    p.key_block(rows.b, rows.kv_head, tile), tile.count, keys,
                                    p.head_dim);
-    source.value_codec->decode_block(Backend::reference, rows.b, rows.kv_head,
+    source.value_codec->decode_block(Backend::reference, place,
                                      p.value_block(rows.b, rows.kv_head, tile), tile.count, values,
                                      p.head_dim);
     return;

@@ -37,7 +37,7 @@ struct HeadAppend {
       for (int t = 0; t < kBlockTokens; ++t) {
         cpu::to_float(exact_dtype, token(start + t), head_dim, x.data() + t * head_dim);
       }
-      codec.encode_block(backend, sequence, kv_head, x.data(), kBlockTokens,
+      codec.encode_block(backend, {sequence, kv_head, start}, x.data(), kBlockTokens,
                          blocks + i * codec.block_bytes());
     }
   }
@@ -95,6 +95,10 @@ int64_t run_append(Backend backend, const CacheGeometry& geometry, const AppendP
           " tokens, wanted ", plan.n_new);
   const int batch = static_cast<int>(buffers.new_keys.shape[0]);
   const int heads = key_codec.n_kv_heads(), dim = key_codec.head_dim();
+  for (const Codec* codec : {&key_codec, &value_codec}) {
+    require(codec->n_sequences() == 1 || codec->n_sequences() == batch, "[append] keys: got ",
+            batch, " sequences, wanted ", codec->n_sequences(), " as the tables of the codec have");
+  }
   const DType exact_dtype = buffers.next_exact_keys.dtype;
   std::atomic<int64_t> changed{0};
 

@@ -80,8 +80,8 @@ std::vector<uint16_t> contents(const KvCache& cache, const Fixture& fixture) {
                         : run.values + b * run.value_batch_stride + h * run.value_head_stride;
           for (int i = 0; i < run.n_blocks; ++i) {
             const int n = i + 1 < run.n_blocks ? kBlockTokens : run.last_count;
-            std::vector<uint16_t> codes(n * codec.codes_per_token());
-            codec.unpack_codes(base + i * codec.block_bytes(), n, codes.data());
+            std::vector<uint8_t> codes(n * codec.token_bytes());
+            codec.unpack_tokens(base + i * codec.block_bytes(), n, codes.data());
             all.insert(all.end(), codes.begin(), codes.end());
           }
         }
@@ -161,12 +161,12 @@ void expect_holds(const KvCache& cache, const Fixture& fixture, const Tokens& to
           }
           const Codec& codec = *fixture.keys.codec;
           std::vector<uint8_t> block(codec.block_bytes());
-          codec.encode_block(Backend::cpu, b, h, x.data(), n, block.data());
-          std::vector<uint16_t> expected(n * codec.codes_per_token()), got(expected.size());
-          codec.unpack_codes(block.data(), n, expected.data());
-          codec.unpack_codes(run.keys + b * run.key_batch_stride + h * run.key_head_stride +
-                                 i * codec.block_bytes(),
-                             n, got.data());
+          codec.encode_block(Backend::cpu, {b, h, start}, x.data(), n, block.data());
+          std::vector<uint8_t> expected(n * codec.token_bytes()), got(expected.size());
+          codec.unpack_tokens(block.data(), n, expected.data());
+          codec.unpack_tokens(run.keys + b * run.key_batch_stride + h * run.key_head_stride +
+                                  i * codec.block_bytes(),
+                              n, got.data());
           ASSERT_EQ(got, expected) << "block at " << start;
         }
       }

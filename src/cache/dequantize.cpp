@@ -53,7 +53,8 @@ void dequantize(Backend backend, const KeyValueSource& source, Side side,
         const int64_t start = run.start + int64_t{kBlockTokens} * i;
         if (start >= code_end) break;
         const int n = i + 1 < run.n_blocks ? kBlockTokens : run.last_count;
-        codec.decode_block(backend, b, h, blocks + i * codec.block_bytes(), n, tile.data(), dim);
+        codec.decode_block(backend, {b, h, start}, blocks + i * codec.block_bytes(), n, tile.data(),
+                           dim);
         codec.inverse(h, tile.data(), n);
         store(tile.data(), n * dim, out.dtype, out.at(b, h, start));
       }

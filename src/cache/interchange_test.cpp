@@ -17,7 +17,7 @@ std::vector<uint8_t> random_blocks(Random& random, const Codec& codec, int n_blo
   for (int b = 0; b < n_blocks; ++b) {
     std::vector<float> x = random.normal(kBlockTokens * codec.head_dim());
     std::vector<uint8_t> block(codec.block_bytes());
-    codec.encode_block(Backend::reference, 0, 0, x.data(), kBlockTokens, block.data());
+    codec.encode_block(Backend::reference, {}, x.data(), kBlockTokens, block.data());
     blocks.insert(blocks.end(), block.begin(), block.end());
   }
   return blocks;
@@ -25,7 +25,7 @@ std::vector<uint8_t> random_blocks(Random& random, const Codec& codec, int n_blo
 
 void expect_round_trip(Random& random, const Codec& codec) {
   const std::vector<uint8_t> blocks = random_blocks(random, codec, 3);
-  std::vector<uint8_t> rows(192 * interchange_bytes(codec)), back(blocks.size(), 0xff);
+  std::vector<uint8_t> rows(192 * codec.token_bytes()), back(blocks.size(), 0xff);
   to_interchange(codec, blocks.data(), 192, rows.data());
   from_interchange(codec, rows.data(), 192, back.data());
   EXPECT_EQ(back, blocks) << codec.name();
@@ -35,7 +35,7 @@ void expect_round_trip(Random& random, const Codec& codec) {
   from_interchange(codec, rows.data(), 130, back.data());
   std::vector<uint8_t> again(rows.size());
   to_interchange(codec, back.data(), 192, again.data());
-  std::fill(rows.begin() + 130 * interchange_bytes(codec), rows.end(), 0);
+  std::fill(rows.begin() + 130 * codec.token_bytes(), rows.end(), 0);
   EXPECT_EQ(again, rows) << codec.name();
 }
 
@@ -57,10 +57,9 @@ TEST(Interchange, FourBitCodesTakeTheLowHalfFirst) {
   Random random(5);
   const auto owned = random_codec(random, Side::keys, 1, 32, 4, 16, false, TransformKind::none);
   const Codec& codec = *owned.codec;
-  std::vector<uint16_t> codes(4 * kBlockTokens, 0);
-  codes[4] = 1, codes[5] = 2, codes[6] = 3, codes[7] = 4;  // token 1
-  std::vector<uint8_t> block(codec.block_bytes()), rows(2 * kBlockTokens);
-  codec.pack_codes(codes.data(), kBlockTokens, block.data());
+  // Sub-vectors are rows of the block; token 1 has its code in the low half of byte 1.
+  std::vector<uint8_t> block(codec.block_bytes(), 0), rows(2 * kBlockTokens);
+  for (int m = 0; m < 4; ++m) block[32 * m + 1] = static_cast<uint8_t>(m + 1);
   to_interchange(codec, block.data(), 64, rows.data());
   EXPECT_EQ(rows[2], 0x21);
   EXPECT_EQ(rows[3], 0x43);

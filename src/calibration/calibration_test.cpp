@@ -268,8 +268,8 @@ TEST_P(TrainTables, ReportIsTheErrorOfTheCodec) {
       std::vector<float> row(x_.begin() + (h * kTokens + t) * kDims,
                              x_.begin() + (h * kTokens + t + 1) * kDims);
       std::vector<float> decoded(kDims);
-      codec->encode_block(Backend::cpu, 0, h, row.data(), 1, block.data());
-      codec->decode_block(Backend::cpu, 0, h, block.data(), 1, decoded.data(), kDims);
+      codec->encode_block(Backend::cpu, {0, h, 0}, row.data(), 1, block.data());
+      codec->decode_block(Backend::cpu, {0, h, 0}, block.data(), 1, decoded.data(), kDims);
       codec->forward(h, row.data(), 1);
       for (int i = 0; i < kDims; ++i) {
         error += (row[i] - decoded[i]) * (row[i] - decoded[i]);

@@ -157,7 +157,7 @@ struct Trained {
 
   std::vector<uint8_t> codes(const Floats& x) const {
     std::vector<uint8_t> block(codec->block_bytes());
-    codec->encode_block(default_backend(), 0, 0, x.data(), 64, block.data());
+    codec->encode_block(default_backend(), {}, x.data(), 64, block.data());
     return block;
   }
 };
@@ -333,8 +333,8 @@ double score_error(const Floats& train, const Transform& map, const Floats& keys
   const int64_t count = static_cast<int64_t>(keys.size()) / kDims;
   for (int64_t t = 0; t < count; t += 64) {
     Floats decoded(64 * kDims);
-    codec->encode_block(default_backend(), 0, 0, &keys[t * kDims], 64, block.data());
-    codec->decode_block(default_backend(), 0, 0, block.data(), 64, decoded.data(), kDims);
+    codec->encode_block(default_backend(), {}, &keys[t * kDims], 64, block.data());
+    codec->decode_block(default_backend(), {}, block.data(), 64, decoded.data(), kDims);
     codec->inverse(0, decoded.data(), 64);
     for (int i = 0; i < 64 * kDims; ++i) error[t * kDims + i] -= decoded[i];
   }

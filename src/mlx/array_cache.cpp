@@ -12,47 +12,47 @@ namespace veloxquant {
 namespace mx = mlx::core;
 namespace {
 
-// Both orders of one span: [B, H, blocks, block bytes] <-> [B, H, tokens, interchange bytes].
-mx::array reordered(const CodecArrays& codec, const PackedSpan& span, mx::array from,
-                    bool interchange) {
+// Both orders of one span: [B, H, blocks, block bytes] <-> [B, H, tokens, token bytes].
+mx::array reordered(const Codec& codec, const PackedSpan& span, mx::array from, bool interchange) {
   const mx::Device cpu = mx::Device::cpu;
   mx::eval(from);
-  const CodecPtr core = codec.over(codec.arrays.data());
   const int64_t n_tokens = span.end() - span.start;
   const int batch = from.shape(0), heads = from.shape(1);
-  mx::Shape shape{batch, heads, span.n_blocks, static_cast<int>(codec.block_bytes)};
+  mx::Shape shape{batch, heads, span.n_blocks, static_cast<int>(codec.block_bytes())};
   if (interchange) {
     shape[2] = static_cast<int>(n_tokens);
-    shape[3] = static_cast<int>(interchange_bytes(*core));
+    shape[3] = static_cast<int>(codec.token_bytes());
   }
   mx::array to = mx::zeros(shape, mx::uint8, cpu);
   mx::eval(to);
   for (int line = 0; line < batch * heads; ++line) {
     const uint8_t* in = from.data<uint8_t>() + line * (from.nbytes() / (batch * heads));
     uint8_t* out = to.data<uint8_t>() + line * (to.nbytes() / (batch * heads));
-    interchange ? to_interchange(*core, in, n_tokens, out)
-                : from_interchange(*core, in, n_tokens, out);
+    interchange ? to_interchange(codec, in, n_tokens, out)
+                : from_interchange(codec, in, n_tokens, out);
   }
   return to;
 }
 
 }  // namespace
 
-ArrayCache::ArrayCache(CodecArrays keys, CodecArrays values, int window, int sinks,
+ArrayCache::ArrayCache(SharedCodec keys, SharedCodec values, int window, int sinks,
                        DType exact_dtype)
     : keys_(std::move(keys)),
       values_(std::move(values)),
       exact_dtype_(exact_dtype),
       geometry_(window, sinks),
       nonfinite_(std::make_shared<std::atomic<int64_t>>(0)) {
-  require(keys_.n_kv_heads == values_.n_kv_heads && keys_.head_dim == values_.head_dim,
-          "[cache] values: got a codec for ", values_.n_kv_heads, " heads of ", values_.head_dim,
-          ", wanted ", keys_.n_kv_heads, " heads of ", keys_.head_dim, " as the keys have");
+  require(keys_->spec.n_kv_heads == values_->spec.n_kv_heads &&
+              keys_->spec.head_dim == values_->spec.head_dim,
+          "[cache] values: got a codec for ", values_->spec.n_kv_heads, " heads of ",
+          values_->spec.head_dim, ", wanted ", keys_->spec.n_kv_heads, " heads of ",
+          keys_->spec.head_dim, " as the keys have");
   require(exact_dtype == DType::float16 || exact_dtype == DType::bfloat16,
           "[cache] exact_dtype: got ", dtype_name(exact_dtype), ", wanted float16 or bfloat16");
 }
 
-Snapshot ArrayCache::side(const CodecArrays& codec, const std::vector<mx::array>& spans,
+Snapshot ArrayCache::side(const SharedCodec& codec, const std::vector<mx::array>& spans,
                           const std::optional<Exact>& exact, bool keys) const {
   Snapshot snapshot;
   snapshot.codec = codec;
@@ -90,16 +90,17 @@ void ArrayCache::store(std::vector<mx::array>& spans, const mx::array& blocks, b
 std::pair<Snapshot, Snapshot> ArrayCache::update(const mx::array& keys, const mx::array& values,
                                                  bool strict, mx::StreamOrDevice s) {
   auto check = [&](const mx::array& a, const char* name) {
-    bool ok = a.ndim() == 4 && a.shape(1) == keys_.n_kv_heads && a.shape(3) == keys_.head_dim &&
-              a.shape(0) == keys.shape(0) && a.shape(2) == keys.shape(2) &&
-              mx::issubdtype(a.dtype(), mx::floating) && (!exact_ || a.shape(0) == batch_);
+    bool ok = a.ndim() == 4 && a.shape(1) == keys_->spec.n_kv_heads &&
+              a.shape(3) == keys_->spec.head_dim && a.shape(0) == keys.shape(0) &&
+              a.shape(2) == keys.shape(2) && mx::issubdtype(a.dtype(), mx::floating) &&
+              (!exact_ || a.shape(0) == batch_);
     std::string got;
     for (int d = 0; d < static_cast<int>(a.ndim()); ++d) {
       got += (d ? ", " : "") + std::to_string(a.shape(d));
     }
     require(ok, "[cache] ", name, ": got ", dtype_text(a.dtype()), " [", got, "], wanted floats [",
-            exact_ ? std::to_string(batch_) : "B", ", ", keys_.n_kv_heads, ", n, ", keys_.head_dim,
-            "]");
+            exact_ ? std::to_string(batch_) : "B", ", ", keys_->spec.n_kv_heads, ", n, ",
+            keys_->spec.head_dim, "]");
   };
   require(keys.ndim() == 4, "[cache] keys: got ", keys.ndim(), " dimensions, wanted [B, H, n, D]");
   check(keys, "keys");
@@ -110,8 +111,8 @@ std::pair<Snapshot, Snapshot> ArrayCache::update(const mx::array& keys, const mx
   key_dtype_ = keys.dtype();
   value_dtype_ = values.dtype();
   if (!exact_) {
-    const mx::Shape shape{batch_, keys_.n_kv_heads, static_cast<int>(geometry_.exact_capacity()),
-                          keys_.head_dim};
+    const mx::Shape shape{batch_, keys_->spec.n_kv_heads,
+                          static_cast<int>(geometry_.exact_capacity()), keys_->spec.head_dim};
     const mx::array empty = mx::zeros(shape, mlx_dtype(exact_dtype_), stream);
     exact_ = Exact{empty, empty};
   }
@@ -187,7 +188,7 @@ std::vector<mx::array> ArrayCache::interchange_arrays() const {
   std::vector<mx::array> all = arrays();
   for (size_t i = 2; i < all.size(); ++i) {
     const size_t span = (i - 2) % geometry_.packed.size();
-    const CodecArrays& codec = i - 2 < geometry_.packed.size() ? keys_ : values_;
+    const Codec& codec = i - 2 < geometry_.packed.size() ? *keys_->core : *values_->core;
     all[i] = reordered(codec, geometry_.packed[span], all[i], true);
   }
   return all;
@@ -225,25 +226,25 @@ void ArrayCache::restore(const std::vector<mx::array>& arrays,
   const int batch = arrays.empty() || arrays[0].ndim() != 4 ? 1 : arrays[0].shape(0);
   auto check = [&](const mx::array& a, int64_t n, int64_t width, mx::Dtype dtype) {
     const bool fits = a.ndim() == 4 && a.shape(0) == batch && batch >= 1 &&
-                      a.shape(1) == keys_.n_kv_heads && a.shape(2) == n && a.shape(3) == width;
+                      a.shape(1) == keys_->spec.n_kv_heads && a.shape(2) == n &&
+                      a.shape(3) == width;
     require(fits && a.dtype() == dtype, "[cache] state: got an array of ", dtype_text(a.dtype()),
             " and ", a.ndim(), " dimensions, wanted ", dtype_text(dtype), " [", batch, ", ",
-            keys_.n_kv_heads, ", ", n, ", ", width, "]");
+            keys_->spec.n_kv_heads, ", ", n, ", ", width, "]");
   };
   std::vector<mx::array> key_spans, value_spans;
   for (size_t i = 0; i < arrays.size(); ++i) {
     if (i < 2) {
-      check(arrays[i], geometry.exact_capacity(), keys_.head_dim, mlx_dtype(exact_dtype_));
+      check(arrays[i], geometry.exact_capacity(), keys_->spec.head_dim, mlx_dtype(exact_dtype_));
       continue;
     }
     const bool keys = i < 2 + n_spans;
-    const CodecArrays& codec = keys ? keys_ : values_;
+    const Codec& codec = keys ? *keys_->core : *values_->core;
     const PackedSpan& span = geometry.packed[(i - 2) % n_spans];
     if (interchange) {
-      const CodecPtr core = codec.over(codec.arrays.data());
-      check(arrays[i], span.end() - span.start, interchange_bytes(*core), mx::uint8);
+      check(arrays[i], span.end() - span.start, codec.token_bytes(), mx::uint8);
     } else {
-      check(arrays[i], span.n_blocks, codec.block_bytes, mx::uint8);
+      check(arrays[i], span.n_blocks, codec.block_bytes(), mx::uint8);
     }
     mx::array blocks = mx::contiguous(arrays[i], false, mx::Device::cpu);
     if (interchange) blocks = reordered(codec, span, blocks, false);

@@ -16,7 +16,7 @@ namespace veloxquant {
 class ArrayCache {
  public:
   // exact_dtype: float16 or bfloat16.
-  ArrayCache(CodecArrays keys, CodecArrays values, int window, int sinks, DType exact_dtype);
+  ArrayCache(SharedCodec keys, SharedCodec values, int window, int sinks, DType exact_dtype);
 
   // Appends keys and values [B, H, n, D] lazily and returns what attention of the same step reads.
   // strict: each query sees as codes exactly what token-by-token decoding would show it.
@@ -31,14 +31,12 @@ class ArrayCache {
   const CacheGeometry& geometry() const { return geometry_; }
   int64_t nbytes() const;  // packed spans + exact storage, codebooks not included
   int64_t nonfinite() const { return *nonfinite_; }
-  const CodecArrays& key_codec() const { return keys_; }
-  const CodecArrays& value_codec() const { return values_; }
 
   // The whole state: arrays (exact keys, exact values, key spans, value spans; none while empty)
   // and positions (length, tail start, then start, blocks, last count of each span).
   std::vector<mlx::core::array> arrays() const;
   std::vector<int64_t> positions() const;
-  // The same arrays with the spans in interchange order, u8 [B, H, tokens, interchange_bytes]; for
+  // The same arrays with the spans in interchange order, u8 [B, H, tokens, token bytes]; for
   // files, evaluated here.
   std::vector<mlx::core::array> interchange_arrays() const;
   // Throws Error where the two do not describe a cache of these codecs, window and sinks.
@@ -49,12 +47,12 @@ class ArrayCache {
   struct Exact {
     mlx::core::array keys, values;
   };
-  Snapshot side(const CodecArrays& codec, const std::vector<mlx::core::array>& spans,
+  Snapshot side(const SharedCodec& codec, const std::vector<mlx::core::array>& spans,
                 const std::optional<Exact>& exact, bool keys) const;
   void store(std::vector<mlx::core::array>& spans, const mlx::core::array& blocks, bool extend,
              const mlx::core::Stream& stream);
 
-  CodecArrays keys_, values_;
+  SharedCodec keys_, values_;
   DType exact_dtype_;
   CacheGeometry geometry_;
   std::optional<Exact> exact_;  // none before the first update

@@ -24,14 +24,14 @@ void append_all(std::vector<mx::array>& to, const std::vector<mx::array>& from) 
 std::pair<mx::array, mx::array> attend_op(const mx::array& q, const Snapshot& keys,
                                           const Snapshot& values, const AttendOptions& options,
                                           mx::StreamOrDevice s) {
-  const CodecArrays& codec = keys.codec;
+  const CodecSpec& codec = keys.codec->spec;
   require(q.ndim() == 4 && is_core_float(q.dtype()) && q.shape(0) == keys.batch &&
               q.shape(3) == codec.head_dim && q.shape(1) % codec.n_kv_heads == 0,
           "[attention] queries: got ", shape_text(q), ", wanted float32, float16 or bfloat16 [",
           keys.batch, ", a multiple of ", codec.n_kv_heads, ", n, ", codec.head_dim, "]");
   require(keys.layout.same_positions(values.layout) && keys.batch == values.batch &&
-              values.codec.n_kv_heads == codec.n_kv_heads &&
-              values.codec.head_dim == codec.head_dim,
+              values.codec->spec.n_kv_heads == codec.n_kv_heads &&
+              values.codec->spec.head_dim == codec.head_dim,
           "[attention] values: got ", values.layout.length,
           " tokens of another cache or shape, "
           "wanted the values that belong to the keys (",
@@ -39,8 +39,8 @@ std::pair<mx::array, mx::array> attend_op(const mx::array& q, const Snapshot& ke
   const mx::Stream stream = cpu_stream(s);
   CacheAttend::Spec spec;
   spec.layout = keys.layout;
-  spec.keys = codec.without_arrays();
-  spec.values = values.codec.without_arrays();
+  spec.keys = keys.codec;
+  spec.values = values.codec;
   spec.has_exact = keys.exact.has_value();
   spec.has_chunk = keys.chunk.has_value();
   spec.params.scale = options.scale;
@@ -87,18 +87,18 @@ std::pair<mx::array, mx::array> attend_op(const mx::array& q, const Snapshot& ke
 }
 
 mx::array dequantize_op(const Snapshot& snapshot, mx::StreamOrDevice s) {
-  const mx::Shape shape{snapshot.batch, snapshot.codec.n_kv_heads,
-                        static_cast<int>(snapshot.layout.length), snapshot.codec.head_dim};
-  return mx::array(shape, snapshot.dtype,
-                   std::make_shared<CacheDequantize>(
-                       cpu_stream(s), snapshot.layout, snapshot.codec.without_arrays(),
-                       snapshot.exact.has_value(), snapshot.chunk.has_value()),
-                   snapshot.inputs());
+  const mx::Shape shape{snapshot.batch, snapshot.codec->spec.n_kv_heads,
+                        static_cast<int>(snapshot.layout.length), snapshot.codec->spec.head_dim};
+  return mx::array(
+      shape, snapshot.dtype,
+      std::make_shared<CacheDequantize>(cpu_stream(s), snapshot.layout, snapshot.codec,
+                                        snapshot.exact.has_value(), snapshot.chunk.has_value()),
+      snapshot.inputs());
 }
 
 Snapshot exact_like(const Snapshot& like, const mx::array& x, mx::StreamOrDevice s) {
   const SnapshotLayout& layout = like.layout;
-  const int heads = like.codec.n_kv_heads, dim = like.codec.head_dim;
+  const int heads = like.codec->spec.n_kv_heads, dim = like.codec->spec.head_dim;
   const int length = static_cast<int>(layout.length);
   require(x.ndim() == 4 && is_core_float(x.dtype()) &&
               x.shape() == mx::Shape{like.batch, heads, length, dim},
@@ -154,26 +154,23 @@ mx::array checksum_op(const std::string& text, const std::vector<mx::array>& arr
 
 std::vector<mx::array> append_op(const mx::array& keys, const mx::array& values,
                                  const mx::array& exact_keys, const mx::array& exact_values,
-                                 const CodecArrays& key_codec, const CodecArrays& value_codec,
+                                 const SharedCodec& key_codec, const SharedCodec& value_codec,
                                  const CacheGeometry& geometry, const AppendPlan& plan,
                                  const Counter& nonfinite, mx::StreamOrDevice s) {
   std::vector<mx::array> inputs{keys, values, exact_keys, exact_values};
-  append_all(inputs, key_codec.arrays);
-  append_all(inputs, value_codec.arrays);
   std::vector<mx::Shape> shapes{exact_keys.shape(), exact_values.shape()};
   std::vector<mx::Dtype> dtypes{exact_keys.dtype(), exact_values.dtype()};
   if (plan.n_sealed > 0) {
-    for (const CodecArrays* codec : {&key_codec, &value_codec}) {
-      shapes.push_back(
-          {keys.shape(0), keys.shape(1), plan.n_sealed, static_cast<int>(codec->block_bytes)});
+    for (const SharedCodec& codec : {key_codec, value_codec}) {
+      shapes.push_back({keys.shape(0), keys.shape(1), plan.n_sealed,
+                        static_cast<int>(codec->core->block_bytes())});
       dtypes.push_back(mx::uint8);
     }
   }
-  return mx::array::make_arrays(
-      std::move(shapes), dtypes,
-      std::make_shared<CacheAppend>(cpu_stream(s), key_codec.without_arrays(),
-                                    value_codec.without_arrays(), geometry, plan, nonfinite),
-      inputs);
+  return mx::array::make_arrays(std::move(shapes), dtypes,
+                                std::make_shared<CacheAppend>(cpu_stream(s), key_codec, value_codec,
+                                                              geometry, plan, nonfinite),
+                                inputs);
 }
 
 }  // namespace veloxquant

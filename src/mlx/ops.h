@@ -48,7 +48,7 @@ mlx::core::array checksum_op(const std::string& text, const std::vector<mlx::cor
 std::vector<mlx::core::array> append_op(
     const mlx::core::array& keys, const mlx::core::array& values,
     const mlx::core::array& exact_keys, const mlx::core::array& exact_values,
-    const CodecArrays& key_codec, const CodecArrays& value_codec, const CacheGeometry& geometry,
+    const SharedCodec& key_codec, const SharedCodec& value_codec, const CacheGeometry& geometry,
     const AppendPlan& plan, const Counter& nonfinite, mlx::core::StreamOrDevice s = {});
 
 }  // namespace veloxquant

@@ -40,7 +40,7 @@ void CpuPrimitive::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array
   fail("[", name(), "] stream: got a GPU stream, wanted a CPU stream (no GPU kernel is built in)");
 }
 
-CacheAppend::CacheAppend(mx::Stream stream, CodecArrays keys, CodecArrays values,
+CacheAppend::CacheAppend(mx::Stream stream, SharedCodec keys, SharedCodec values,
                          CacheGeometry geometry, AppendPlan plan, Counter nonfinite)
     : CpuPrimitive(stream),
       keys_(std::move(keys)),
@@ -53,8 +53,6 @@ void CacheAppend::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx:
   dispatch(stream(), inputs, outputs,
            [keys = keys_, values = values_, geometry = geometry_, plan = plan_,
             nonfinite = nonfinite_](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
-             const CodecPtr key_codec = keys.over(in.data() + 4);
-             const CodecPtr value_codec = values.over(in.data() + 4 + keys.n_arrays());
              AppendBuffers buffers;
              buffers.new_keys = view_of(in[0]);
              buffers.new_values = view_of(in[1]);
@@ -67,7 +65,7 @@ void CacheAppend::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx:
                buffers.value_blocks = out[3].data<uint8_t>();
              }
              *nonfinite +=
-                 run_append(default_backend(), geometry, plan, *key_codec, *value_codec, buffers);
+                 run_append(default_backend(), geometry, plan, *keys->core, *values->core, buffers);
            });
 }
 
@@ -80,8 +78,9 @@ void CacheAttend::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx:
              const mx::array* keys = in.data() + 1;
              const mx::array* values = keys + spec.n_key_inputs;
              const mx::array* rest = values + spec.n_value_inputs;
-             const KeyValueSource source = source_over(
-                 spec.layout, spec.keys, spec.values, spec.has_exact, spec.has_chunk, keys, values);
+             const KeyValueSource source =
+                 source_over(spec.layout, spec.keys->core, spec.values->core, spec.has_exact,
+                             spec.has_chunk, keys, values);
              AttentionParams params = spec.params;
              if (spec.has_mask) params.mask.array = view_of(*rest++);
              if (spec.has_sinks) params.sink_logits = view_of(*rest++);
@@ -90,7 +89,7 @@ void CacheAttend::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx:
            });
 }
 
-CacheDequantize::CacheDequantize(mx::Stream stream, SnapshotLayout layout, CodecArrays codec,
+CacheDequantize::CacheDequantize(mx::Stream stream, SnapshotLayout layout, SharedCodec codec,
                                  bool has_exact, bool has_chunk)
     : CpuPrimitive(stream),
       layout_(std::move(layout)),
@@ -103,8 +102,8 @@ void CacheDequantize::eval_cpu(const std::vector<mx::array>& inputs,
   dispatch(stream(), inputs, outputs,
            [layout = layout_, codec = codec_, has_exact = has_exact_, has_chunk = has_chunk_](
                const std::vector<mx::array>& in, std::vector<mx::array>& out) {
-             const KeyValueSource source =
-                 source_over(layout, codec, codec, has_exact, has_chunk, in.data(), in.data());
+             const KeyValueSource source = source_over(layout, codec->core, codec->core, has_exact,
+                                                       has_chunk, in.data(), in.data());
              dequantize(default_backend(), source, Side::keys, mutable_view_of(out[0]));
            });
 }

@@ -20,19 +20,19 @@ class CpuPrimitive : public mlx::core::Primitive {
   void eval_gpu(const std::vector<mlx::core::array>&, std::vector<mlx::core::array>&) override;
 };
 
-// inputs: keys, values, exact keys, exact values, key codec arrays, value codec arrays.
+// inputs: keys, values, exact keys, exact values.
 // outputs: next exact keys and values; with sealed blocks also u8 [B, H, n_sealed, block bytes] of
 // keys and of values.
 class CacheAppend : public CpuPrimitive {
  public:
-  CacheAppend(mlx::core::Stream stream, CodecArrays keys, CodecArrays values,
+  CacheAppend(mlx::core::Stream stream, SharedCodec keys, SharedCodec values,
               CacheGeometry geometry, AppendPlan plan, Counter nonfinite);
   void eval_cpu(const std::vector<mlx::core::array>& inputs,
                 std::vector<mlx::core::array>& outputs) override;
   const char* name() const override { return "VeloxQuantCacheAppend"; }
 
  private:
-  CodecArrays keys_, values_;
+  SharedCodec keys_, values_;
   CacheGeometry geometry_;
   AppendPlan plan_;
   Counter nonfinite_;
@@ -43,7 +43,7 @@ class CacheAttend : public CpuPrimitive {
  public:
   struct Spec {
     SnapshotLayout layout;
-    CodecArrays keys, values;
+    SharedCodec keys, values;
     bool has_exact = false, has_chunk = false, has_mask = false, has_sinks = false;
     int64_t n_key_inputs = 0, n_value_inputs = 0;
     AttentionParams params;
@@ -60,7 +60,7 @@ class CacheAttend : public CpuPrimitive {
 // inputs: a snapshot. output: [B, H, length, D] in the original coordinates.
 class CacheDequantize : public CpuPrimitive {
  public:
-  CacheDequantize(mlx::core::Stream stream, SnapshotLayout layout, CodecArrays codec,
+  CacheDequantize(mlx::core::Stream stream, SnapshotLayout layout, SharedCodec codec,
                   bool has_exact, bool has_chunk);
   void eval_cpu(const std::vector<mlx::core::array>& inputs,
                 std::vector<mlx::core::array>& outputs) override;
@@ -68,7 +68,7 @@ class CacheDequantize : public CpuPrimitive {
 
  private:
   SnapshotLayout layout_;
-  CodecArrays codec_;
+  SharedCodec codec_;
   bool has_exact_, has_chunk_;
 };
 

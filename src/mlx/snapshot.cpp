@@ -26,24 +26,21 @@ int64_t Snapshot::nbytes() const {
 }
 
 std::vector<mx::array> Snapshot::inputs() const {
-  std::vector<mx::array> all = codec.arrays;
-  all.insert(all.end(), spans.begin(), spans.end());
+  std::vector<mx::array> all = spans;
   if (exact) all.push_back(*exact);
   if (chunk) all.push_back(*chunk);
   return all;
 }
 
-KeyValueSource source_over(const SnapshotLayout& layout, const CodecArrays& key_codec,
-                           const CodecArrays& value_codec, bool has_exact, bool has_chunk,
+KeyValueSource source_over(const SnapshotLayout& layout, const CodecPtr& key_codec,
+                           const CodecPtr& value_codec, bool has_exact, bool has_chunk,
                            const mx::array* key_inputs, const mx::array* value_inputs) {
   KeyValueSource source;
-  source.key_codec = key_codec.over(key_inputs);
-  source.value_codec = value_codec.over(value_inputs);
+  source.key_codec = key_codec;
+  source.value_codec = value_codec;
   source.exact_dtype = layout.exact_dtype;
   source.length = layout.length;
   source.visibility = layout.visibility;
-  key_inputs += key_codec.n_arrays();
-  value_inputs += value_codec.n_arrays();
   for (const PackedSpan& span : layout.packed) {
     const mx::array &keys = *key_inputs++, &values = *value_inputs++;
     PackedRun run;

@@ -27,7 +27,7 @@ struct SnapshotLayout {
 };
 
 struct Snapshot {
-  CodecArrays codec;
+  SharedCodec codec;
   SnapshotLayout layout;
   std::vector<mlx::core::array> spans;    // u8 [B, H, >= n_blocks, block bytes] per packed span
   std::optional<mlx::core::array> exact;  // 16 bit [B, H, capacity, D]
@@ -41,9 +41,9 @@ struct Snapshot {
 };
 
 // The core's view of two sides, over evaluated arrays in the order of Snapshot::inputs():
-// codec arrays, spans, exact?, chunk?.
-KeyValueSource source_over(const SnapshotLayout& layout, const CodecArrays& key_codec,
-                           const CodecArrays& value_codec, bool has_exact, bool has_chunk,
+// spans, exact?, chunk?.
+KeyValueSource source_over(const SnapshotLayout& layout, const CodecPtr& key_codec,
+                           const CodecPtr& value_codec, bool has_exact, bool has_chunk,
                            const mlx::core::array* key_inputs,
                            const mlx::core::array* value_inputs);
 

@@ -1,21 +1,19 @@
 """KVCacheConfig and KVCacheBuilder: from a description to one cache per layer."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import mlx.core as mx
 
-from veloxquant_mlx import _ext
 from veloxquant_mlx._mlx_lm import accept_kv_cache
-from veloxquant_mlx.cache.codebook import Codebook, SmoothFactors, normalise_factors, normalise_tables
+from veloxquant_mlx.cache.codecs import METHODS
 from veloxquant_mlx.cache.kv_cache import VeloxQuantKVCache
 from veloxquant_mlx.cache.layout import attention_layers, model_fingerprint, native_caches
 from veloxquant_mlx.metal.fused_sdpa import patch_mlx_lm_for_fused_sdpa
 
 log = logging.getLogger("veloxquant_mlx")
 
-METHODS = ("vecinfer", "fp16")
 BITS = (1, 1.5, 2, 2.5, 3, 4)
 
 accept_kv_cache()
@@ -26,19 +24,25 @@ class KVCacheConfig:
     """How the KV cache is kept.
 
     method: "vecinfer" (packed codes; needs a codebook) or "fp16" (exact, 2 bytes an element).
+    value_method: of the values; None: that of the keys.
     bits, value_bits: with a codebook the codebook decides, and one log line states the true bits.
     codebook: what train_codebook returned, or arrays [C, d] ... [L, H, M, C, d] for both sides.
+    value_codebook: another one for the values, so that they may have other bits; None: `codebook`.
     smooth_factors: lambda of the keys, [D], [H, D] or [L, H, D].
     num_subspaces: sub-vectors per head; checked against the codebook.
     use_fused_sdpa: attend on the packed codes; False hands dense arrays to the model's attention.
     window, sinks: recent and first tokens that stay exact. strict: a prefill chunk sees as codes
     what token-by-token decoding would (for evaluation).
+    layers: fields that differ in single attention layers, counted from 0 or from the end, e.g.
+    {0: {"codebook": finer}, -1: {"method": "fp16"}}. codec_options: settings of the method's own.
     """
 
     method: str = "vecinfer"
+    value_method: str | None = None
     bits: float = 2
     value_bits: float | None = None
     codebook: Any = None
+    value_codebook: Any = None
     smooth_factors: Any = None
     num_subspaces: int | None = None
     use_fused_sdpa: bool = True
@@ -46,27 +50,39 @@ class KVCacheConfig:
     sinks: int = 4
     seed: int = 0
     strict: bool = False
+    layers: dict | None = None
+    codec_options: dict | None = None
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method: got {self.method!r}, wanted one of {', '.join(METHODS)}")
+        for name, value in (("method", self.method), ("value_method", self.value_method or self.method)):
+            if value not in METHODS:
+                raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(METHODS)}")
         for name in ("window", "sinks", "seed"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name}: got {value!r}, wanted an integer of at least 0")
         if self.strict and not self.use_fused_sdpa:
             raise ValueError("strict: got True with use_fused_sdpa=False, wanted the fused attention")
-        if self.method != "vecinfer":
-            return
         if self.codebook is None:
             for name in ("bits", "value_bits"):
                 value = getattr(self, name)
                 if value is not None and value not in BITS:
                     raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(str, BITS))}")
-            raise ValueError(
-                "codebook: got none, wanted the result of train_codebook() (or `veloxquant calibrate`): "
-                "method 'vecinfer' needs one"
-            )
+        METHODS[self.method].check(self, "keys")
+        METHODS[self.value_method or self.method].check(self, "values")
+        self._check_layers()
+
+    def _check_layers(self):
+        known = {f.name for f in fields(self)} - {"layers", "use_fused_sdpa"}
+        if self.layers is not None and not isinstance(self.layers, dict):
+            raise ValueError(f"layers: got {type(self.layers).__name__}, wanted a dict from layer to changed fields")
+        for index, changes in (self.layers or {}).items():
+            if not isinstance(index, int) or isinstance(index, bool) or not isinstance(changes, dict):
+                raise ValueError(f"layers: got {index!r}: {changes!r:.60}, wanted an integer and a dict of fields")
+            unknown = sorted(set(map(str, changes)) - known)
+            if unknown:
+                raise ValueError(f"layers: got field {unknown[0]!r}, wanted one of {', '.join(sorted(known))}")
+            replace(self, layers=None, **changes)  # which checks the values
 
 
 class KVCacheBuilder:
@@ -93,7 +109,7 @@ def _cache_maker(model, config):
     if not isinstance(config, KVCacheConfig):
         raise ValueError(f"config: got {type(config).__name__}, wanted a KVCacheConfig")
     layers = attention_layers(model)
-    factories = _codec_factories(model, config, layers)
+    makers = _codec_makers(model, config, layers)
     if config.use_fused_sdpa:
         unfused = patch_mlx_lm_for_fused_sdpa(model)
     else:
@@ -104,12 +120,12 @@ def _cache_maker(model, config):
 
     def make_caches():
         caches = native_caches(model)
-        for layer, factory in zip(layers, factories):
+        for layer, (make_codecs, settings) in zip(layers, makers):
             caches[layer.index] = VeloxQuantKVCache(
-                factory,
-                window=config.window,
-                sinks=config.sinks,
-                strict=config.strict,
+                make_codecs,
+                window=settings.window,
+                sinks=settings.sinks,
+                strict=settings.strict,
                 fused=layer.index not in unfused,
                 fingerprint=fingerprint,
                 layer=layer.index,
@@ -119,66 +135,39 @@ def _cache_maker(model, config):
     return make_caches
 
 
-def _codec_factories(model, config, layers):
-    if config.method == "fp16":
-        return [
-            lambda dtype, layer=layer: tuple(
-                _ext.exact_codec(side, layer.n_kv_heads, layer.head_dim, dtype) for side in ("keys", "values")
-            )
-            for layer in layers
+def _codec_makers(model, config, layers):
+    """Per layer, a function exact_dtype -> (key codec, value codec)."""
+    makers = {}
+    for settings, same in _layers_by_config(config, layers):
+        sides = [
+            METHODS[method].side_codecs(model, settings, same, side)
+            for side, method in (("keys", settings.method), ("values", settings.value_method or settings.method))
         ]
-    return _vecinfer_factories(model, config, layers)
+        for layer, keys, values in zip(same, *sides):
+            makers[layer.position] = (lambda dtype, k=keys, v=values: (k(dtype), v(dtype))), settings
+        _log_bits(settings, sides, same)
+    return [makers[layer.position] for layer in layers]
 
 
-def _vecinfer_factories(model, config, layers):
-    shapes = {(layer.n_kv_heads, layer.head_dim) for layer in layers}
-    if len(shapes) > 1:
-        raise ValueError(f"model: got attention layers of different shapes {sorted(shapes)}, wanted one shape")
-    (heads, dim), n_layers = shapes.pop(), len(layers)
-    codebook, factors = config.codebook, config.smooth_factors
-    for name, made in (("codebook", codebook), ("smooth_factors", factors)):
-        fingerprint = getattr(made, "fingerprint", None)
-        if fingerprint is not None and fingerprint != model_fingerprint(model):
-            raise ValueError(
-                f"{name}: got one made for another model ({fingerprint}), wanted one for this model "
-                f"({model_fingerprint(model)}): calibrate again"
-            )
-    if isinstance(codebook, Codebook):
-        if factors is None:
-            factors = codebook.smooth_factors
-        elif isinstance(factors, SmoothFactors) and not (
-            factors.shape == codebook.smooth_factors.shape and (factors == codebook.smooth_factors).all()
-        ):
-            raise ValueError("smooth_factors: got other factors than the codebook was trained with, wanted those")
-        elif codebook.rotations is not None and not isinstance(factors, SmoothFactors):
-            raise ValueError("smooth_factors: got an array for a codebook of learned rotations, wanted none")
-        key_tables, value_tables = codebook.keys, codebook.values
-    else:
-        key_tables = value_tables = codebook
-    factors = normalise_factors(factors, n_layers, heads, dim)
-    key_tables = normalise_tables("codebook", key_tables, n_layers, heads, dim)
-    value_tables = normalise_tables("codebook", value_tables, n_layers, heads, dim)
-    n_subvectors = dim // key_tables.shape[-1]
-    if config.num_subspaces not in (None, n_subvectors):
-        raise ValueError(
-            f"num_subspaces: got {config.num_subspaces}, wanted {n_subvectors} (the codebook has sub-vectors of "
-            f"{key_tables.shape[-1]} for head_dim {dim})"
-        )
-    rotations = getattr(codebook, "rotations", None)
-    codecs = []
-    for i in range(n_layers):
-        if rotations is None:
-            key_map, value_map = {"scale": mx.array(factors[i])}, {}
-        else:
-            key_map, value_map = rotations.key_matrices(i), rotations.value_matrices(i)
-        codecs.append(
-            (
-                _ext.vecinfer_codec("keys", mx.array(key_tables[i]), n_subvectors, **key_map),
-                _ext.vecinfer_codec("values", mx.array(value_tables[i]), dim // value_tables.shape[-1], **value_map),
-            )
-        )
-    true_bits = [codec.bits_per_element for codec in codecs[0]]
+def _layers_by_config(config, layers):
+    """[(config, the layers it holds for)]: the common one, then one for each entry of config.layers."""
+    special = {}
+    for index, changes in (config.layers or {}).items():
+        position = index + len(layers) if index < 0 else index
+        if not 0 <= position < len(layers):
+            raise ValueError(f"layers: got layer {index}, wanted one of the {len(layers)} attention layers")
+        if position in special:
+            raise ValueError(f"layers: got layer {position} twice, as {index} too, wanted it once")
+        special[position] = replace(config, layers=None, **changes)
+    common = [layer for layer in layers if layer.position not in special]
+    groups = [(config, common)] if common else []
+    return groups + [(settings, [layers[position]]) for position, settings in sorted(special.items())]
+
+
+def _log_bits(config, sides, layers):
+    """One line with what an element really takes, which a codebook decides whatever was asked for."""
+    true = [side[0](mx.float16).bits_per_element for side in sides]
     asked = [config.bits, config.bits if config.value_bits is None else config.value_bits]
-    note = "" if asked == true_bits else f" (asked for {asked[0]:g}/{asked[1]:g}: the codebook decides)"
-    log.info("vecinfer: %g bits per key element, %g per value element%s", *true_bits, note)
-    return [lambda dtype, pair=pair: pair for pair in codecs]
+    note = "" if config.method == "fp16" or asked == true else f" (asked for {asked[0]:g}/{asked[1]:g})"
+    where = "" if config.layers is None and len(layers) > 1 else f", layers {[layer.index for layer in layers]}"
+    log.info("%s: %g bits per key element, %g per value element%s%s", config.method, *true, note, where)

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from veloxquant_mlx import _ext
 
-FORMAT, VERSION = "veloxquant-cache", 1
+FORMAT, VERSION = "veloxquant-cache", 2
 ORDERS = ("memory", "interchange")
 SETTINGS = {
     "fingerprint": (str, type(None)),
@@ -33,9 +33,9 @@ def pack(settings: dict, codecs, core, exact_dtype, interchange=False) -> tuple:
     arrays = []
     if core is not None:
         header["exact_dtype"] = str(exact_dtype).removeprefix("mlx.core.")
-        header["codecs"] = [codec.description for codec in codecs]
+        header["codecs"] = [_described(codec) for codec in codecs]
         header["positions"] = core.positions()
-        arrays = [a for codec in codecs for a in codec.arrays]
+        arrays = [a for codec in codecs for _, a in sorted(codec.arrays.items())]
         arrays += core.interchange_arrays() if interchange else core.arrays()
     text = json.dumps(header)
     return text, _ext.checksum(text, arrays), *arrays
@@ -86,13 +86,36 @@ def _rebuilt(header, arrays):
         raise ValueError(f"state: got {len(header['codecs'])} codecs, wanted those of keys and values")
     codecs = []
     for side, description in zip(("keys", "values"), header["codecs"]):
-        n = _n_arrays(*description)
-        codecs.append(_ext.restored_codec(side, tuple(description), exact_dtype, arrays[:n]))
+        n = len(description["arrays"])
+        if len(arrays) < n:
+            raise ValueError(f"state: got {len(arrays)} arrays for the codec of the {side}, wanted at least {n}")
+        codecs.append(_restored(side, description, arrays[:n]))
         arrays = arrays[n:]
     core = _ext.ArrayCache(*codecs, settings["window"], settings["sinks"], exact_dtype)
     core.restore(arrays, header["positions"], header["order"] == "interchange")
     return settings, tuple(codecs), core, exact_dtype
 
 
-def _n_arrays(method, _heads, _dim, _subvectors, transform, has_scale) -> int:
-    return 0 if method == "exact" else 3 if transform == "dense" else 1 + has_scale
+def _described(codec) -> dict:
+    return {
+        "method": codec.method,
+        "n_kv_heads": codec.n_kv_heads,
+        "head_dim": codec.head_dim,
+        "options": codec.options,
+        "arrays": sorted(codec.arrays),
+    }
+
+
+def _restored(side, description, arrays):
+    codec = _ext.codec(
+        side,
+        description["method"],
+        description["n_kv_heads"],
+        description["head_dim"],
+        description["options"],
+        dict(zip(description["arrays"], arrays)),
+    )
+    # A batch axis would have to fit the batch of the cache: such tables are not saved.
+    if codec.n_sequences != 1:
+        raise ValueError(f"state: got tables for {codec.n_sequences} sequences, wanted those of one")
+    return codec

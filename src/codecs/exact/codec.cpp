@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "src/backends/cpu/convert.h"
+#include "src/codecs/registry.h"
 #include "veloxquant/exact.h"
 
 namespace veloxquant {
@@ -22,23 +23,22 @@ class ExactCodec final : public Codec {
   Side side() const override { return side_; }
   int n_kv_heads() const override { return heads_; }
   int head_dim() const override { return dim_; }
-  int codes_per_token() const override { return dim_; }
   int64_t block_bytes() const override { return int64_t{2} * kBlockTokens * dim_; }
 
-  void encode_block(Backend, int, int, const float* x, int n_tokens,
+  void encode_block(Backend, const BlockPlace&, const float* x, int n_tokens,
                     uint8_t* block) const override {
     std::memset(block, 0, block_bytes());
     cpu::to_finite_16bit(dtype_, x, int64_t{n_tokens} * dim_, reinterpret_cast<uint16_t*>(block));
   }
 
-  void decode_block(Backend, int, int, const uint8_t* block, int n_tokens, float* y,
+  void decode_block(Backend, const BlockPlace&, const uint8_t* block, int n_tokens, float* y,
                     int64_t y_stride) const override {
     for (int t = 0; t < n_tokens; ++t) {
       cpu::to_float(dtype_, block + int64_t{2} * t * dim_, dim_, y + t * y_stride);
     }
   }
 
-  void decode_block_transposed(Backend, int, int, const uint8_t* block, int n_tokens,
+  void decode_block_transposed(Backend, const BlockPlace&, const uint8_t* block, int n_tokens,
                                float* y_t) const override {
     std::vector<float> row(dim_);
     std::fill_n(y_t, int64_t{dim_} * kBlockTokens, 0.0f);
@@ -52,12 +52,13 @@ class ExactCodec final : public Codec {
   void inverse(int, float*, int64_t) const override {}
   void forward(int, float*, int64_t) const override {}
 
-  void unpack_codes(const uint8_t* block, int n_tokens, uint16_t* codes) const override {
-    std::memcpy(codes, block, int64_t{2} * n_tokens * dim_);
+  int64_t token_bytes() const override { return int64_t{2} * dim_; }
+  void unpack_tokens(const uint8_t* block, int n_tokens, uint8_t* rows) const override {
+    std::memcpy(rows, block, n_tokens * token_bytes());
   }
-  void pack_codes(const uint16_t* codes, int n_tokens, uint8_t* block) const override {
+  void pack_tokens(const uint8_t* rows, int n_tokens, uint8_t* block) const override {
     std::memset(block, 0, block_bytes());
-    std::memcpy(block, codes, int64_t{2} * n_tokens * dim_);
+    std::memcpy(block, rows, n_tokens * token_bytes());
   }
 
  private:
@@ -70,6 +71,14 @@ class ExactCodec final : public Codec {
 
 CodecPtr make_exact_codec(Side side, int n_kv_heads, int head_dim, DType dtype) {
   return std::make_shared<ExactCodec>(side, n_kv_heads, head_dim, dtype);
+}
+
+CodecPtr exact_from_spec(const CodecSpec& spec, const CodecTables& tables) {
+  SpecReader reader(spec, tables);
+  const bool bf16 = reader.choice("dtype", {"float16", "bfloat16"}) == 1;
+  reader.finish();
+  return make_exact_codec(spec.side, spec.n_kv_heads, spec.head_dim,
+                          bf16 ? DType::bfloat16 : DType::float16);
 }
 
 }  // namespace veloxquant

@@ -5,7 +5,9 @@
 #include <cstring>
 #include <vector>
 
+#include "src/codecs/registry.h"
 #include "src/codecs/vecinfer/kernels.h"
+#include "src/math/bitpack.h"
 #include "src/math/float16.h"
 #include "src/math/hadamard.h"
 #include "veloxquant/vecinfer.h"
@@ -52,10 +54,10 @@ class VecInferCodec final : public Codec {
   Side side() const override { return side_; }
   int n_kv_heads() const override { return heads_; }
   int head_dim() const override { return dim_; }
-  int codes_per_token() const override { return shape_.n_subvectors; }
+  int64_t n_sequences() const override { return sequences_; }
   int64_t block_bytes() const override { return shape_.n_subvectors * row_bytes(shape_.bits); }
 
-  void encode_block(Backend backend, int sequence, int kv_head, const float* x, int n_tokens,
+  void encode_block(Backend backend, const BlockPlace& place, const float* x, int n_tokens,
                     uint8_t* block) const override {
     const Kernels& kernels = kernels_of(backend);
     std::vector<float> tile(static_cast<size_t>(dim_) * kBlockTokens, 0.0f);
@@ -63,24 +65,24 @@ class VecInferCodec final : public Codec {
       for (int d = 0; d < dim_; ++d) tile[d * kBlockTokens + t] = x[t * dim_ + d];
     }
     if (transform_.kind == TransformKind::hadamard) {
-      kernels.hadamard_tile(inverse_scale(kv_head), dim_, tile.data());
+      kernels.hadamard_tile(inverse_scale(place.kv_head), dim_, tile.data());
     } else if (transform_.kind == TransformKind::dense) {
       std::vector<float> moved(tile.size());
-      kernels.dense_tile(matrix(transform_.encode_matrix, kv_head), dim_, tile.data(),
+      kernels.dense_tile(matrix(transform_.encode_matrix, place.kv_head), dim_, tile.data(),
                          moved.data());
       tile.swap(moved);
     }
-    kernels.encode_block(head(sequence, kv_head), tile.data(), block);
+    kernels.encode_block(head(place), tile.data(), block);
   }
 
-  void decode_block(Backend backend, int sequence, int kv_head, const uint8_t* block, int n_tokens,
+  void decode_block(Backend backend, const BlockPlace& place, const uint8_t* block, int n_tokens,
                     float* y, int64_t y_stride) const override {
-    kernels_of(backend).decode_block(head(sequence, kv_head), block, n_tokens, y, y_stride);
+    kernels_of(backend).decode_block(head(place), block, n_tokens, y, y_stride);
   }
 
-  void decode_block_transposed(Backend backend, int sequence, int kv_head, const uint8_t* block,
+  void decode_block_transposed(Backend backend, const BlockPlace& place, const uint8_t* block,
                                int n_tokens, float* y_t) const override {
-    kernels_of(backend).decode_block_transposed(head(sequence, kv_head), block, n_tokens, y_t);
+    kernels_of(backend).decode_block_transposed(head(place), block, n_tokens, y_t);
   }
 
   void transform_query(int kv_head, float* q, int64_t n) const override {
@@ -119,22 +121,26 @@ class VecInferCodec final : public Codec {
     }
   }
 
-  void unpack_codes(const uint8_t* block, int n_tokens, uint16_t* codes) const override {
-    for (int m = 0; m < shape_.n_subvectors; ++m) {
-      const uint8_t* row = block + m * row_bytes(shape_.bits);
-      for (int t = 0; t < n_tokens; ++t) {
-        codes[t * shape_.n_subvectors + m] = static_cast<uint16_t>(get_code(row, shape_.bits, t));
+  int64_t token_bytes() const override { return packed_bytes(shape_.n_subvectors, shape_.bits); }
+
+  void unpack_tokens(const uint8_t* block, int n_tokens, uint8_t* rows) const override {
+    std::vector<uint16_t> codes(shape_.n_subvectors);
+    for (int t = 0; t < n_tokens; ++t) {
+      for (int m = 0; m < shape_.n_subvectors; ++m) {
+        const uint8_t* row = block + m * row_bytes(shape_.bits);
+        codes[m] = static_cast<uint16_t>(get_code(row, shape_.bits, t));
       }
+      pack_bits(codes.data(), shape_.n_subvectors, shape_.bits, rows + t * token_bytes());
     }
   }
 
-  void pack_codes(const uint16_t* codes, int n_tokens, uint8_t* block) const override {
+  void pack_tokens(const uint8_t* rows, int n_tokens, uint8_t* block) const override {
     std::memset(block, 0, block_bytes());
-    for (int m = 0; m < shape_.n_subvectors; ++m) {
-      uint8_t* row = block + m * row_bytes(shape_.bits);
-      for (int t = 0; t < n_tokens; ++t) {
-        uint32_t code = codes[t * shape_.n_subvectors + m];
-        set_code(row, shape_.bits, t, code & ((1u << shape_.bits) - 1u));
+    std::vector<uint16_t> codes(shape_.n_subvectors);
+    for (int t = 0; t < n_tokens; ++t) {
+      unpack_bits(rows + t * token_bytes(), shape_.n_subvectors, shape_.bits, codes.data());
+      for (int m = 0; m < shape_.n_subvectors; ++m) {
+        set_code(block + m * row_bytes(shape_.bits), shape_.bits, t, codes[m]);
       }
     }
   }
@@ -184,10 +190,10 @@ class VecInferCodec final : public Codec {
     }
   }
 
-  HeadTables head(int sequence, int kv_head) const {
+  HeadTables head(const BlockPlace& place) const {
     HeadTables tables = shape_;
-    int64_t s = sequences_ == 1 ? 0 : sequence;
-    tables.tables += (s * heads_ + kv_head) * head_stride_;
+    int64_t s = sequences_ == 1 ? 0 : place.sequence;
+    tables.tables += (s * heads_ + place.kv_head) * head_stride_;
     return tables;
   }
 
@@ -263,6 +269,29 @@ CodecPtr make_vecinfer_codec(Side side, int n_kv_heads, int head_dim, int n_subv
                              const TensorView& tables, const Transform& transform) {
   return std::make_shared<vecinfer::VecInferCodec>(side, n_kv_heads, head_dim, n_subvectors, tables,
                                                    transform);
+}
+
+CodecPtr vecinfer_from_spec(const CodecSpec& spec, const CodecTables& tables) {
+  SpecReader reader(spec, tables);
+  const int n_subvectors =
+      static_cast<int>(reader.integer("n_subvectors", 1, vecinfer::kMaxHeadDim));
+  Transform transform;
+  transform.kind =
+      static_cast<TransformKind>(reader.choice("transform", {"none", "hadamard", "dense"}));
+  transform.scale = reader.table_or_empty("scale");
+  transform.encode_matrix = reader.table_or_empty("encode_matrix");
+  transform.query_matrix = reader.table_or_empty("query_matrix");
+  // An orthogonal matrix is its own dual, and is given once.
+  if (transform.query_matrix.empty()) transform.query_matrix = transform.encode_matrix;
+  const TensorView entries = reader.table_or_empty("tables");
+  reader.finish();
+  const bool dense = transform.kind == TransformKind::dense;
+  require(dense == !transform.encode_matrix.empty(), "[vecinfer] encode_matrix: got ",
+          dense ? "none" : "one", ", wanted it with transform 'dense' only");
+  require(transform.scale.empty() || transform.kind == TransformKind::hadamard,
+          "[vecinfer] scale: got smooth factors, wanted them with transform 'hadamard' only");
+  return make_vecinfer_codec(spec.side, spec.n_kv_heads, spec.head_dim, n_subvectors, entries,
+                             transform);
 }
 
 void nearest_centroids(Backend backend, const float* x, int64_t x_stride, int64_t n,

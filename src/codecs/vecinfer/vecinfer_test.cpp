@@ -93,20 +93,21 @@ TEST_P(Levels, CodesAndDecodedBitsEqualTheReference) {
     for (int h = 0; h < heads; ++h) {
       std::vector<float> x = random.normal(n_tokens * shape.head_dim);
       std::vector<uint8_t> expected(codec.block_bytes(), 0xaa);
-      codec.encode_block(Backend::reference, 0, h, x.data(), n_tokens, expected.data());
+      codec.encode_block(Backend::reference, {0, h, 0}, x.data(), n_tokens, expected.data());
       std::vector<float> y(64 * shape.head_dim), y_t(64 * shape.head_dim);
-      codec.decode_block(Backend::reference, 0, h, expected.data(), n_tokens, y.data(),
+      codec.decode_block(Backend::reference, {0, h, 0}, expected.data(), n_tokens, y.data(),
                          shape.head_dim);
-      codec.decode_block_transposed(Backend::reference, 0, h, expected.data(), n_tokens,
+      codec.decode_block_transposed(Backend::reference, {0, h, 0}, expected.data(), n_tokens,
                                     y_t.data());
       for (const std::string& level : simd_levels()) {
         set_simd_level(level);
         std::vector<uint8_t> block(codec.block_bytes(), 0x55);
-        codec.encode_block(Backend::cpu, 0, h, x.data(), n_tokens, block.data());
+        codec.encode_block(Backend::cpu, {0, h, 0}, x.data(), n_tokens, block.data());
         EXPECT_EQ(block, expected) << level;
         std::vector<float> z(64 * shape.head_dim), z_t(64 * shape.head_dim, NAN);
-        codec.decode_block(Backend::cpu, 0, h, block.data(), n_tokens, z.data(), shape.head_dim);
-        codec.decode_block_transposed(Backend::cpu, 0, h, block.data(), n_tokens, z_t.data());
+        codec.decode_block(Backend::cpu, {0, h, 0}, block.data(), n_tokens, z.data(),
+                           shape.head_dim);
+        codec.decode_block_transposed(Backend::cpu, {0, h, 0}, block.data(), n_tokens, z_t.data());
         EXPECT_EQ(0, std::memcmp(z.data(), y.data(), n_tokens * shape.head_dim * 4)) << level;
         EXPECT_EQ(0, std::memcmp(z_t.data(), y_t.data(), y_t.size() * 4)) << level;
       }
@@ -121,9 +122,9 @@ TEST_P(Levels, InterchangeRoundTrips) {
                             shape.n_centroids, shape.per_head, shape.kind);
   std::vector<uint8_t> block(owned.codec->block_bytes()), again(block.size());
   for (auto& byte : block) byte = static_cast<uint8_t>(random.next());
-  std::vector<uint16_t> codes(64 * shape.n_subvectors);
-  owned.codec->unpack_codes(block.data(), 64, codes.data());
-  owned.codec->pack_codes(codes.data(), 64, again.data());
+  std::vector<uint8_t> rows(64 * owned.codec->token_bytes());
+  owned.codec->unpack_tokens(block.data(), 64, rows.data());
+  owned.codec->pack_tokens(rows.data(), 64, again.data());
   EXPECT_EQ(block, again);
 }
 

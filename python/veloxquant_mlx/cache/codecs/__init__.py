@@ -1,0 +1,14 @@
+"""The codecs of each cache method. One module per method, with
+
+    check(config, side)                       ValueError naming the field of KVCacheConfig that is off
+    side_codecs(model, config, layers, side)  -> [exact_dtype -> _ext.Codec, one for each of `layers`]
+
+layers: AttentionLayers, all or some of the model's; side: "keys" or "values".
+"""
+
+from veloxquant_mlx.cache.codecs import exact, vecinfer
+
+METHODS = {
+    "vecinfer": vecinfer,
+    "fp16": exact,
+}
