@@ -1,0 +1,235 @@
+// The rotation of one row in registers, for the current Highway target: included inside a
+// foreach_target file, once per SIMD level. The same bits as src/math/hadamard.h and rotation.h:
+// every element sees the same additions, whatever the vector width.
+
+// Highway's own include guard: this text is compiled once per target.
+#if defined(VELOXQUANT_CODECS_HADAMARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef VELOXQUANT_CODECS_HADAMARD_INL_H_
+#undef VELOXQUANT_CODECS_HADAMARD_INL_H_
+#else
+#define VELOXQUANT_CODECS_HADAMARD_INL_H_
+#endif
+
+#include <hwy/highway.h>
+
+#include "src/math/hadamard.h"
+#include "src/math/rotation.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace veloxquant::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+#if HWY_TARGET == HWY_SCALAR
+
+// hadamard_row of src/math, after a multiplication by `signs` where they are given.
+HWY_INLINE void hadamard_signed_row(float* HWY_RESTRICT x, int head_dim,
+                                    const float* HWY_RESTRICT signs) {
+  for (int i = 0; signs != nullptr && i < head_dim; ++i) x[i] = mul(x[i], signs[i]);
+  hadamard_row(x, head_dim);
+}
+
+#else
+
+// At most 16 lanes: the widest of the targets that the library is built for.
+using RowF32 = hn::CappedTag<float, 16>;
+using RowVec = hn::Vec<RowF32>;
+
+// v with the lanes that the stride pairs exchanged.
+template <int kStride>
+HWY_INLINE RowVec swap_lanes(RowVec v) {
+  const RowF32 d;
+  if constexpr (kStride == 1) {
+    return hn::Shuffle2301(v);
+  } else if constexpr (kStride == 2) {
+    return hn::Shuffle1032(v);
+  } else if constexpr (kStride * 2 == HWY_MAX_BYTES / 4 || HWY_MAX_BYTES == 16) {
+    return hn::ConcatLowerUpper(d, v, v);
+  } else {
+    return hn::SwapAdjacentBlocks(v);
+  }
+}
+
+// One stage inside a vector: (a, b) -> (a + b, a - b). a - b is computed as a + (-b), the same
+// number.
+template <int kStride>
+HWY_INLINE RowVec stage_inside(RowVec v) {
+  const RowF32 d;
+  const hn::RebindToUnsigned<RowF32> du;
+  // The sign bit of the lanes that hold a b.
+  HWY_ALIGN static constexpr uint32_t kFlip[16] = {
+      0,
+      (1 & kStride) ? 0x80000000u : 0,
+      (2 & kStride) ? 0x80000000u : 0,
+      (3 & kStride) ? 0x80000000u : 0,
+      (4 & kStride) ? 0x80000000u : 0,
+      (5 & kStride) ? 0x80000000u : 0,
+      (6 & kStride) ? 0x80000000u : 0,
+      (7 & kStride) ? 0x80000000u : 0,
+      (8 & kStride) ? 0x80000000u : 0,
+      (9 & kStride) ? 0x80000000u : 0,
+      (10 & kStride) ? 0x80000000u : 0,
+      (11 & kStride) ? 0x80000000u : 0,
+      (12 & kStride) ? 0x80000000u : 0,
+      (13 & kStride) ? 0x80000000u : 0,
+      (14 & kStride) ? 0x80000000u : 0,
+      (15 & kStride) ? 0x80000000u : 0,
+  };
+  return hn::Add(swap_lanes<kStride>(v), hn::Xor(v, hn::BitCast(d, hn::Load(du, kFlip))));
+}
+
+// All stages whose stride is below the vector width.
+HWY_INLINE RowVec stages_inside(RowVec v) {
+  v = stage_inside<1>(v);
+  v = stage_inside<2>(v);
+#if HWY_MAX_BYTES >= 32
+  v = stage_inside<4>(v);
+#endif
+#if HWY_MAX_BYTES >= 64
+  v = stage_inside<8>(v);
+#endif
+  return v;
+}
+
+// In place on kVectors vectors that stay in registers: strides lanes, 2 lanes, ...
+template <int kVectors>
+HWY_INLINE void stages_across(RowVec (&v)[kVectors]) {
+  for (int stride = 1; stride < kVectors; stride *= 2) {
+    for (int i = 0; i < kVectors; i += 2 * stride) {
+      for (int j = i; j < i + stride; ++j) {
+        const RowVec a = v[j], b = v[j + stride];
+        v[j] = hn::Add(a, b);
+        v[j + stride] = hn::Sub(a, b);
+      }
+    }
+  }
+}
+
+// One Hadamard block of kVectors vectors, in registers. `signs` (+-1, or null) multiply the input.
+template <int kVectors>
+HWY_INLINE void hadamard_registers(float* HWY_RESTRICT x, const float* HWY_RESTRICT signs,
+                                   float scale) {
+  const RowF32 d;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  RowVec v[kVectors];
+  for (int i = 0; i < kVectors; ++i) {
+    v[i] = hn::LoadU(d, x + i * lanes);
+    if (signs != nullptr) v[i] = hn::Mul(v[i], hn::LoadU(d, signs + i * lanes));
+    v[i] = stages_inside(v[i]);
+  }
+  stages_across(v);
+  // 1 where stages follow in memory: those scale.
+  if (scale == 1.0f) {
+    for (int i = 0; i < kVectors; ++i) hn::StoreU(v[i], d, x + i * lanes);
+  } else {
+    const RowVec factor = hn::Set(d, scale);
+    for (int i = 0; i < kVectors; ++i) hn::StoreU(hn::Mul(v[i], factor), d, x + i * lanes);
+  }
+}
+
+// Stages `stride` (and 2 * stride where kStages is 2) over memory, for blocks that exceed the
+// registers; `scale` as above.
+template <int kStages>
+HWY_INLINE void hadamard_memory(float* HWY_RESTRICT x, int block, int stride, float scale) {
+  const RowF32 d;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  const RowVec factor = hn::Set(d, scale);
+  constexpr int kRows = 1 << kStages;
+  for (int i = 0; i < block; i += kRows * stride) {
+    for (int j = i; j < i + stride; j += lanes) {
+      RowVec v[kRows];
+      for (int k = 0; k < kRows; ++k) v[k] = hn::LoadU(d, x + j + k * stride);
+      stages_across(v);
+      for (int k = 0; k < kRows; ++k) {
+        hn::StoreU(scale == 1.0f ? v[k] : hn::Mul(v[k], factor), d, x + j + k * stride);
+      }
+    }
+  }
+}
+
+// One block of a power of two.
+HWY_INLINE void hadamard_one_block(float* HWY_RESTRICT x, int block,
+                                   const float* HWY_RESTRICT signs) {
+  const int lanes = static_cast<int>(hn::Lanes(RowF32()));
+  const float scale = hadamard_scale(block);
+  constexpr int kHeld = 8;  // vectors: half of the 16 registers, the rest are temporaries
+  if (block < lanes) {
+    if (signs != nullptr) {
+      for (int i = 0; i < block; ++i) x[i] = mul(x[i], signs[i]);
+    }
+    return hadamard_row(x, block);
+  }
+  switch (block / lanes) {
+    case 1:
+      return hadamard_registers<1>(x, signs, scale);
+    case 2:
+      return hadamard_registers<2>(x, signs, scale);
+    case 4:
+      return hadamard_registers<4>(x, signs, scale);
+    case 8:
+      return hadamard_registers<8>(x, signs, scale);
+    default:
+      break;
+  }
+  for (int i = 0; i < block; i += kHeld * lanes) {
+    hadamard_registers<kHeld>(x + i, signs == nullptr ? nullptr : signs + i, 1.0f);
+  }
+  for (int stride = kHeld * lanes; stride < block;) {
+    if (4 * stride <= block) {
+      hadamard_memory<2>(x, block, stride, 4 * stride == block ? scale : 1.0f);
+      stride *= 4;
+    } else {
+      hadamard_memory<1>(x, block, stride, scale);
+      stride *= 2;
+    }
+  }
+}
+
+// hadamard_row of src/math, after a multiplication by `signs` where they are given.
+HWY_INLINE void hadamard_signed_row(float* HWY_RESTRICT x, int head_dim,
+                                    const float* HWY_RESTRICT signs) {
+  for (int start = 0; start < head_dim;) {
+    const int block = hadamard_block(head_dim - start);
+    hadamard_one_block(x + start, block, signs == nullptr ? nullptr : signs + start);
+    start += block;
+  }
+}
+
+#endif  // HWY_TARGET == HWY_SCALAR
+
+// rotate_row of src/math. scratch: head_dim values, used where head_dim is no power of two.
+HWY_INLINE void rotate_row_simd(const float* HWY_RESTRICT signs, int head_dim, int step,
+                                float* HWY_RESTRICT x, float* HWY_RESTRICT scratch) {
+  hadamard_signed_row(x, head_dim, signs);
+  if (step != 1) {
+    for (int i = 0, to = 0; i < head_dim; ++i) {
+      scratch[to] = x[i];
+      to += step;
+      if (to >= head_dim) to -= head_dim;
+    }
+    for (int i = 0; i < head_dim; ++i) x[i] = scratch[i];
+  }
+  hadamard_signed_row(x, head_dim, signs + head_dim);
+}
+
+// rotate_row_back of src/math.
+HWY_INLINE void rotate_row_back_simd(const float* HWY_RESTRICT signs, int head_dim, int step,
+                                     float* HWY_RESTRICT x, float* HWY_RESTRICT scratch) {
+  hadamard_signed_row(x, head_dim, nullptr);
+  if (step == 1) {
+    hadamard_signed_row(x, head_dim, signs + head_dim);
+  } else {
+    for (int i = 0; i < head_dim; ++i) scratch[i] = mul(x[i], signs[head_dim + i]);
+    for (int i = 0, from = 0; i < head_dim; ++i) {
+      x[i] = scratch[from];
+      from += step;
+      if (from >= head_dim) from -= head_dim;
+    }
+    hadamard_signed_row(x, head_dim, nullptr);
+  }
+  for (int i = 0; i < head_dim; ++i) x[i] = mul(x[i], signs[i]);
+}
+
+}  // namespace veloxquant::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // VELOXQUANT_CODECS_HADAMARD_INL_H_
