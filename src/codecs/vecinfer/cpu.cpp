@@ -10,119 +10,13 @@
 #include <algorithm>
 #include <cstring>
 
+#include "src/codecs/vecinfer/nearest-inl.h"
 #include "src/math/float16.h"
 #include "src/math/hadamard.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace veloxquant::vecinfer::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
-
-using F32 = hn::ScalableTag<float>;
-using I32 = hn::ScalableTag<int32_t>;
-
-// Nearest centroids of kGroup vectors of tokens at once: the centroid broadcasts are shared.
-// kSubDim = 0 reads the tokens from memory instead of registers (wide sub-vectors).
-template <int kSubDim, int kGroup>
-HWY_INLINE void nearest_group(const float* HWY_RESTRICT x, int64_t x_stride,
-                              const float* HWY_RESTRICT table, int n_centroids, int sub_dim,
-                              uint16_t* HWY_RESTRICT codes, float* HWY_RESTRICT distance) {
-  const F32 df;
-  const I32 di;
-  const int lanes = static_cast<int>(hn::Lanes(df));
-  using VF = hn::Vec<F32>;
-  using VI = hn::Vec<I32>;
-  constexpr int kHeld = kSubDim == 0 ? 1 : kSubDim;
-  VF held[kHeld][kGroup];
-  if (kSubDim != 0) {
-    for (int i = 0; i < kHeld; ++i) {
-      for (int g = 0; g < kGroup; ++g) held[i][g] = hn::LoadU(df, x + i * x_stride + g * lanes);
-    }
-  }
-  VF best[kGroup];
-  VI index[kGroup];
-  for (int g = 0; g < kGroup; ++g) {
-    best[g] = hn::Set(df, float_of(0x7f800000u));
-    index[g] = hn::Zero(di);
-  }
-  const int dims = kSubDim == 0 ? sub_dim : kSubDim;
-  for (int c = 0; c < n_centroids; ++c, table += dims) {
-    VF sum[kGroup];
-    for (int g = 0; g < kGroup; ++g) {
-      const VF value = kSubDim == 0 ? hn::LoadU(df, x + g * lanes) : held[0][g];
-      const VF difference = hn::Sub(value, hn::Set(df, table[0]));
-      sum[g] = hn::Mul(difference, difference);
-    }
-    for (int i = 1; i < dims; ++i) {
-      const VF centroid = hn::Set(df, table[i]);
-      for (int g = 0; g < kGroup; ++g) {
-        const VF value =
-            kSubDim == 0 ? hn::LoadU(df, x + i * x_stride + g * lanes) : held[i % kHeld][g];
-        const VF difference = hn::Sub(value, centroid);
-        sum[g] = hn::Add(sum[g], hn::Mul(difference, difference));
-      }
-    }
-    const VI code = hn::Set(di, c);
-    for (int g = 0; g < kGroup; ++g) {
-      const auto closer = hn::Lt(sum[g], best[g]);
-      best[g] = hn::IfThenElse(closer, sum[g], best[g]);
-      index[g] = hn::IfThenElse(hn::RebindMask(di, closer), code, index[g]);
-    }
-  }
-  const hn::Rebind<uint16_t, I32> du16;
-  for (int g = 0; g < kGroup; ++g) {
-    hn::StoreU(hn::DemoteTo(du16, index[g]), du16, codes + g * lanes);
-    if (distance != nullptr) hn::StoreU(best[g], df, distance + g * lanes);
-  }
-}
-
-template <int kSubDim>
-void nearest_run(const float* x, int64_t x_stride, int64_t n, const float* table, int n_centroids,
-                 int sub_dim, uint16_t* codes, float* distance) {
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(F32()));
-  constexpr int kGroup = 2;  // measured: 4 spills registers, even with AVX-512's 32
-  int64_t t = 0;
-  for (; t + kGroup * lanes <= n; t += kGroup * lanes) {
-    nearest_group<kSubDim, kGroup>(x + t, x_stride, table, n_centroids, sub_dim, codes + t,
-                                   distance == nullptr ? nullptr : distance + t);
-  }
-  for (; t + lanes <= n; t += lanes) {
-    nearest_group<kSubDim, 1>(x + t, x_stride, table, n_centroids, sub_dim, codes + t,
-                              distance == nullptr ? nullptr : distance + t);
-  }
-  if (t == n) return;
-  // The last, partial vector goes through a padded copy.
-  HWY_ALIGN float padded[kMaxSubDim * HWY_MAX_BYTES / sizeof(float)] = {};
-  HWY_ALIGN uint16_t padded_codes[HWY_MAX_BYTES / sizeof(float)] = {};
-  HWY_ALIGN float padded_distance[HWY_MAX_BYTES / sizeof(float)] = {};
-  const int64_t rest = n - t;
-  for (int i = 0; i < sub_dim; ++i) {
-    for (int64_t k = 0; k < lanes; ++k) {
-      padded[i * lanes + k] = k < rest ? x[i * x_stride + t + k] : 0.0f;
-    }
-  }
-  nearest_group<kSubDim, 1>(padded, lanes, table, n_centroids, sub_dim, padded_codes,
-                            padded_distance);
-  for (int64_t k = 0; k < rest; ++k) {
-    codes[t + k] = padded_codes[k];
-    if (distance != nullptr) distance[t + k] = padded_distance[k];
-  }
-}
-
-void nearest_centroids(const float* x, int64_t x_stride, int64_t n, const float* table,
-                       int n_centroids, int sub_dim, uint16_t* codes, float* distance) {
-  switch (sub_dim) {
-    case 1:
-      return nearest_run<1>(x, x_stride, n, table, n_centroids, sub_dim, codes, distance);
-    case 2:
-      return nearest_run<2>(x, x_stride, n, table, n_centroids, sub_dim, codes, distance);
-    case 4:
-      return nearest_run<4>(x, x_stride, n, table, n_centroids, sub_dim, codes, distance);
-    case 8:
-      return nearest_run<8>(x, x_stride, n, table, n_centroids, sub_dim, codes, distance);
-    default:
-      return nearest_run<0>(x, x_stride, n, table, n_centroids, sub_dim, codes, distance);
-  }
-}
 
 // fp16 bits -> fp32, n a multiple of 8 or anything (the tail is scalar).
 HWY_INLINE void widen(const uint16_t* HWY_RESTRICT from, int n, float* HWY_RESTRICT to) {

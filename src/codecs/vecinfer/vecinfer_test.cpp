@@ -71,6 +71,42 @@ TEST(Nearest, TiesAndNanGoToTheLowestIndex) {
   }
 }
 
+// Tables and vectors that the filter in nearest-inl.h must see through: equal centroids, centroids
+// closer than the rounding error of their scores, vectors too large, too small or not finite.
+TEST(Nearest, ChoosesLikeTheReferenceOnHardTables) {
+  Random random(3);
+  const int n = 345;
+  for (int sub_dim : {1, 2, 3, 4, 7, 8, 16, 24}) {
+    for (int n_centroids : {2, 33, 200, 256, 300, 700}) {
+      for (float spread : {1.0f, 1e-7f, 0.0f}) {
+        std::vector<float> middle = random.normal(sub_dim), table;
+        for (int c = 0; c < n_centroids; ++c) {
+          for (int i = 0; i < sub_dim; ++i) table.push_back(middle[i] + spread * random.normal());
+        }
+        std::vector<float> x = random.normal(sub_dim * n);
+        for (int t = 0; t < n; ++t) {
+          const float scales[] = {1, 1, 1, 0, 1e-20f, 1e-38f, 1e15f, 1e19f, 1e30f, INFINITY, NAN};
+          const float scale = t < 64 ? 1.0f : scales[random.next() % 11];
+          for (int i = 0; i < sub_dim; ++i) x[i * n + t] *= scale;
+        }
+        std::vector<uint16_t> expected(n), codes(n);
+        std::vector<float> expected_distance(n), distance(n);
+        nearest_centroids(Backend::reference, x.data(), n, n, table.data(), n_centroids, sub_dim,
+                          expected.data(), expected_distance.data());
+        for (const std::string& level : simd_levels()) {
+          set_simd_level(level);
+          nearest_centroids(Backend::cpu, x.data(), n, n, table.data(), n_centroids, sub_dim,
+                            codes.data(), distance.data());
+          EXPECT_EQ(codes, expected)
+              << level << " d" << sub_dim << " C" << n_centroids << " spread " << spread;
+          EXPECT_EQ(0, std::memcmp(distance.data(), expected_distance.data(), n * 4)) << level;
+        }
+        set_simd_level("");
+      }
+    }
+  }
+}
+
 struct Shape {
   int head_dim, n_subvectors, n_centroids;
   bool per_head;
