@@ -215,7 +215,10 @@ MISTAKES = [
     (["generate", "{model}", "--prompt", " "], "--prompt: got an empty text"),
     (["generate", "{model}", "--prompt", "x", "--method", "zip"], "--method: got 'zip', wanted one of"),
     (["generate", "{model}", "--prompt", "x", "--method", "fp16,exact"], "--method: got 2 values, wanted one"),
-    (["generate", "{model}", "--prompt", "x", "--bits", "3"], "--bits: got 3, wanted one of 1, 2, 4"),
+    (
+        ["generate", "{model}", "--prompt", "x", "--bits", "5"],
+        "--bits: got '5', wanted one of 1, 1.5, 2, 2.5, 3, 4, 6, 8",
+    ),
     (["generate", "{model}", "--prompt", "x", "--bits", "two"], "--bits: got 'two'"),
     (["generate", "{model}", "--prompt", "x", "--max-tokens", "0"], "--max-tokens: got 0, wanted at least 1"),
     (["generate", "{model}", "--prompt", "x", "--max-tokens", "few"], "--max-tokens"),

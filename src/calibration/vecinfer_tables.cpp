@@ -126,8 +126,8 @@ TableReport train_vecinfer_tables(const TensorView& x, const Transform& transfor
           "[train_vecinfer_tables] tables: got ", dtype_name(tables.dtype), " with ", tables.ndim,
           " dimensions, wanted float16 [", heads, ", ", per, ", ", params.n_centroids, ", ",
           sub_dim, "]");
-  require(params.n_centroids >= 2 && params.n_centroids <= 256,
-          "[train_vecinfer_tables] n_centroids: got ", params.n_centroids, ", wanted 2..256");
+  require(params.n_centroids >= 2 && params.n_centroids <= 4096,
+          "[train_vecinfer_tables] n_centroids: got ", params.n_centroids, ", wanted 2..4096");
 
   // Only its transform is used, and its checks of the arguments.
   const std::vector<uint16_t> no_centroids(heads * 2 * sub_dim, 0);

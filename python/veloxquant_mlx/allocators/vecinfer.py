@@ -7,7 +7,7 @@ import numpy as np
 
 from veloxquant_mlx import _ext
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
-from veloxquant_mlx.cache.codebook import TRANSFORMS, Codebook, Rotations, SmoothFactors
+from veloxquant_mlx.cache.codebook import TRANSFORMS, Codebook, Rotations, SmoothFactors, code_bits
 from veloxquant_mlx.cache.layout import attention_layers, model_fingerprint
 from veloxquant_mlx.text import read_texts
 
@@ -20,7 +20,18 @@ WINDOW_TOKENS = 2048
 SINK_TOKENS = 4
 
 # bits per element -> (dimensions of a sub-vector, centroids)
-TABLE_SHAPES = {1: (8, 256), 2: (4, 256), 4: (2, 256)}
+TABLE_SHAPES = {1: (8, 256), 1.5: (4, 64), 2: (4, 256), 3: (2, 64), 4: (2, 256), 6: (1, 64), 8: (1, 256)}
+# 2.5 bits in one table would need tables larger than the codes; keys gain more from the third bit than values.
+MIXED_BITS = {2.5: (3, 2)}
+
+
+def key_and_value_bits(bits) -> tuple:
+    """bits: those of both sides, or a pair (keys, values). ValueError where there is no table shape for them."""
+    pair = tuple(bits) if isinstance(bits, (list, tuple)) else MIXED_BITS.get(bits, (bits, bits))
+    if len(pair) != 2 or any(b not in TABLE_SHAPES for b in pair):
+        wanted = ", ".join(f"{b:g}" for b in sorted([*TABLE_SHAPES, *MIXED_BITS]))
+        raise ValueError(f"bits: got {bits!r}, wanted one of {wanted}, or a pair (keys, values) without 2.5")
+    return pair
 
 
 def calibrate_smooth_factors(model, tokenizer, num_samples=64, *, texts=None, progress=None):
@@ -42,6 +53,8 @@ def train_codebook(
     num_subspaces=None,
     *,
     texts=None,
+    value_num_centroids=None,
+    value_num_subspaces=None,
     codebook_per="subvector",
     transform="hadamard",
     seed=0,
@@ -50,7 +63,8 @@ def train_codebook(
     """Product codebooks of keys (post-RoPE) and values, per layer and KV head, by k-means on their
     transforms. Returns a Codebook.
 
-    num_subspaces: sub-vectors of a head; None: 2 bits per element. codebook_per: "subvector" (one
+    num_subspaces: sub-vectors of a head; None: 2 bits per element. value_num_centroids,
+    value_num_subspaces: of the values; None: as the keys. codebook_per: "subvector" (one
     table each) or "head" (one for all sub-vectors of a head). smooth_factors: what
     calibrate_smooth_factors returned (None: measured on the same text). transform: "hadamard"
     (keys smoothed, both sides rotated alike everywhere) or "learned" (a rotation per head, in the
@@ -58,16 +72,17 @@ def train_codebook(
     """
     layers = attention_layers(model)
     dim = layers[0].head_dim
-    if num_subspaces is None:
-        num_subspaces = dim * 2 // (4 if num_centroids <= 16 else 8)
-    _check_training(dim, num_centroids, num_subspaces, codebook_per, transform)
+    keys = _table_shape(dim, num_centroids, num_subspaces)
+    values = keys
+    if (value_num_centroids, value_num_subspaces) != (None, None):
+        values = _table_shape(dim, value_num_centroids or num_centroids, value_num_subspaces, "value_")
+    shapes = _Shapes(keys, values, codebook_per, transform)
     _check_factors(model, smooth_factors, layers)
     steps = _Steps(progress, collecting=0.5)
     data = collect(model, tokenizer, num_samples * SAMPLE_TOKENS, texts, steps.collecting)
     if smooth_factors is None:
         smooth_factors = _smooth_factors(model, data)
-    shape = _TableShape(num_subspaces, num_centroids, codebook_per, transform)
-    return _train(model, data, smooth_factors, shape, seed, steps.training)
+    return _train(model, data, smooth_factors, shapes, seed, steps.training)
 
 
 def calibrate(
@@ -84,30 +99,27 @@ def calibrate(
 ):
     """Smooth factors and a codebook from one pass over the text: (SmoothFactors, Codebook).
 
-    bits: 1, 2 or 4 per element, or a sequence of them: then (SmoothFactors, [Codebook, ...]).
+    bits: per element, 1, 1.5, 2, 2.5, 3, 4, 6 or 8, or a pair (keys, values); a list of such: then
+    (SmoothFactors, [Codebook, ...]).
     codebook_per, transform: as in train_codebook.
     """
-    several = isinstance(bits, (list, tuple))
-    wanted = list(bits) if several else [bits]
-    for b in wanted:
-        if b not in TABLE_SHAPES:
-            raise ValueError(f"bits: got {b!r}, wanted one of {', '.join(map(str, TABLE_SHAPES))}")
+    several = isinstance(bits, list)
+    pairs = [key_and_value_bits(b) for b in (bits if several else [bits])]
     if num_tokens < 1:
         raise ValueError(f"num_tokens: got {num_tokens}, wanted at least 1")
     steps = _Steps(progress, collecting=0.5)
     dim = attention_layers(model)[0].head_dim
     shapes = []
-    for b in wanted:
-        sub_dim, centroids = TABLE_SHAPES[b]
-        _check_training(dim, centroids, dim // sub_dim, codebook_per, transform)
-        shapes.append(_TableShape(dim // sub_dim, centroids, codebook_per, transform))
+    for pair in pairs:
+        sides = [_TableShape(dim // TABLE_SHAPES[b][0], TABLE_SHAPES[b][1]) for b in pair]
+        shapes.append(_Shapes(*sides, codebook_per, transform))
     data = collect(model, tokenizer, num_tokens, texts, steps.collecting)
     factors = _smooth_factors(model, data)
     codebooks = []
     for i, shape in enumerate(shapes):
 
         def step(fraction, text, i=i):
-            steps.training((i + fraction) / len(wanted), text)
+            steps.training((i + fraction) / len(pairs), text)
 
         codebooks.append(_train(model, data, factors, shape, seed, step))
     return factors, codebooks if several else codebooks[0]
@@ -203,30 +215,53 @@ def _smooth_factors(model, data):
 class _TableShape:
     n_subvectors: int
     n_centroids: int
+
+
+def _table_shape(head_dim, num_centroids, num_subspaces, prefix=""):
+    """prefix: of the arguments' names in errors."""
+    if not (isinstance(num_centroids, int) and 2 <= num_centroids <= 4096):
+        raise ValueError(f"{prefix}num_centroids: got {num_centroids!r}, wanted 2..4096")
+    if num_subspaces is None:
+        num_subspaces = head_dim * 2 // code_bits(num_centroids)
+    if not (isinstance(num_subspaces, int) and num_subspaces >= 1 and head_dim % num_subspaces == 0):
+        raise ValueError(f"{prefix}num_subspaces: got {num_subspaces!r}, wanted a divisor of head_dim = {head_dim}")
+    return _TableShape(num_subspaces, num_centroids)
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    keys: _TableShape
+    values: _TableShape
     codebook_per: str
     transform: str
 
+    def __post_init__(self):
+        if self.codebook_per not in ("subvector", "head"):
+            raise ValueError(f"codebook_per: got {self.codebook_per!r}, wanted 'subvector' or 'head'")
+        if self.transform not in TRANSFORMS:
+            raise ValueError(f"transform: got {self.transform!r}, wanted 'hadamard' or 'learned'")
 
-def _train(model, data, factors, shape, seed, progress):
+
+def _train(model, data, factors, shapes, seed, progress):
     tables = {"keys": [], "values": []}
     errors = {"keys": [], "values": []}
     rotations = None
-    if shape.transform == "learned":
+    if shapes.transform == "learned":
         moments = getattr(factors, "query_moments", None)
         moments = data.query_moments if moments is None else moments
-        rotations = _rotations(data, moments, shape.n_subvectors)
+        rotations = _rotations(data, moments, shapes)
     for i, (k, v) in enumerate(zip(data.keys, data.values)):
         if rotations is None:
             maps = {"scale": mx.array(factors[i])}, {}
         else:
             maps = rotations.key_matrices(i), rotations.value_matrices(i)
-        for side, x, transform in (("keys", k, maps[0]), ("values", v, maps[1])):
+        for side, x, shape, transform in (("keys", k, shapes.keys, maps[0]), ("values", v, shapes.values, maps[1])):
             table, error = _ext.train_tables(
                 x,
                 **transform,
                 n_subvectors=shape.n_subvectors,
                 n_centroids=shape.n_centroids,
-                per_head=shape.codebook_per == "head",
+                per_head=shapes.codebook_per == "head",
                 seed=seed,
             )
             tables[side].append(np.array(table))
@@ -238,35 +273,27 @@ def _train(model, data, factors, shape, seed, progress):
         values=np.stack(tables["values"]),
         smooth_factors=np.array(factors, dtype=np.float32),
         fingerprint=model_fingerprint(model),
-        transform=shape.transform,
+        transform=shapes.transform,
         relative_error=errors,
         rotations=rotations,
     )
 
 
-def _rotations(data, query_moments, n_subvectors):
+def _rotations(data, query_moments, shapes):
     if query_moments is None:
         raise ValueError(
             "transform: got 'learned' for a model whose attention does not show its queries, wanted 'hadamard'"
         )
-    keys = [_ext.learned_rotation(k, mx.array(m), n_subvectors=n_subvectors) for k, m in zip(data.keys, query_moments)]
-    values = [_ext.learned_rotation(v, n_subvectors=n_subvectors) for v in data.values]
+    keys = [
+        _ext.learned_rotation(k, mx.array(m), n_subvectors=shapes.keys.n_subvectors)
+        for k, m in zip(data.keys, query_moments)
+    ]
+    values = [_ext.learned_rotation(v, n_subvectors=shapes.values.n_subvectors) for v in data.values]
     return Rotations(
         keys=np.stack([np.array(rotation) for rotation, _ in keys]),
         values=np.stack([np.array(rotation) for rotation, _ in values]),
         key_weights=np.stack([np.array(weight) for _, weight in keys]),
     )
-
-
-def _check_training(head_dim, num_centroids, num_subspaces, codebook_per, transform):
-    if not (isinstance(num_centroids, int) and 2 <= num_centroids <= 256):
-        raise ValueError(f"num_centroids: got {num_centroids!r}, wanted 2..256")
-    if not (isinstance(num_subspaces, int) and num_subspaces >= 1 and head_dim % num_subspaces == 0):
-        raise ValueError(f"num_subspaces: got {num_subspaces!r}, wanted a divisor of head_dim = {head_dim}")
-    if codebook_per not in ("subvector", "head"):
-        raise ValueError(f"codebook_per: got {codebook_per!r}, wanted 'subvector' or 'head'")
-    if transform not in TRANSFORMS:
-        raise ValueError(f"transform: got {transform!r}, wanted 'hadamard' or 'learned'")
 
 
 def _check_factors(model, factors, layers):

@@ -99,14 +99,23 @@ class Codebook:
         bits = "/".join(f"{b:g}" for b in self.bits_per_element)
         return (
             f"Codebook({bits} bits per element, {self.keys.shape[0]} layers, {self.keys.shape[1]} KV heads, "
-            f"head_dim {self.head_dim}, tables {self.keys.shape[2]} x {self.keys.shape[3]} x {self.keys.shape[4]}, "
+            f"head_dim {self.head_dim}, tables {_times(self.keys)} and {_times(self.values)}, "
             f"{self.transform} transform)"
         )
 
 
+def _times(tables) -> str:
+    return " x ".join(map(str, tables.shape[2:]))
+
+
+def code_bits(n_centroids) -> int:
+    """Bits of a code: the least of 4, 6, 8, 10 and 12 that tells all centroids apart."""
+    return next(bits for bits in (4, 6, 8, 10, 12) if n_centroids <= 1 << bits)
+
+
 def _bits(tables) -> float:
     n_centroids, sub_dim = tables.shape[-2:]
-    return (4 if n_centroids <= 16 else 8) / sub_dim
+    return code_bits(n_centroids) / sub_dim
 
 
 def normalise_tables(name: str, tables, n_layers: int, n_kv_heads: int, head_dim: int) -> np.ndarray:
@@ -123,13 +132,13 @@ def normalise_tables(name: str, tables, n_layers: int, n_kv_heads: int, head_dim
     fits = (
         layers in (1, n_layers)
         and heads in (1, n_kv_heads)
-        and 2 <= centroids <= 256
+        and 2 <= centroids <= 4096
         and head_dim % sub_dim == 0
         and groups in (1, head_dim // sub_dim)
     )
     if not fits:
         raise ValueError(
-            f"{name}: got shape {shape}, wanted [{n_layers}, {n_kv_heads}, M or 1, 2..256, d] with M * d = head_dim "
+            f"{name}: got shape {shape}, wanted [{n_layers}, {n_kv_heads}, M or 1, 2..4096, d] with M * d = head_dim "
             f"= {head_dim}, or fewer leading axes"
         )
     if not np.isfinite(tables).all() or np.abs(tables).max() > 65504:

@@ -19,7 +19,9 @@ def command(
     text: Annotated[
         Optional[str], typer.Option(metavar="FILE", help="Calibration text; left out: built-in text.")
     ] = None,
-    bits: Annotated[str, typer.Option(help="Bits per element of keys and values: 1, 2 or 4.")] = "2",
+    bits: Annotated[
+        str, typer.Option(help="Bits per element: 1, 1.5, 2, 2.5, 3, 4, 6, 8, or 4/2 for keys/values.")
+    ] = "2",
     tokens: Annotated[int, typer.Option(help="Calibration tokens; fewer are used if the text is shorter.")] = (
         calibration.FULL_TOKENS
     ),

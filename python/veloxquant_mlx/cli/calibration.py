@@ -86,4 +86,4 @@ def _kept_directory(model_name, bits):
         status = file.stat()
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
     name = "".join(c if c.isalnum() or c in "-." else "-" for c in Path(model_name).name)
-    return cache_root() / "artifacts" / f"{name}-{digest.hexdigest()[:12]}" / f"vecinfer-{bits:g}bit"
+    return cache_root() / "artifacts" / f"{name}-{digest.hexdigest()[:12]}" / f"vecinfer-{bits[0]:g}-{bits[1]:g}bit"

@@ -9,7 +9,7 @@ from veloxquant_mlx.models import smollm2
 NAME = "demo"
 EXAMPLE = "veloxquant demo"
 
-_BITS = [4.0, 2.0]
+_BITS = [(4.0, 4.0), (2.0, 2.0)]
 _MAX_TOKENS = 80
 
 

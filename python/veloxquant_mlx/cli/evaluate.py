@@ -19,7 +19,10 @@ def command(
     method: Annotated[
         list[str], typer.Option(help=f"One of {', '.join(METHODS)}; repeated or comma separated for several.")
     ] = ["vecinfer"],
-    bits: Annotated[str, typer.Option(help="Bits per element (vecinfer), comma separated for several: 1, 2, 4.")] = "2",
+    bits: Annotated[
+        str,
+        typer.Option(help="Bits per element (vecinfer), e.g. 2 or 4/2 for keys/values; comma separated for several."),
+    ] = "2",
     artifacts: options.Artifacts = None,
     windows: Annotated[int, typer.Option(help="How many windows of the text to score.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,

@@ -18,7 +18,7 @@ def command(
     model: options.Model,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to answer; '-' reads it from stdin.")],
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "vecinfer",
-    bits: Annotated[str, typer.Option(help="Bits per element of keys and values (vecinfer): 1, 2 or 4.")] = "2",
+    bits: Annotated[str, typer.Option(help="Bits per element (vecinfer), e.g. 2, 2.5, or 4/2 for keys/values.")] = "2",
     artifacts: options.Artifacts = None,
     max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
     window: options.Window = 64,

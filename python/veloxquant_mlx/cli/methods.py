@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from veloxquant_mlx.allocators.vecinfer import TABLE_SHAPES
+from veloxquant_mlx.allocators.vecinfer import key_and_value_bits
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
 from veloxquant_mlx.cache.layout import native_caches
 
@@ -12,7 +12,6 @@ METHODS = {
     "exact": "mlx_lm's own cache, in the model's dtype",
     "mlx4": "mlx_lm's QuantizedKVCache, 4 bits, groups of 64",
 }
-BITS = tuple(TABLE_SHAPES)  # of vecinfer
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class CacheMethod:
     """A method with everything that it needs to make caches for a model."""
 
     name: str
-    bits: float = 0.0  # vecinfer only
+    bits: tuple = (16.0, 16.0)  # of keys and values; vecinfer only
     window: int = 64
     sinks: int = 4
     smooth_factors: object = None
@@ -28,7 +27,7 @@ class CacheMethod:
 
     @property
     def label(self):
-        return f"{self.name} {self.bits:g} bits" if self.name == "vecinfer" else self.name
+        return f"{self.name} {bits_text(self.bits)} bits" if self.name == "vecinfer" else self.name
 
     def build(self, model, strict=False):
         """One new cache per layer. strict: every query sees what token-by-token decoding would."""
@@ -36,7 +35,12 @@ class CacheMethod:
             return _mlx_lm_caches(model, quantised=self.name == "mlx4")
         options = {"window": self.window, "sinks": self.sinks, "strict": strict}
         if self.name == "vecinfer":
-            options |= {"bits": self.bits, "codebook": self.codebook, "smooth_factors": self.smooth_factors}
+            options |= {
+                "bits": self.bits[0],
+                "value_bits": self.bits[1],
+                "codebook": self.codebook,
+                "smooth_factors": self.smooth_factors,
+            }
         return KVCacheBuilder.build(model, KVCacheConfig(method=self.name, **options))
 
 
@@ -59,17 +63,23 @@ def check_methods(text):
     return list(dict.fromkeys(names))
 
 
+def bits_text(pair):
+    """(2.0, 2.0) -> "2", (3.0, 2.0) -> "3/2"."""
+    return f"{pair[0]:g}" if pair[0] == pair[1] else f"{pair[0]:g}/{pair[1]:g}"
+
+
 def check_bits(text):
-    """ "4,2" -> [4.0, 2.0]; ValueError naming the option for bits that vecinfer does not have."""
-    wanted = ", ".join(f"{bits:g}" for bits in BITS)
-    try:
-        bits = [float(part) for part in str(text).split(",")]
-    except ValueError:
-        raise ValueError(f"--bits: got {text!r}, wanted one of {wanted}") from None
-    for value in bits:
-        if value not in BITS:
-            raise ValueError(f"--bits: got {value:g}, wanted one of {wanted}")
-    return list(dict.fromkeys(bits))
+    """ "4,2.5,4/2" -> [(4.0, 4.0), (3.0, 2.0), (4.0, 2.0)]: bits of keys and values. ValueError naming
+    the option for bits that vecinfer does not have."""
+    pairs = []
+    for part in str(text).split(","):
+        try:
+            numbers = [float(number) for number in part.split("/")]
+            pairs.append(key_and_value_bits(numbers if len(numbers) > 1 else numbers[0]))
+        except ValueError as error:
+            reason = str(error).partition("wanted ")[2] or "numbers such as 2, or 4/2 for keys and values"
+            raise ValueError(f"--bits: got {part!r}, wanted {reason}") from None
+    return list(dict.fromkeys(tuple(map(float, pair)) for pair in pairs))
 
 
 def only(option, values):

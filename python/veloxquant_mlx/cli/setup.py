@@ -23,7 +23,7 @@ def make_methods(model_name, model, tokenizer, names, bits, artifacts=None, wind
             found = calibration.load_or_calibrate(model_name, model, tokenizer, bits)
         else:
             smooth_factors, codebook = calibration.load(artifacts)
-            found = {calibration.bits_of(codebook): (smooth_factors, codebook)}
+            found = {codebook.bits_per_element: (smooth_factors, codebook)}
     methods = []
     for name in names:
         if name == "vecinfer":

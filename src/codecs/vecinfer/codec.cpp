@@ -154,7 +154,7 @@ class VecInferCodec final : public Codec {
               tables.shape[extra + 2] >= 2 && tables.shape[extra + 2] <= kMaxCentroids &&
               tables.shape[extra + 3] == dim_ / n_subvectors;
     require(ok, "[vecinfer] tables: got ", dtype_name(tables.dtype), " ", shape_text(tables),
-            ", wanted float16 [", heads_, ", 1 or ", n_subvectors, ", 2..256, ",
+            ", wanted float16 [", heads_, ", 1 or ", n_subvectors, ", 2..4096, ",
             dim_ / n_subvectors, "] with an optional leading batch axis");
     int64_t dense = 1;
     for (int d = tables.ndim - 1; d >= 0; --d) {

@@ -7,6 +7,8 @@
 #include <hwy/foreach_target.h>  // must come before highway.h
 #include <hwy/highway.h>
 
+#include <hwy/aligned_allocator.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -31,53 +33,86 @@ HWY_INLINE void widen(const uint16_t* HWY_RESTRICT from, int n, float* HWY_RESTR
   for (; i < n; ++i) to[i] = f16_to_f32(from[i]);
 }
 
+// One plane of a row: `width` bits from bit `shift` of each of 64 codes (format.h).
+HWY_INLINE void store_plane(const uint16_t* HWY_RESTRICT codes, int shift, int width,
+                            uint8_t* HWY_RESTRICT plane) {
+  if (width == 8) {
+    for (int t = 0; t < 64; ++t) plane[t] = static_cast<uint8_t>(codes[t] >> shift);
+  } else if (width == 4) {
+    for (int t = 0; t < 32; ++t) {
+      const int a = (codes[t] >> shift) & 15, b = (codes[t + 32] >> shift) & 15;
+      plane[t] = static_cast<uint8_t>(a | (b << 4));
+    }
+  } else {
+    for (int t = 0; t < 16; ++t) {
+      int byte = 0;
+      for (int k = 0; k < 4; ++k) byte |= ((codes[t + 16 * k] >> shift) & 3) << (2 * k);
+      plane[t] = static_cast<uint8_t>(byte);
+    }
+  }
+}
+
 void encode_block(const HeadTables& head, const float* y_t, uint8_t* block) {
-  HWY_ALIGN float table[kMaxCentroids * kMaxSubDim];
   uint16_t codes[kBlockTokens];
   const int table_size = head.n_centroids * head.sub_dim;
+  const auto owned = hwy::AllocateAligned<float>(table_size);
+  float* HWY_RESTRICT table = owned.get();
   for (int m = 0; m < head.n_subvectors; ++m) {
     if (m == 0 || head.table_stride != 0) widen(head.table(m), table_size, table);
     HWY_NAMESPACE::nearest_centroids(y_t + m * head.sub_dim * kBlockTokens, kBlockTokens,
                                      kBlockTokens, table, head.n_centroids, head.sub_dim, codes,
                                      nullptr);
     uint8_t* row = block + m * row_bytes(head.bits);
-    if (head.bits == 8) {
-      for (int t = 0; t < 64; ++t) row[t] = static_cast<uint8_t>(codes[t]);
-    } else {
-      for (int t = 0; t < 32; ++t) row[t] = static_cast<uint8_t>(codes[t] | (codes[t + 32] << 4));
-    }
+    const int low = low_bits(head.bits);
+    store_plane(codes, 0, low, row);
+    if (head.bits > low) store_plane(codes, low, head.bits - low, row + row_bytes(low));
   }
 }
 
-// The 64 codes of one sub-vector, one byte each, clamped to the table.
+// The 64 codes of one sub-vector, clamped to the table.
 HWY_INLINE void load_codes(const HeadTables& head, const uint8_t* block, int m,
-                           uint8_t* HWY_RESTRICT codes) {
+                           uint16_t* HWY_RESTRICT codes) {
   const uint8_t* HWY_RESTRICT row = block + m * row_bytes(head.bits);
-  if (head.bits == 8) {
-    std::memcpy(codes, row, 64);
+  const int low = low_bits(head.bits);
+  if (low == 8) {
+    for (int t = 0; t < 64; ++t) codes[t] = row[t];
   } else {
     for (int t = 0; t < 32; ++t) {
       codes[t] = row[t] & 15;
       codes[t + 32] = row[t] >> 4;
     }
   }
+  const uint8_t* HWY_RESTRICT high = row + row_bytes(low);
+  if (head.bits - low == 4) {
+    for (int t = 0; t < 32; ++t) {
+      codes[t] = static_cast<uint16_t>(codes[t] | ((high[t] & 15) << low));
+      codes[t + 32] = static_cast<uint16_t>(codes[t + 32] | ((high[t] >> 4) << low));
+    }
+  } else if (head.bits - low == 2) {
+    for (int k = 0; k < 4; ++k) {
+      for (int t = 0; t < 16; ++t) {
+        const int field = (high[t] >> (2 * k)) & 3;
+        codes[t + 16 * k] = static_cast<uint16_t>(codes[t + 16 * k] | (field << low));
+      }
+    }
+  }
   if (head.n_centroids != (1 << head.bits)) {
-    const uint8_t last = static_cast<uint8_t>(head.n_centroids - 1);
+    const uint16_t last = static_cast<uint16_t>(head.n_centroids - 1);
     for (int t = 0; t < 64; ++t) codes[t] = std::min(codes[t], last);
   }
 }
 
 // Entries of one sub-vector for n tokens, gathered token by token into out[t * out_stride].
 template <int kSubDim>
-HWY_INLINE void gather(const uint16_t* HWY_RESTRICT table, const uint8_t* HWY_RESTRICT codes, int n,
-                       int sub_dim, uint16_t* HWY_RESTRICT out, int out_stride) {
+HWY_INLINE void gather(const uint16_t* HWY_RESTRICT table, const uint16_t* HWY_RESTRICT codes,
+                       int n, int sub_dim, uint16_t* HWY_RESTRICT out, int out_stride) {
   const int dims = kSubDim == 0 ? sub_dim : kSubDim;
   for (int t = 0; t < n; ++t) {
     std::memcpy(out + t * out_stride, table + codes[t] * dims, sizeof(uint16_t) * dims);
   }
 }
 
-HWY_INLINE void gather_any(const HeadTables& head, int m, const uint8_t* codes, int n,
+HWY_INLINE void gather_any(const HeadTables& head, int m, const uint16_t* codes, int n,
                            uint16_t* out, int out_stride) {
   const uint16_t* table = head.table(m);
   switch (head.sub_dim) {
@@ -97,7 +132,7 @@ HWY_INLINE void gather_any(const HeadTables& head, int m, const uint8_t* codes, 
 void decode_block(const HeadTables& head, const uint8_t* block, int n_tokens, float* y,
                   int64_t y_stride) {
   HWY_ALIGN uint16_t tile[kBlockTokens * kMaxHeadDim];
-  uint8_t codes[kBlockTokens];
+  uint16_t codes[kBlockTokens];
   for (int m = 0; m < head.n_subvectors; ++m) {
     load_codes(head, block, m, codes);
     gather_any(head, m, codes, n_tokens, tile + m * head.sub_dim, head.head_dim);
@@ -130,7 +165,7 @@ void decode_block_transposed(const HeadTables& head, const uint8_t* block, int n
                              float* y_t) {
   HWY_ALIGN uint16_t entries[kBlockTokens * kMaxSubDim];
   HWY_ALIGN uint16_t rows[kBlockTokens * kMaxSubDim];
-  uint8_t codes[kBlockTokens];
+  uint16_t codes[kBlockTokens];
   for (int m = 0; m < head.n_subvectors; ++m) {
     load_codes(head, block, m, codes);
     gather_any(head, m, codes, kBlockTokens, entries, head.sub_dim);

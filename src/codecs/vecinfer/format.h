@@ -7,31 +7,50 @@
 
 namespace veloxquant::vecinfer {
 
-constexpr int kMaxCentroids = 256;
+constexpr int kMaxCentroids = 4096;
 constexpr int kMaxSubDim = 64;
 constexpr int kMaxHeadDim = 1024;
 
-inline int code_bits(int n_centroids) { return n_centroids <= 16 ? 4 : 8; }
+// 4, 6, 8, 10 or 12.
+inline int code_bits(int n_centroids) {
+  int bits = 4;
+  while ((1 << bits) < n_centroids) bits += 2;
+  return bits;
+}
 
 // Bytes of the 64 codes of one sub-vector.
 inline int64_t row_bytes(int bits) { return kBlockTokens * bits / 8; }
 
-// Code of token t in a row of 64 codes. 8 bits: byte t. 4 bits: byte t % 32, low nibble for
-// tokens 0..31 and high nibble for 32..63, so that one mask and one shift give 32 codes each.
+// A row of codes is up to two planes of 64 fields of 8, 4 or 2 bits: the low 8 (or 4) bits of every
+// code, then the rest. Fields of 4 bits: byte t % 32, low half for tokens 0..31 and high half for
+// 32..63, so that one mask and one shift give 32 of them each; of 2 bits: byte t % 16, bits
+// 2 * (t / 16).
+inline int low_bits(int bits) { return bits >= 8 ? 8 : 4; }
+
+inline uint32_t get_field(const uint8_t* plane, int width, int t) {
+  const int per_byte = 8 / width, tokens = kBlockTokens / per_byte;
+  return (plane[t % tokens] >> (width * (t / tokens))) & ((1u << width) - 1u);
+}
+
+inline void set_field(uint8_t* plane, int width, int t, uint32_t value) {
+  const int per_byte = 8 / width, tokens = kBlockTokens / per_byte;
+  const int shift = width * (t / tokens);
+  const uint32_t mask = ((1u << width) - 1u) << shift;
+  uint8_t& byte = plane[t % tokens];
+  byte = static_cast<uint8_t>((byte & ~mask) | ((value << shift) & mask));
+}
+
 inline uint32_t get_code(const uint8_t* row, int bits, int t) {
-  if (bits == 8) return row[t];
-  uint8_t byte = row[t % 32];
-  return t < 32 ? byte & 15u : byte >> 4;
+  const int low = low_bits(bits);
+  uint32_t code = get_field(row, low, t);
+  if (bits > low) code |= get_field(row + row_bytes(low), bits - low, t) << low;
+  return code;
 }
 
 inline void set_code(uint8_t* row, int bits, int t, uint32_t code) {
-  if (bits == 8) {
-    row[t] = static_cast<uint8_t>(code);
-  } else if (t < 32) {
-    row[t] = static_cast<uint8_t>((row[t] & 0xf0u) | code);
-  } else {
-    row[t - 32] = static_cast<uint8_t>((row[t - 32] & 0x0fu) | (code << 4));
-  }
+  const int low = low_bits(bits);
+  set_field(row, low, t, code);
+  if (bits > low) set_field(row + row_bytes(low), bits - low, t, code >> low);
 }
 
 // One KV head of one side as the kernels see it: raw pointers, no ownership.

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "src/codecs/vecinfer/format.h"
 #include "src/codecs/vecinfer/kernels.h"
 #include "src/math/float16.h"
 #include "src/math/hadamard.h"
@@ -173,7 +174,11 @@ INSTANTIATE_TEST_SUITE_P(Shapes, Levels,
                                            Shape{64, 32, 16, false, TransformKind::hadamard},
                                            Shape{64, 64, 16, true, TransformKind::dense},
                                            Shape{80, 20, 11, false, TransformKind::hadamard},
-                                           Shape{96, 32, 256, false, TransformKind::dense}));
+                                           Shape{96, 32, 256, false, TransformKind::dense},
+                                           Shape{64, 16, 64, false, TransformKind::hadamard},
+                                           Shape{80, 10, 1000, true, TransformKind::none},
+                                           Shape{64, 8, 4096, true, TransformKind::hadamard},
+                                           Shape{24, 24, 40, false, TransformKind::none}));
 
 // Inputs within 2 ulp of the midpoint between two centroids: where a reordered or fused sum would
 // choose differently.
@@ -210,6 +215,32 @@ TEST(Boundary, EveryLevelChoosesLikeTheReference) {
 }
 
 // The dual transform: q' . y == q . k before any quantisation, lambda in [1e-2, 1e2].
+// A row of codes as README.md draws it, for every width.
+TEST(Format, RowsAreTheDocumentedBytes) {
+  const struct {
+    int n_centroids, bits;
+  } widths[] = {{2, 4},   {16, 4},   {17, 6},    {64, 6},   {65, 8},
+                {256, 8}, {257, 10}, {1025, 12}, {4096, 12}};
+  for (auto [n_centroids, bits] : widths) EXPECT_EQ(vecinfer::code_bits(n_centroids), bits);
+  auto row_with = [](int bits, int token, uint32_t code) {
+    std::vector<uint8_t> row(vecinfer::row_bytes(bits), 0);
+    vecinfer::set_code(row.data(), bits, token, code);
+    EXPECT_EQ(vecinfer::get_code(row.data(), bits, token), code);
+    return row;
+  };
+  std::vector<uint8_t> row = row_with(6, 35, 0x2b);  // low 0xb, high 2
+  EXPECT_EQ(row[3], 0xb0);
+  EXPECT_EQ(row[32 + 3], 2 << 4);
+  row = row_with(10, 20, 0x2cd);
+  EXPECT_EQ(row[20], 0xcd);
+  EXPECT_EQ(row[64 + 4], 2 << 2);
+  row = row_with(12, 33, 0xabc);
+  EXPECT_EQ(row[33], 0xbc);
+  EXPECT_EQ(row[64 + 1], 0xa0);
+  row = row_with(4, 1, 5);
+  EXPECT_EQ(row[1], 5);
+}
+
 TEST(Transform, PreservesScores) {
   Random random(13);
   for (TransformKind kind : {TransformKind::hadamard, TransformKind::dense, TransformKind::none}) {
@@ -233,7 +264,7 @@ TEST(Transform, PreservesScores) {
 }
 
 TEST(Codec, RefusesWhatDoesNotFit) {
-  std::vector<uint16_t> table(2 * 16 * 256 * 4);
+  std::vector<uint16_t> table(2 * 4097 * 4);
   auto make = [&](int heads, int dim, int m, std::initializer_list<int64_t> shape) {
     make_vecinfer_codec(Side::keys, heads, dim, m, TensorView(table.data(), DType::float16, shape),
                         {});
@@ -241,7 +272,7 @@ TEST(Codec, RefusesWhatDoesNotFit) {
   EXPECT_NO_THROW(make(2, 64, 16, {2, 16, 256, 4}));
   EXPECT_NO_THROW(make(2, 64, 16, {1, 2, 16, 256, 4}));
   EXPECT_THROW(make(2, 64, 16, {2, 8, 256, 4}), Error);
-  EXPECT_THROW(make(2, 64, 16, {2, 16, 257, 4}), Error);
+  EXPECT_THROW(make(2, 64, 16, {2, 1, 4097, 4}), Error);
   EXPECT_THROW(make(2, 64, 7, {2, 16, 256, 4}), Error);
   EXPECT_THROW(make(3, 64, 16, {2, 16, 256, 4}), Error);
   EXPECT_THROW(make(2, 63, 16, {2, 16, 256, 4}), Error);
