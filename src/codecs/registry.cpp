@@ -10,6 +10,7 @@ using FromSpec = CodecPtr (*)(const CodecSpec&, const CodecTables&);
 const std::map<std::string, FromSpec>& registry() {
   static const std::map<std::string, FromSpec> methods{
       {"exact", exact_from_spec},
+      {"qjl", qjl_from_spec},
       {"rabitq", rabitq_from_spec},
       {"vecinfer", vecinfer_from_spec},
   };
