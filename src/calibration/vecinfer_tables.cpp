@@ -5,6 +5,7 @@
 
 #include "src/calibration/float_rows.h"
 #include "src/calibration/random.h"
+#include "src/calibration/sampling.h"
 #include "veloxquant/backend.h"
 #include "veloxquant/calibration.h"
 
@@ -14,32 +15,6 @@ namespace {
 // Streams of SplitMix64 that no k-means problem uses.
 constexpr uint64_t kTokenStream = uint64_t{1} << 62;
 constexpr uint64_t kPoolStream = uint64_t{2} << 62;
-
-// At most `most` of [0, n), ascending: one at random from each of `most` equal ranges. Evenly
-// spaced picks would resonate with whatever is periodic in the text.
-std::vector<int64_t> subsample(int64_t n, int64_t most, SplitMix64 random) {
-  const int64_t count = std::min(n, most);
-  std::vector<int64_t> picks(count);
-  for (int64_t i = 0; i < count; ++i) {
-    // floor(i * n / count) without the product, which could overflow.
-    const auto start = [&](int64_t k) { return k * (n / count) + k * (n % count) / count; };
-    picks[i] = start(i) + random.index(start(i + 1) - start(i));
-  }
-  return picks;
-}
-
-// The tokens of a head whose values are all finite.
-std::vector<int64_t> finite_tokens(const TensorView& x, int64_t head) {
-  std::vector<int64_t> tokens;
-  std::vector<float> row(x.shape[2]);
-  for (int64_t t = 0; t < x.shape[1]; ++t) {
-    read_row(x, head, t, row.data());
-    if (std::all_of(row.begin(), row.end(), [](float v) { return std::isfinite(v); })) {
-      tokens.push_back(t);
-    }
-  }
-  return tokens;
-}
 
 // Codec coordinates of the tokens, dimension-major: [D][tokens].
 std::vector<float> transformed(const TensorView& x, int64_t head,

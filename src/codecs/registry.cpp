@@ -9,8 +9,8 @@ using FromSpec = CodecPtr (*)(const CodecSpec&, const CodecTables&);
 
 const std::map<std::string, FromSpec>& registry() {
   static const std::map<std::string, FromSpec> methods{
+      {"commvq", commvq_from_spec},
       {"exact", exact_from_spec},
-      {"qjl", qjl_from_spec},
       {"rabitq", rabitq_from_spec},
       {"vecinfer", vecinfer_from_spec},
   };
