@@ -11,14 +11,26 @@ HWY_BEFORE_NAMESPACE();
 namespace veloxquant::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
+constexpr bool kHardwareHalf =
+    HWY_TARGET != HWY_SCALAR && HWY_TARGET != HWY_SSSE3 && HWY_TARGET != HWY_SSE4;
+
 void widen_f16(const uint16_t* HWY_RESTRICT from, int64_t n, float* HWY_RESTRICT to) {
   const hn::ScalableTag<float> df;
   const hn::Rebind<hwy::float16_t, decltype(df)> df16;
   const hn::Rebind<uint16_t, decltype(df)> du16;
+  const hn::RebindToUnsigned<decltype(df)> du;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(df));
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) {
-    hn::StoreU(hn::PromoteTo(df, hn::BitCast(df16, hn::LoadU(du16, from + i))), df, to + i);
+    const auto half = hn::LoadU(du16, from + i);
+    auto bits = hn::BitCast(du, hn::PromoteTo(df, hn::BitCast(df16, half)));
+    if (!kHardwareHalf) {
+      // Highway's software conversion takes infinity and NaN for large numbers.
+      const auto exponent = hn::Set(du, 0x7c00u);
+      const auto special = hn::Eq(hn::And(hn::PromoteTo(du, half), exponent), exponent);
+      bits = hn::Or(bits, hn::IfThenElseZero(special, hn::Set(du, 0x7f800000u)));
+    }
+    hn::StoreU(hn::BitCast(df, bits), df, to + i);
   }
   for (; i < n; ++i) to[i] = f16_to_f32(from[i]);
 }

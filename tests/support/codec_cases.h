@@ -1,0 +1,151 @@
+// Codecs of every method over seeded tables: what the conformance suite, the golden files and the
+// fuzzer run on. Adding a codec: a function below, or in a header of its own, and a line in
+// case_makers().
+#pragma once
+
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "src/math/hadamard.h"
+#include "tests/support/exact_random.h"
+#include "veloxquant/codec_spec.h"
+
+namespace veloxquant::test {
+
+constexpr int kCaseHeads = 2;
+
+// A codec with the arrays that it views.
+class CodecCase {
+ public:
+  CodecCase(std::string label, std::string method, Side side, int head_dim)
+      : label_(std::move(label)) {
+    spec_.method = std::move(method);
+    spec_.side = side;
+    spec_.n_kv_heads = kCaseHeads;
+    spec_.head_dim = head_dim;
+  }
+
+  CodecCase& option(const std::string& name, CodecOption value) {
+    spec_.options[name] = std::move(value);
+    return *this;
+  }
+  CodecCase& table(const std::string& name, std::vector<float> data,
+                   std::initializer_list<int64_t> shape) {
+    floats_.push_back(std::move(data));
+    tables_[name] = TensorView(floats_.back().data(), DType::float32, shape);
+    return *this;
+  }
+  CodecCase& table(const std::string& name, std::vector<uint16_t> float16,
+                   std::initializer_list<int64_t> shape) {
+    halves_.push_back(std::move(float16));
+    tables_[name] = TensorView(halves_.back().data(), DType::float16, shape);
+    return *this;
+  }
+  CodecCase& make() {
+    codec_ = make_codec(spec_, tables_);
+    return *this;
+  }
+
+  const Codec& codec() const { return *codec_; }
+  std::string label() const { return spec_.method + " " + label_; }
+  const CodecSpec& spec() const { return spec_; }
+
+ private:
+  std::string label_;
+  CodecSpec spec_;
+  std::list<std::vector<float>> floats_;
+  std::list<std::vector<uint16_t>> halves_;
+  CodecTables tables_;
+  CodecPtr codec_;
+};
+
+using CasePtr = std::shared_ptr<const CodecCase>;
+using Cases = std::vector<CasePtr>;
+using CaseMaker = std::function<Cases(int head_dim)>;
+
+inline Cases exact_cases(int head_dim) {
+  Cases cases;
+  for (const char* dtype : {"float16", "bfloat16"}) {
+    auto one = std::make_shared<CodecCase>(dtype, "exact", Side::keys, head_dim);
+    one->option("dtype", std::string(dtype)).make();
+    cases.push_back(one);
+  }
+  return cases;
+}
+
+inline Cases vecinfer_cases(int head_dim) {
+  struct Tables {
+    int sub_dim, n_centroids;
+    bool per_head;
+    const char* transform;
+  };
+  Cases cases;
+  for (const Tables& t : {Tables{4, 256, false, "hadamard"}, Tables{2, 16, true, "none"},
+                          Tables{8, 200, true, "dense"}, Tables{2, 64, false, "hadamard"},
+                          Tables{8, 1000, true, "none"}}) {
+    ExactRandom random(static_cast<uint64_t>(head_dim * 1000 + t.n_centroids));
+    const int m = head_dim / t.sub_dim, groups = t.per_head ? 1 : m;
+    auto one = std::make_shared<CodecCase>(
+        "d" + std::to_string(t.sub_dim) + "x" + std::to_string(t.n_centroids) + " " + t.transform,
+        "vecinfer", Side::keys, head_dim);
+    one->option("n_subvectors", int64_t{m}).option("transform", std::string(t.transform));
+    one->table("tables", random.halves(int64_t{kCaseHeads} * groups * t.n_centroids * t.sub_dim),
+               {kCaseHeads, groups, t.n_centroids, t.sub_dim});
+    if (std::string(t.transform) == "hadamard") {
+      std::vector<float> scale;
+      for (int i = 0; i < kCaseHeads * head_dim; ++i) scale.push_back(random.scale());
+      one->table("scale", scale, {kCaseHeads, head_dim});
+    }
+    if (std::string(t.transform) == "dense") {
+      // Any matrix will do: the suite compares backends, not reconstructions.
+      std::vector<float> matrix = random.values(int64_t{kCaseHeads} * head_dim * head_dim);
+      for (float& v : matrix) v *= hadamard_scale(hadamard_block(head_dim));
+      one->table("encode_matrix", matrix, {kCaseHeads, head_dim, head_dim});
+    }
+    one->make();
+    cases.push_back(one);
+  }
+  return cases;
+}
+
+inline const std::map<std::string, CaseMaker>& case_makers() {
+  static const std::map<std::string, CaseMaker> makers{
+      {"exact", exact_cases},
+      {"vecinfer", vecinfer_cases},
+  };
+  return makers;
+}
+
+// Empty where the codec has no such head_dim; an Error names a method without cases.
+inline Cases codec_cases(const std::string& method, int head_dim) {
+  const auto maker = case_makers().find(method);
+  require(maker != case_makers().end(), "[codec_cases] method: got '", method,
+          "', wanted one with a line in case_makers() (tests/support/codec_cases.h)");
+  return maker->second(head_dim);
+}
+
+// Rows that are hard in one way or another: bell-shaped, zeros, one outlier channel, tiny, large,
+// constant, alternating signs, negative zeros.
+inline std::vector<float> case_rows(ExactRandom& random, int64_t n, int head_dim) {
+  std::vector<float> x = random.values(n * head_dim);
+  for (int64_t t = 0; t < n; ++t) {
+    float* row = x.data() + t * head_dim;
+    const int kind = t < 40 ? 0 : random.below(12);
+    for (int i = 0; i < head_dim; ++i) {
+      if (kind == 1) row[i] = 0.0f;
+      if (kind == 2 && i == static_cast<int>(t) % head_dim) row[i] *= 100.0f;
+      if (kind == 3) row[i] *= 0x1p-40f;
+      if (kind == 4) row[i] *= 0x1p+12f;
+      if (kind == 5) row[i] = row[0];
+      if (kind == 6) row[i] = (i & 1) ? -1.0f : 1.0f;
+      if (kind == 7) row[i] = -0.0f;
+    }
+  }
+  return x;
+}
+
+}  // namespace veloxquant::test
