@@ -19,4 +19,5 @@ NB_MODULE(_ext, m) {
   veloxquant::bind_cache(m);
   veloxquant::bind_calibration(m);
   veloxquant::bind_artifacts(m);
+  veloxquant::bind_vecinfer(m);
 }

@@ -9,5 +9,6 @@ void bind_runtime(nanobind::module_& m);      // devices, SIMD levels, threads, 
 void bind_cache(nanobind::module_& m);        // codecs, snapshots, the cache, attention
 void bind_calibration(nanobind::module_& m);  // smooth factors, codebooks
 void bind_artifacts(nanobind::module_& m);    // the store
+void bind_vecinfer(nanobind::module_& m);     // the functions of metal/_vecinfer.py
 
 }  // namespace veloxquant

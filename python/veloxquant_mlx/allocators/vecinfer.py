@@ -125,6 +125,14 @@ def calibrate(
     return factors, codebooks if several else codebooks[0]
 
 
+def compute_query_lut(q, codebook, sub_dim):
+    """q: transformed queries [..., D] -> scores of every centroid, [..., n_sub, C] in the dtype of q.
+
+    The score of a token is the sum over s of lut[..., s, code[s]]. codebook: as in metal/_vecinfer.py.
+    """
+    return _ext.vecinfer_query_lut(q, codebook, sub_dim)
+
+
 @dataclass
 class CalibrationData:
     """What `collect` saw of every attention layer.

@@ -9,7 +9,13 @@ import mlx.core as mx
 
 # Module -> what it exports.
 _MODULES = {
-    "_vecinfer": ("vecinfer_encode",),
+    "_vecinfer": (
+        "vecinfer_quantize_metal",
+        "vecinfer_dequant_metal",
+        "vecinfer_encode_decode_metal",
+        "vecinfer_encode_decode_simple_metal",
+        "vecinfer_encode",
+    ),
     "fused_sdpa": (
         "metal_fused_sdpa",
         "supports_shape",

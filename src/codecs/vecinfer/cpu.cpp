@@ -246,6 +246,26 @@ void dense_tile(const float* matrix, int head_dim, const float* x_t, float* y_t)
   }
 }
 
+void query_lut(const float* HWY_RESTRICT q, const float* HWY_RESTRICT columns, int n_centroids,
+               int sub_dim, float* HWY_RESTRICT out) {
+  const F32 df;
+  const int lanes = static_cast<int>(hn::Lanes(df));
+  int c = 0;
+  for (; c + lanes <= n_centroids; c += lanes) {
+    auto sum = hn::Mul(hn::Set(df, q[0]), hn::LoadU(df, columns + c));
+    for (int i = 1; i < sub_dim; ++i) {
+      sum = hn::Add(
+          sum, hn::Mul(hn::Set(df, q[i]), hn::LoadU(df, columns + int64_t{i} * n_centroids + c)));
+    }
+    hn::StoreU(sum, df, out + c);
+  }
+  for (; c < n_centroids; ++c) {
+    float sum = mul(q[0], columns[c]);
+    for (int i = 1; i < sub_dim; ++i) sum += mul(q[i], columns[int64_t{i} * n_centroids + c]);
+    out[c] = sum;
+  }
+}
+
 }  // namespace veloxquant::vecinfer::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
@@ -260,6 +280,7 @@ HWY_EXPORT(decode_block_transposed);
 HWY_EXPORT(hadamard_tile);
 HWY_EXPORT(dense_tile);
 HWY_EXPORT(nearest_centroids);
+HWY_EXPORT(query_lut);
 
 const Kernels& cpu_kernels() {
   cpu::apply_environment();
@@ -283,6 +304,9 @@ const Kernels& cpu_kernels() {
          int sub_dim, uint16_t* codes, float* distance) {
         HWY_DYNAMIC_DISPATCH(nearest_centroids)
         (x, x_stride, n, table, n_centroids, sub_dim, codes, distance);
+      },
+      [](const float* q, const float* columns, int n_centroids, int sub_dim, float* out) {
+        HWY_DYNAMIC_DISPATCH(query_lut)(q, columns, n_centroids, sub_dim, out);
       }};
   return kernels;
 }

@@ -28,6 +28,10 @@ using DenseTile = void (*)(const float* matrix, int head_dim, const float* x_t, 
 using NearestCentroids = void (*)(const float* x, int64_t x_stride, int64_t n, const float* table,
                                   int n_centroids, int sub_dim, uint16_t* codes, float* distance);
 
+// out[c] = sum_i q[i] * columns[i][c], ascending i. columns: fp32 [d][C].
+using QueryLut = void (*)(const float* q, const float* columns, int n_centroids, int sub_dim,
+                          float* out);
+
 struct Kernels {
   EncodeBlock encode_block;
   DecodeBlock decode_block;
@@ -35,6 +39,7 @@ struct Kernels {
   HadamardTile hadamard_tile;
   DenseTile dense_tile;
   NearestCentroids nearest_centroids;
+  QueryLut query_lut;
 };
 
 const Kernels& reference_kernels();

@@ -85,11 +85,14 @@ HWY_INLINE void nearest_group(const float* HWY_RESTRICT x, int64_t x_stride,
   }
 }
 
+// Larger tables are searched in runs of this many centroids, which stay in the cache.
+constexpr int kRunCentroids = 256;
+
 // A table as the filter reads it. Blocks of Lanes(F32) centroids, the last one padded with
 // centroids that are never nearest.
 template <int kMaxDims>
 struct FilterTable {
-  static constexpr int kCentroids = kMaxCentroids + HWY_MAX_BYTES / sizeof(float);
+  static constexpr int kCentroids = kRunCentroids + HWY_MAX_BYTES / sizeof(float);
   const float* rows;  // [C][d], the given table or padded_rows
   HWY_ALIGN float padded_rows[kCentroids * kMaxDims];
   HWY_ALIGN float columns[kCentroids * kMaxDims];  // [block][d][lane]
@@ -313,7 +316,7 @@ void nearest_run(const float* x, int64_t x_stride, int64_t n, const float* table
   // Measured: 4 spills registers, even with AVX-512's 32. Wide tokens are not in registers anyway.
   constexpr int kGroup = kSubDim != 0 && kSubDim <= 8 ? 2 : 4;
   if (HWY_TARGET != HWY_SCALAR && kSubDim != 1 && n_centroids >= kFilterCentroids &&
-      n_centroids <= kMaxCentroids && n >= kFilterTokens) {
+      n_centroids <= kRunCentroids && n >= kFilterTokens) {
     FilterTable<kSubDim == 0 ? kMaxSubDim : kSubDim> prepared;
     prepare<kSubDim>(table, n_centroids, sub_dim, prepared);
     if (prepared.largest <= 1e30f) {
@@ -339,11 +342,11 @@ void nearest_run(const float* x, int64_t x_stride, int64_t n, const float* table
       });
 }
 
-// Large tables in runs of kMaxCentroids; a later run wins only where it is nearer.
+// Large tables in runs of kRunCentroids; a later run wins only where it is nearer.
 template <int kSubDim>
 void nearest_runs(const float* x, int64_t x_stride, int64_t n, const float* table, int n_centroids,
                   int sub_dim, uint16_t* codes, float* distance) {
-  if (n_centroids <= kMaxCentroids) {
+  if (n_centroids <= kRunCentroids) {
     return nearest_run<kSubDim>(x, x_stride, n, table, n_centroids, sub_dim, codes, distance);
   }
   constexpr int64_t kTokens = 512;
@@ -351,9 +354,9 @@ void nearest_runs(const float* x, int64_t x_stride, int64_t n, const float* tabl
   float best[kTokens], least[kTokens];
   for (int64_t t = 0; t < n; t += kTokens) {
     const int64_t count = std::min(kTokens, n - t);
-    for (int c = 0; c < n_centroids; c += kMaxCentroids) {
+    for (int c = 0; c < n_centroids; c += kRunCentroids) {
       nearest_run<kSubDim>(x + t, x_stride, count, table + int64_t{c} * sub_dim,
-                           std::min(kMaxCentroids, n_centroids - c), sub_dim, code, least);
+                           std::min(kRunCentroids, n_centroids - c), sub_dim, code, least);
       for (int64_t k = 0; k < count; ++k) {
         if (c != 0 && !(least[k] < best[k])) continue;
         best[k] = least[k];

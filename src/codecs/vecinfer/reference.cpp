@@ -87,11 +87,20 @@ void dense_tile(const float* matrix, int head_dim, const float* x_t, float* y_t)
   }
 }
 
+void query_lut(const float* q, const float* columns, int n_centroids, int sub_dim, float* out) {
+  for (int c = 0; c < n_centroids; ++c) {
+    float sum = mul(q[0], columns[c]);
+    for (int i = 1; i < sub_dim; ++i) sum += mul(q[i], columns[int64_t{i} * n_centroids + c]);
+    out[c] = sum;
+  }
+}
+
 }  // namespace
 
 const Kernels& reference_kernels() {
   static const Kernels kernels{encode_block,  decode_block, decode_block_transposed,
-                               hadamard_tile, dense_tile,   nearest_centroids};
+                               hadamard_tile, dense_tile,   nearest_centroids,
+                               query_lut};
   return kernels;
 }
 
