@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from veloxquant_mlx import _ext
 from veloxquant_mlx.cache.codebook import normalise_factors, normalise_tables
+from veloxquant_mlx.cache.codecs import exact, vecinfer
 
 
 def vecinfer_quantize_metal(x, codebook, sub_dim):
