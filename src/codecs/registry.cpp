@@ -11,6 +11,7 @@ const std::map<std::string, FromSpec>& registry() {
   static const std::map<std::string, FromSpec> methods{
       {"commvq", commvq_from_spec},
       {"exact", exact_from_spec},
+      {"qjl", qjl_from_spec},
       {"rabitq", rabitq_from_spec},
       {"vecinfer", vecinfer_from_spec},
   };

@@ -37,6 +37,7 @@ class SpecReader {
 // Adding a codec: its line here and one in registry.cpp.
 CodecPtr commvq_from_spec(const CodecSpec& spec, const CodecTables& tables);
 CodecPtr exact_from_spec(const CodecSpec& spec, const CodecTables& tables);
+CodecPtr qjl_from_spec(const CodecSpec& spec, const CodecTables& tables);
 CodecPtr rabitq_from_spec(const CodecSpec& spec, const CodecTables& tables);
 CodecPtr vecinfer_from_spec(const CodecSpec& spec, const CodecTables& tables);
 
