@@ -98,7 +98,10 @@ void attend(Backend backend, const TensorView& q, const KeyValueSource& source,
 void attend_oracle(const TensorView& q, const KeyValueSource& source, const AttentionParams& params,
                    const MutableTensorView& out, const MutableTensorView& lse);
 
-// Which kernel `attend` runs for this source, e.g. "cpu/AVX3_DL tiles (vecinfer d4x256)".
-std::string attention_kernel_name(Backend backend, const KeyValueSource& source);
+// Which kernel `attend` runs for this source and that many query rows a KV head (queries x heads
+// of its group), and why not a faster one. "cpu/AVX2 codes (vecinfer d4x256: byte look-ups)": on
+// the codes; "cpu/AVX2 tiles (vecinfer d3x16: no kernel on these codes)": tiles are decoded.
+std::string attention_kernel_name(Backend backend, const KeyValueSource& source,
+                                  int64_t n_query_rows = 1);
 
 }  // namespace veloxquant

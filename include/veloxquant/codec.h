@@ -31,6 +31,29 @@ struct BlockPlace {
   int64_t position = 0;
 };
 
+// Attention on codes, for the few query rows of a decode step: what a codec offers that need not
+// decode a token to use it (sums of table look-ups, say). Attention knows no more of it than this.
+//
+// Keys: prepared once from the query rows of a KV head, then read by several threads.
+class CodeScores {
+ public:
+  virtual ~CodeScores() = default;
+  // scores[r * stride + t] = q'_r . y^_t for the 64 * n_blocks tokens of consecutive blocks.
+  // Tokens that a trimmed block no longer has get a finite number.
+  virtual void score(const uint8_t* blocks, int n_blocks, float* scores, int64_t stride) const = 0;
+};
+
+// Values: a sum in the codec's own form, of one thread.
+class CodeSums {
+ public:
+  virtual ~CodeSums() = default;
+  // Adds weights[r * stride + t] y^_t of the tokens of consecutive blocks; weights are >= 0, and 0
+  // for tokens that a trimmed block no longer has.
+  virtual void add(const uint8_t* blocks, int n_blocks, const float* weights, int64_t stride) = 0;
+  // y[r * y_stride + d] = the sums of row r; the next sum starts at 0.
+  virtual void take(float* y, int64_t y_stride) = 0;
+};
+
 class Codec {
  public:
   virtual ~Codec() = default;
@@ -63,6 +86,20 @@ class Codec {
   // The same, transposed: y_t [head_dim][64], tokens beyond n_tokens are 0.
   virtual void decode_block_transposed(Backend backend, const BlockPlace& place,
                                        const uint8_t* block, int n_tokens, float* y_t) const = 0;
+
+  // Optional: attention on codes. The kernel's name, e.g. "byte look-ups"; empty where there is
+  // none, then attention decodes tiles of 64 tokens.
+  virtual std::string code_kernel(Backend) const { return {}; }
+  // For n_rows query rows of a KV head, where code_kernel() names one. q: fp32 [n_rows][head_dim],
+  // transformed. The position of `place` is not known. An output row's relative L2 error that comes
+  // of the kernel's arithmetic is at most 1e-3.
+  virtual std::unique_ptr<const CodeScores> code_scores(const BlockPlace& /*place*/,
+                                                        const float* /*q*/, int /*n_rows*/) const {
+    return nullptr;
+  }
+  virtual std::unique_ptr<CodeSums> code_sums(const BlockPlace& /*place*/, int /*n_rows*/) const {
+    return nullptr;
+  }
 
   // In place on n rows of fp32 [n][head_dim]. Keys only: q -> q'.
   virtual void transform_query(int kv_head, float* q, int64_t n) const = 0;

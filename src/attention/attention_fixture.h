@@ -1,6 +1,9 @@
-// What the attention tests attend to: a simple codec, strided tensors, and a cache built from a
-// Case without the cache's own code, so that attention is tested alone.
+// What the attention tests share: a simple codec, strided tensors, a cache built from a Case
+// without the cache's own code, so that attention is tested alone, and the comparison with the
+// oracle.
 #pragma once
+
+#include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
@@ -158,12 +161,16 @@ struct Scenario {
   KeyValueSource source;
   AttentionParams params;
 
-  explicit Scenario(const Case& c) : c(c) {
+  explicit Scenario(const Case& c)
+      : Scenario(c, std::make_shared<TestCodec>(Side::keys, c.n_kv_heads, c.head_dim),
+                 std::make_shared<TestCodec>(Side::values, c.n_kv_heads, c.head_dim)) {}
+
+  Scenario(const Case& c, CodecPtr keys, CodecPtr values) : c(c) {
     const int n_q_heads = c.n_kv_heads * c.group;
     source.length = c.length;
     source.exact_dtype = c.exact_dtype;
-    source.key_codec = std::make_shared<TestCodec>(Side::keys, c.n_kv_heads, c.head_dim);
-    source.value_codec = std::make_shared<TestCodec>(Side::values, c.n_kv_heads, c.head_dim);
+    source.key_codec = std::move(keys);
+    source.value_codec = std::move(values);
     q = Tensor(c.q_dtype, c.batch, n_q_heads, c.n_queries, c.head_dim, c.gap);
     q.fill([&](auto...) { return normal(); });
 
@@ -207,10 +214,10 @@ struct Scenario {
   }
 
   int64_t add_packed(int64_t start, int n_blocks, int last_count) {
-    const uint8_t* sides[2];
-    const int64_t bytes = source.key_codec->block_bytes();
+    PackedRun run;
     for (int side = 0; side < 2; ++side) {
       const Codec& codec = side == 0 ? *source.key_codec : *source.value_codec;
+      const int64_t bytes = codec.block_bytes();
       std::vector<uint8_t> data(c.batch * c.n_kv_heads * n_blocks * bytes);
       std::vector<float> x(kBlockTokens * c.head_dim);
       for (int64_t i = 0; i < int64_t{c.batch} * c.n_kv_heads * n_blocks; ++i) {
@@ -218,17 +225,13 @@ struct Scenario {
         int head = static_cast<int>(i / n_blocks);
         const BlockPlace place{head / c.n_kv_heads, head % c.n_kv_heads,
                                start + kBlockTokens * (i % n_blocks)};
-        codec.encode_block(Backend::reference, place, x.data(), kBlockTokens,
-                           data.data() + i * bytes);
+        codec.encode_block(Backend::cpu, place, x.data(), kBlockTokens, data.data() + i * bytes);
       }
       blocks.push_back(std::move(data));
-      sides[side] = blocks.back().data();
+      (side == 0 ? run.keys : run.values) = blocks.back().data();
+      (side == 0 ? run.key_head_stride : run.value_head_stride) = n_blocks * bytes;
+      (side == 0 ? run.key_batch_stride : run.value_batch_stride) = c.n_kv_heads * n_blocks * bytes;
     }
-    PackedRun run;
-    run.keys = sides[0];
-    run.values = sides[1];
-    run.key_head_stride = run.value_head_stride = n_blocks * bytes;
-    run.key_batch_stride = run.value_batch_stride = c.n_kv_heads * n_blocks * bytes;
     run.n_blocks = n_blocks;
     run.last_count = last_count;
     run.start = start;
@@ -275,6 +278,96 @@ struct Scenario {
       params.mask.array.shape = {c.batch, n_q_heads, c.n_queries, c.length};
       params.mask.array.stride[0] = params.mask.array.stride[1] = 0;
     }
+  }
+};
+
+struct Result {
+  Tensor out;
+  std::vector<float> lse;
+
+  Result(const Case& c, DType dtype)
+      : out(dtype, c.batch, c.n_kv_heads * c.group, c.n_queries, c.head_dim, 8),
+        lse(c.batch * c.n_kv_heads * c.group * c.n_queries,
+            std::numeric_limits<float>::quiet_NaN()) {
+    out.fill([](auto...) { return std::numeric_limits<float>::quiet_NaN(); });
+  }
+  MutableTensorView lse_view(const Case& c) {
+    return {lse.data(), DType::float32, {c.batch, c.n_kv_heads * c.group, c.n_queries}};
+  }
+};
+
+inline Result run(const Scenario& p, Backend backend) {
+  Result result(p.c, p.c.out_dtype);
+  attend(backend, read_only(p.q.view), p.source, p.params, result.out.view, result.lse_view(p.c));
+  return result;
+}
+
+inline Result oracle(const Scenario& p) {
+  Result result(p.c, DType::float32);
+  attend_oracle(read_only(p.q.view), p.source, p.params, result.out.view, result.lse_view(p.c));
+  return result;
+}
+
+// The largest relative L2 error of an output row; infinite where anything is not finite.
+inline double worst_error(const Result& got, const Result& want) {
+  const auto& shape = want.out.view.shape;
+  double worst = 0;
+  for (int64_t b = 0; b < shape[0]; ++b) {
+    for (int64_t h = 0; h < shape[1]; ++h) {
+      for (int64_t i = 0; i < shape[2]; ++i) {
+        double error = 0, norm = 0;
+        for (int64_t d = 0; d < shape[3]; ++d) {
+          double x = load_element(got.out.view.at(b, h, i), got.out.view.dtype, d);
+          double y = load_element(want.out.view.at(b, h, i), DType::float32, d);
+          error += (x - y) * (x - y);
+          norm += y * y;
+        }
+        double relative = error == 0 ? 0 : std::sqrt(error / norm);
+        worst = std::isfinite(relative) ? std::max(worst, relative)
+                                        : std::numeric_limits<float>::infinity();
+      }
+    }
+  }
+  return worst;
+}
+
+inline void expect_close(const Result& got, const Result& want, double tolerance) {
+  EXPECT_LE(worst_error(got, want), tolerance);
+  for (size_t i = 0; i < want.lse.size(); ++i) {
+    if (std::isinf(want.lse[i])) {
+      ASSERT_EQ(got.lse[i], want.lse[i]) << "row " << i;
+    } else {
+      ASSERT_NEAR(got.lse[i], want.lse[i], 3e-6 * (1 + std::fabs(want.lse[i]))) << "row " << i;
+    }
+  }
+}
+
+// Restores what a test changed about SIMD levels and threads.
+class AttentionTest : public ::testing::Test {
+ protected:
+  void TearDown() override {
+    set_simd_level("");
+    set_num_threads(0);
+  }
+
+  void check(const Case& c, double tolerance = 1e-5) { check(Scenario(c), tolerance); }
+
+  void check(const Scenario& p, double tolerance = 1e-5) {
+    const Case& c = p.c;
+    Result want = oracle(p);
+    // One rounding of the result on top.
+    if (c.out_dtype == DType::float16) tolerance += 0x1p-11;
+    if (c.out_dtype == DType::bfloat16) tolerance += 0x1p-8;
+    {
+      SCOPED_TRACE("reference");
+      expect_close(run(p, Backend::reference), want, tolerance);
+    }
+    for (const std::string& level : simd_levels()) {
+      SCOPED_TRACE(level);
+      set_simd_level(level);
+      expect_close(run(p, Backend::cpu), want, tolerance);
+    }
+    set_simd_level("");
   }
 };
 

@@ -22,91 +22,7 @@ namespace {
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-struct Result {
-  Tensor out;
-  std::vector<float> lse;
-
-  Result(const Case& c, DType dtype)
-      : out(dtype, c.batch, c.n_kv_heads * c.group, c.n_queries, c.head_dim, 8),
-        lse(c.batch * c.n_kv_heads * c.group * c.n_queries, kNaN) {
-    out.fill([](auto...) { return kNaN; });
-  }
-  MutableTensorView lse_view(const Case& c) {
-    return {lse.data(), DType::float32, {c.batch, c.n_kv_heads * c.group, c.n_queries}};
-  }
-};
-
-Result run(const Scenario& p, Backend backend) {
-  Result result(p.c, p.c.out_dtype);
-  attend(backend, read_only(p.q.view), p.source, p.params, result.out.view, result.lse_view(p.c));
-  return result;
-}
-
-Result oracle(const Scenario& p) {
-  Result result(p.c, DType::float32);
-  attend_oracle(read_only(p.q.view), p.source, p.params, result.out.view, result.lse_view(p.c));
-  return result;
-}
-
-// The largest relative L2 error of an output row; infinite where anything is not finite.
-double worst_error(const Result& got, const Result& want) {
-  const auto& shape = want.out.view.shape;
-  double worst = 0;
-  for (int64_t b = 0; b < shape[0]; ++b) {
-    for (int64_t h = 0; h < shape[1]; ++h) {
-      for (int64_t i = 0; i < shape[2]; ++i) {
-        double error = 0, norm = 0;
-        for (int64_t d = 0; d < shape[3]; ++d) {
-          double x = load_element(got.out.view.at(b, h, i), got.out.view.dtype, d);
-          double y = load_element(want.out.view.at(b, h, i), DType::float32, d);
-          error += (x - y) * (x - y);
-          norm += y * y;
-        }
-        double relative = error == 0 ? 0 : std::sqrt(error / norm);
-        worst = std::isfinite(relative) ? std::max(worst, relative) : kInfinity;
-      }
-    }
-  }
-  return worst;
-}
-
-void expect_close(const Result& got, const Result& want, double tolerance) {
-  EXPECT_LE(worst_error(got, want), tolerance);
-  for (size_t i = 0; i < want.lse.size(); ++i) {
-    if (std::isinf(want.lse[i])) {
-      ASSERT_EQ(got.lse[i], want.lse[i]) << "row " << i;
-    } else {
-      ASSERT_NEAR(got.lse[i], want.lse[i], 3e-6 * (1 + std::fabs(want.lse[i]))) << "row " << i;
-    }
-  }
-}
-
-// Restores what a test changed about SIMD levels and threads.
-class Attention : public ::testing::Test {
- protected:
-  void TearDown() override {
-    set_simd_level("");
-    set_num_threads(0);
-  }
-
-  void check(const Case& c, double tolerance = 1e-5) {
-    Scenario p(c);
-    Result want = oracle(p);
-    // One rounding of the result on top.
-    if (c.out_dtype == DType::float16) tolerance += 0x1p-11;
-    if (c.out_dtype == DType::bfloat16) tolerance += 0x1p-8;
-    {
-      SCOPED_TRACE("reference");
-      expect_close(run(p, Backend::reference), want, tolerance);
-    }
-    for (const std::string& level : simd_levels()) {
-      SCOPED_TRACE(level);
-      set_simd_level(level);
-      expect_close(run(p, Backend::cpu), want, tolerance);
-    }
-    set_simd_level("");
-  }
-};
+using Attention = AttentionTest;
 
 TEST_F(Attention, Lengths) {
   for (int64_t length : {0, 1, 3, 63, 64, 65, 127, 128, 200, 261, 517}) {
@@ -434,7 +350,7 @@ TEST_F(Attention, RefusesWhatDoesNotFit) {
 TEST_F(Attention, NamesItsKernel) {
   Scenario p((Case()));
   EXPECT_EQ(attention_kernel_name(Backend::cpu, p.source),
-            "cpu/" + simd_level() + " tiles (test8)");
+            "cpu/" + simd_level() + " tiles (test8: few blocks)");
   EXPECT_EQ(attention_kernel_name(Backend::reference, p.source), "reference loops (test8)");
 }
 

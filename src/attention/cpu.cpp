@@ -8,17 +8,20 @@
 // coordinates. When all segments of a row are done they are merged by their log-sum-exp, packed
 // ones before the codec's inverse, which therefore runs once per row.
 //
+// Packed segments of a decode step go to cpu_codes.cpp where a codec has a kernel on its codes.
+//
 // Cuts depend on the shapes alone, never on the number of threads.
 #include <hwy/aligned_allocator.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "src/attention/cpu_kernels.h"
+#include "src/attention/cpu_parts.h"
 #include "src/attention/element.h"
-#include "src/attention/problem.h"
 #include "src/backends/cpu/simd_targets.h"
 
 namespace veloxquant::attention {
@@ -32,25 +35,11 @@ constexpr int64_t kMaxRows = 96;
 constexpr int64_t kMinSegmentTiles = 16;
 // Bounds the partial results of a split context: about 512 rows per KV head.
 constexpr int64_t kMaxPartialRows = 512;
-
-struct Rows {
-  int b;
-  int kv_head;
-  int64_t first;
-  int n;
-};
-
-struct Segment {
-  int64_t begin, end;  // tiles
-  bool packed;
-};
-
-// Softmax over one segment: out is the sum of exp2(score - max) * value, not yet divided.
-struct Partial {
-  float* max;
-  float* sum;
-  float* out;  // [n rows][padded head_dim]
-};
+// On codes a segment has fixed costs (look-up tables), and all its scores are kept.
+constexpr int64_t kMaxCodeSegmentTiles = 64;
+constexpr int64_t kCodeItems = 8;
+// Look-up tables of this many query rows exist at a time (at head_dim 128, 2 bits: 32 KB a row).
+constexpr int64_t kPreparedRows = 1024;
 
 class Partials {
  public:
@@ -96,16 +85,23 @@ struct Scratch {
 int64_t n_row_tiles(const Problem& p) { return (p.n_rows() + kMaxRows - 1) / kMaxRows; }
 
 // Long contexts of few rows (decoding) are cut, so that there is work for every thread.
-std::vector<Segment> cut_segments(const Problem& p) {
+std::vector<Segment> cut_segments(const Problem& p, bool on_codes) {
   const int64_t n_tiles = static_cast<int64_t>(p.tiles.size());
-  int64_t step = std::max<int64_t>(1, n_tiles);
+  int64_t step = std::max<int64_t>(1, n_tiles), packed_step = step;
   if (n_row_tiles(p) == 1) {
     int64_t most = std::max<int64_t>(1, kMaxPartialRows / p.n_rows());
-    step = std::max(kMinSegmentTiles, (n_tiles + most - 1) / most);
+    step = packed_step = std::max(kMinSegmentTiles, (n_tiles + most - 1) / most);
+    if (on_codes) {
+      const int64_t n_heads = int64_t{p.batch} * p.n_kv_heads;
+      const int64_t even = (p.n_packed_tiles * n_heads + kCodeItems - 1) / kCodeItems;
+      packed_step = std::max(step, std::min(even, kMaxCodeSegmentTiles));
+      const int64_t n_segments = (p.n_packed_tiles + packed_step - 1) / packed_step;
+      packed_step = (p.n_packed_tiles + n_segments - 1) / n_segments;
+    }
   }
   std::vector<Segment> segments;
-  for (int64_t i = 0; i < p.n_packed_tiles; i += step) {
-    segments.push_back({i, std::min(i + step, p.n_packed_tiles), true});
+  for (int64_t i = 0; i < p.n_packed_tiles; i += packed_step) {
+    segments.push_back({i, std::min(i + packed_step, p.n_packed_tiles), true});
   }
   for (int64_t i = p.n_packed_tiles; i < n_tiles; i += step) {
     segments.push_back({i, std::min(i + step, n_tiles), false});
@@ -133,42 +129,11 @@ void load_tile(const Problem& p, const Rows& rows, const Tile& tile, Scratch& s)
                   source.exact_dtype, tile.count, p.head_dim, s.values, columns);
 }
 
-// Columns that each row sees of a tile. Returns the rows [first, last) that see any: both ends
-// of what a row sees move on with its position, so that these rows are neighbours.
-Interval find_visible_rows(const Problem& p, const Rows& rows, const Tile& tile, Scratch& s) {
-  Interval seen_by{rows.n, 0};
-  Interval columns;
-  for (int r = 0; r < rows.n; ++r) {
-    const int64_t row = rows.first + r;
-    if (r == 0 || row % p.group == 0) {
-      Interval seen = p.visible(tile, p.position_of(row));
-      columns.begin = std::clamp<int64_t>(seen.begin - tile.position, 0, tile.count);
-      columns.end = std::clamp<int64_t>(seen.end - tile.position, 0, tile.count);
-    }
-    s.begin[r] = static_cast<int>(columns.begin);
-    s.end[r] = static_cast<int>(columns.end);
-    if (columns.begin < columns.end) {
-      seen_by.begin = std::min<int64_t>(seen_by.begin, r);
-      seen_by.end = r + 1;
-    }
-  }
-  return seen_by;
-}
-
-void load_mask(const Problem& p, const Rows& rows, const Tile& tile, Scratch& s) {
-  for (int r = 0; r < rows.n; ++r) {
-    const int64_t row = rows.first + r;
-    const int head = p.q_head_of(rows.kv_head, row);
-    p.load_mask(rows.b, head, p.query_of(row), tile.position, tile.count,
-                s.mask + r * kBlockTokens);
-  }
-}
-
 void add_tile(const Problem& p, const Rows& rows, const Tile& tile, Scratch& s, Partial state) {
-  const Interval seen_by = find_visible_rows(p, rows, tile, s);
+  const Interval seen_by = find_visible_rows(p, rows, tile, s.begin.data(), s.end.data());
   if (seen_by.begin >= seen_by.end) return;
   load_tile(p, rows, tile, s);
-  if (p.has_mask_array()) load_mask(p, rows, tile, s);
+  if (p.has_mask_array()) load_mask(p, rows, tile, s.mask);
 
   const int64_t first = seen_by.begin, columns = padded_columns(p.head_dim);
   const int n = static_cast<int>(seen_by.end - first);
@@ -222,6 +187,16 @@ void attend_segment(const Problem& p, const Rows& rows, const Segment& segment, 
   for (int64_t i = segment.begin; i < segment.end; ++i) {
     add_tile(p, rows, p.tiles[i], scratch, state);
   }
+}
+
+std::unique_ptr<const CodeScores> prepare_scores(const Problem& p, const Rows& rows) {
+  std::vector<float> q(int64_t{rows.n} * p.head_dim);
+  p.load_queries(rows.b, rows.kv_head, rows.first, rows.n, q.data());
+  p.source.key_codec->transform_query(rows.kv_head, q.data(), rows.n);
+  BlockPlace place;
+  place.sequence = rows.b;
+  place.kv_head = rows.kv_head;
+  return p.source.key_codec->code_scores(place, q.data(), rows.n);
 }
 
 // exp2(a - b) where -inf counts as nothing.
@@ -293,43 +268,91 @@ void finish_rows(const Problem& p, const Rows& rows, const std::vector<Segment>&
   }
 }
 
+// Few rows: heads x segments are the work items. Heads go in waves, so that the look-up tables of
+// a large batch do not all exist at once.
+void attend_few_rows(const Problem& p, const CodeUse& use, const std::vector<Segment>& segments) {
+  const int64_t n_segments = static_cast<int64_t>(segments.size());
+  const int64_t n_heads = int64_t{p.batch} * p.n_kv_heads;
+  const int64_t wave = use.keys ? std::max<int64_t>(8, kPreparedRows / p.n_rows()) : n_heads;
+  auto rows_of = [&](int64_t head) {
+    return Rows{static_cast<int>(head / p.n_kv_heads), static_cast<int>(head % p.n_kv_heads), 0,
+                static_cast<int>(p.n_rows())};
+  };
+  for (int64_t first = 0; first < n_heads; first += wave) {
+    const int64_t n = std::min(wave, n_heads - first);
+    Partials partials(n * n_segments, p.n_rows(), padded_columns(p.head_dim));
+    std::vector<std::unique_ptr<const CodeScores>> scores(n);
+    if (use.keys) {
+      parallel_for(n, [&](long i) { scores[i] = prepare_scores(p, rows_of(first + i)); });
+    }
+    parallel_for(n * n_segments, [&](long item) {
+      const int64_t i = item / n_segments;
+      const Rows rows = rows_of(first + i);
+      const Segment& segment = segments[item % n_segments];
+      if (segment.packed && (use.keys || use.values)) {
+        attend_codes(p, rows, segment, use, scores[i].get(), partials[item]);
+      } else {
+        attend_segment(p, rows, segment, partials[item]);
+      }
+    });
+    parallel_for(n, [&](long i) {
+      std::vector<Partial> parts;
+      for (int64_t k = 0; k < n_segments; ++k) parts.push_back(partials[i * n_segments + k]);
+      finish_rows(p, rows_of(first + i), segments, parts);
+    });
+  }
+}
+
 }  // namespace
+
+Interval find_visible_rows(const Problem& p, const Rows& rows, const Tile& tile, int* begin,
+                           int* end) {
+  Interval seen_by{rows.n, 0};
+  Interval columns;
+  for (int r = 0; r < rows.n; ++r) {
+    const int64_t row = rows.first + r;
+    if (r == 0 || row % p.group == 0) {
+      Interval seen = p.visible(tile, p.position_of(row));
+      columns.begin = std::clamp<int64_t>(seen.begin - tile.position, 0, tile.count);
+      columns.end = std::clamp<int64_t>(seen.end - tile.position, 0, tile.count);
+    }
+    begin[r] = static_cast<int>(columns.begin);
+    end[r] = static_cast<int>(columns.end);
+    if (columns.begin < columns.end) {
+      seen_by.begin = std::min<int64_t>(seen_by.begin, r);
+      seen_by.end = r + 1;
+    }
+  }
+  return seen_by;
+}
+
+void load_mask(const Problem& p, const Rows& rows, const Tile& tile, float* mask) {
+  for (int r = 0; r < rows.n; ++r) {
+    const int64_t row = rows.first + r;
+    const int head = p.q_head_of(rows.kv_head, row);
+    p.load_mask(rows.b, head, p.query_of(row), tile.position, tile.count, mask + r * kBlockTokens);
+  }
+}
 
 void attend_cpu(const Problem& p) {
   cpu::apply_environment();
-  const std::vector<Segment> segments = cut_segments(p);
-  const int64_t n_segments = static_cast<int64_t>(segments.size());
-  const int64_t n_heads = int64_t{p.batch} * p.n_kv_heads;
-  const int64_t columns = padded_columns(p.head_dim);
+  const CodeUse use = choose_code_use(Backend::cpu, p.source, p.n_rows(), p.n_packed_tiles);
+  const std::vector<Segment> segments = cut_segments(p, use.keys || use.values);
   const int64_t row_tiles = n_row_tiles(p);
-  auto rows_of = [&](int64_t head, int64_t tile) {
-    return Rows{static_cast<int>(head / p.n_kv_heads), static_cast<int>(head % p.n_kv_heads),
-                tile * kMaxRows,
-                static_cast<int>(std::min(kMaxRows, p.n_rows() - tile * kMaxRows))};
-  };
-  auto parts_from = [&](const Partials& partials, int64_t first) {
-    std::vector<Partial> parts;
-    for (int64_t i = 0; i < n_segments; ++i) parts.push_back(partials[first + i]);
-    return parts;
-  };
+  if (row_tiles == 1) return attend_few_rows(p, use, segments);
 
-  if (row_tiles == 1) {
-    Partials partials(n_heads * n_segments, p.n_rows(), columns);
-    parallel_for(n_heads * n_segments, [&](long item) {
-      attend_segment(p, rows_of(item / n_segments, 0), segments[item % n_segments], partials[item]);
-    });
-    parallel_for(n_heads, [&](long head) {
-      finish_rows(p, rows_of(head, 0), segments, parts_from(partials, head * n_segments));
-    });
-    return;
-  }
+  const int64_t n_heads = int64_t{p.batch} * p.n_kv_heads;
   parallel_for(n_heads * row_tiles, [&](long item) {
-    const Rows rows = rows_of(item / row_tiles, item % row_tiles);
-    Partials partials(n_segments, rows.n, columns);
-    for (int64_t i = 0; i < n_segments; ++i) {
-      attend_segment(p, rows, segments[i], partials[i]);
+    const int64_t head = item / row_tiles, first = item % row_tiles * kMaxRows;
+    const Rows rows{static_cast<int>(head / p.n_kv_heads), static_cast<int>(head % p.n_kv_heads),
+                    first, static_cast<int>(std::min(kMaxRows, p.n_rows() - first))};
+    Partials partials(static_cast<int64_t>(segments.size()), rows.n, padded_columns(p.head_dim));
+    std::vector<Partial> parts;
+    for (size_t i = 0; i < segments.size(); ++i) {
+      parts.push_back(partials[i]);
+      attend_segment(p, rows, segments[i], parts.back());
     }
-    finish_rows(p, rows, segments, parts_from(partials, 0));
+    finish_rows(p, rows, segments, parts);
   });
 }
 

@@ -254,7 +254,7 @@ HWY_INLINE float finish_scores(Floats d, const SoftmaxStep& step, int row) {
   const bool cut = step.begin[row] > 0 || step.end[row] < kTileTokens;
   const auto begin = hn::Set(d, static_cast<float>(step.begin[row]));
   const auto end = hn::Set(d, static_cast<float>(step.end[row]));
-  float* scores = step.scores + row * kTileTokens;
+  float* scores = step.scores + row * step.stride;
   auto top = nothing;
   for (int column = 0; column < kTileTokens; column += lanes) {
     auto s = hn::Mul(hn::LoadU(d, scores + column), scale);
@@ -272,28 +272,46 @@ HWY_INLINE float finish_scores(Floats d, const SoftmaxStep& step, int row) {
   return hn::GetLane(hn::MaxOfLanes(d, top));
 }
 
+// exp2(score - max) of one row of 64 in place; returns their sum.
+HWY_INLINE float exponentiate_row(Floats d, float max, float* scores) {
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  // A row that has seen nothing yet: any finite base turns -inf into probability 0.
+  const auto minus_base = hn::Set(d, max == -kInfinity ? 0.0f : -max);
+  auto sum = hn::Zero(d);
+  for (int column = 0; column < kTileTokens; column += lanes) {
+    const auto p = exp2_of(d, hn::Add(hn::LoadU(d, scores + column), minus_base));
+    hn::StoreU(p, d, scores + column);
+    sum = hn::Add(sum, p);
+  }
+  return hn::GetLane(hn::SumOfLanes(d, sum));
+}
+
 void SoftmaxStepOnRows(const SoftmaxStep& step) {
   const Floats d;
-  const int lanes = static_cast<int>(hn::Lanes(d));
   for (int row = 0; row < step.n_rows; ++row) {
     const float old_max = step.max[row];
     const float top = finish_scores(d, step, row);
     const float new_max = top > old_max ? top : old_max;
-    // A row that has seen nothing yet: any finite base turns -inf into probability 0.
     const float base = new_max == -kInfinity ? 0.0f : new_max;
-    const auto minus_base = hn::Set(d, -base);
-    auto sum = hn::Zero(d);
-    float* scores = step.scores + row * kTileTokens;
-    for (int column = 0; column < kTileTokens; column += lanes) {
-      const auto p = exp2_of(d, hn::Add(hn::LoadU(d, scores + column), minus_base));
-      hn::StoreU(p, d, scores + column);
-      sum = hn::Add(sum, p);
-    }
+    const float sum = exponentiate_row(d, new_max, step.scores + row * step.stride);
     const float shrink =
         old_max == new_max ? 1.0f : hn::GetLane(exp2_of(d, hn::Set(d, old_max - base)));
-    step.sum[row] = step.sum[row] * shrink + hn::GetLane(hn::SumOfLanes(d, sum));
+    step.sum[row] = step.sum[row] * shrink + sum;
     step.max[row] = new_max;
     step.shrink[row] = shrink;
+  }
+}
+
+void MaskScores(const SoftmaxStep& step) {
+  for (int row = 0; row < step.n_rows; ++row) {
+    const float top = finish_scores(Floats(), step, row);
+    if (top > step.max[row]) step.max[row] = top;
+  }
+}
+
+void Exponentiate(const SoftmaxStep& step) {
+  for (int row = 0; row < step.n_rows; ++row) {
+    step.sum[row] += exponentiate_row(Floats(), step.max[row], step.scores + row * step.stride);
   }
 }
 
@@ -307,6 +325,8 @@ HWY_EXPORT(LoadExactRows);
 HWY_EXPORT(TransposeRows);
 HWY_EXPORT(Multiply);
 HWY_EXPORT(SoftmaxStepOnRows);
+HWY_EXPORT(MaskScores);
+HWY_EXPORT(Exponentiate);
 
 void load_exact_rows(const void* tokens, DType dtype, int64_t token_stride, DType keep, int count,
                      int head_dim, float* rows, int64_t row_stride) {
@@ -322,6 +342,8 @@ void transpose_rows(const float* rows, int64_t row_stride, int count, int head_d
 void multiply(const MatrixProduct& product) { HWY_DYNAMIC_DISPATCH(Multiply)(product); }
 
 void softmax_step(const SoftmaxStep& step) { HWY_DYNAMIC_DISPATCH(SoftmaxStepOnRows)(step); }
+void mask_scores(const SoftmaxStep& step) { HWY_DYNAMIC_DISPATCH(MaskScores)(step); }
+void exponentiate(const SoftmaxStep& step) { HWY_DYNAMIC_DISPATCH(Exponentiate)(step); }
 
 }  // namespace veloxquant::attention
 #endif  // HWY_ONCE

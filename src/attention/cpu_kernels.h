@@ -1,4 +1,4 @@
-// The four inner loops of the CPU path, compiled once per SIMD level and picked at run time.
+// The inner loops of the CPU path, compiled once per SIMD level and picked at run time.
 // Every matrix is fp32, row-major; strides count elements.
 #pragma once
 
@@ -38,11 +38,12 @@ struct MatrixProduct {
 };
 void multiply(const MatrixProduct& product);
 
-// One step of the online softmax on scores [n_rows][64], in units of log 2: replaces them by
-// exp2(score - new max), moves max and sum on, and says by how much earlier output shrinks.
+// One step of the online softmax on a tile of scores [n_rows][64], in units of log 2: replaces them
+// by exp2(score - new max), moves max and sum on, and says by how much earlier output shrinks.
 struct SoftmaxStep {
   int n_rows = 0;
   float* scores = nullptr;     // in: q . k; out: probabilities, 0 where invisible
+  int64_t stride = 64;         // from one row of scores to the next
   const int* begin = nullptr;  // per row, columns [begin, end) are visible
   const int* end = nullptr;
   const float* mask = nullptr;  // [n_rows][64], added to the score (not in log 2); or null
@@ -53,5 +54,10 @@ struct SoftmaxStep {
   float* shrink = nullptr;      // out: exp2(old max - new max)
 };
 void softmax_step(const SoftmaxStep& step);
+
+// The same in two passes, where all scores are known before the first value is needed. First:
+// scaled and masked scores in place, max moves on. Then: exp2(score - max), sum moves on.
+void mask_scores(const SoftmaxStep& step);
+void exponentiate(const SoftmaxStep& step);
 
 }  // namespace veloxquant::attention

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "src/codecs/registry.h"
+#include "src/codecs/vecinfer/byte_codes.h"
 #include "src/codecs/vecinfer/kernels.h"
 #include "src/math/bitpack.h"
 #include "src/math/float16.h"
@@ -83,6 +84,18 @@ class VecInferCodec final : public Codec {
   void decode_block_transposed(Backend backend, const BlockPlace& place, const uint8_t* block,
                                int n_tokens, float* y_t) const override {
     kernels_of(backend).decode_block_transposed(head(place), block, n_tokens, y_t);
+  }
+
+  std::string code_kernel(Backend backend) const override {
+    if (backend == Backend::reference || !has_byte_codes(shape_)) return {};
+    return lookup::byte_code_kernel();
+  }
+  std::unique_ptr<const CodeScores> code_scores(const BlockPlace& place, const float* q,
+                                                int n_rows) const override {
+    return lookup::byte_code_scores(byte_codes(head(place)), q, n_rows);
+  }
+  std::unique_ptr<CodeSums> code_sums(const BlockPlace& place, int n_rows) const override {
+    return lookup::byte_code_sums(byte_codes(head(place)), n_rows);
   }
 
   void transform_query(int kv_head, float* q, int64_t n) const override {

@@ -1,0 +1,191 @@
+#include "src/codecs/lookup/byte_codes.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "src/codecs/lookup/buffer.h"
+#include "src/codecs/lookup/byte_kernels.h"
+
+namespace veloxquant::lookup {
+namespace {
+
+// Tokens of a chunk and the entries of four rows of codes fit the L1 cache together.
+constexpr int kChunkBlocks = 16;
+
+// Query rows [first, first + n_rows) of a panel of `width`.
+struct Panel {
+  int first, n_rows, width;
+};
+
+std::vector<Panel> cut_panels(int n_rows) {
+  const int widest = widest_panel();
+  std::vector<Panel> panels;
+  for (int first = 0; widest > 0 && first < n_rows;) {
+    const int width = n_rows - first > 4 ? widest : 4;
+    panels.push_back({first, std::min(width, n_rows - first), width});
+    first += width;
+  }
+  return panels;
+}
+
+// The table of one m at a time.
+class Table {
+ public:
+  explicit Table(const ByteCodes& codes)
+      : codes_(codes), data_(take_buffer(int64_t{codes.n_values} * codes.sub_dim)) {}
+
+  const float* of(int m) {
+    if (!codes_.shared_table || !loaded_) codes_.table(m, data_.get());
+    loaded_ = true;
+    return data_.get();
+  }
+
+ private:
+  const ByteCodes& codes_;
+  bool loaded_ = false;
+  Buffer data_;
+};
+
+int64_t table_size(const ByteCodes& codes, int width) {
+  return int64_t{codes.n_codes} * codes.n_values * width;
+}
+
+// Calls body(chunk of blocks, index of its first token, factors of its tokens or null).
+template <class Body>
+void for_each_chunk(const ByteCodes& codes, const uint8_t* blocks, int n_blocks, const Body& body) {
+  const int most = std::min(n_blocks, kChunkBlocks);
+  const int64_t row_bytes = int64_t{codes.n_codes} * kBlockTokens;
+  Buffer factors, rows;
+  if (codes.factors) factors = take_buffer(int64_t{most} * kBlockTokens);
+  if (codes.rows) rows = take_buffer(most * row_bytes / static_cast<int64_t>(sizeof(float)));
+  for (int done = 0; done < n_blocks; done += kChunkBlocks) {
+    const uint8_t* first = blocks + done * codes.block_bytes;
+    Blocks chunk;
+    chunk.data = first;
+    chunk.stride = codes.block_bytes;
+    chunk.n = std::min(kChunkBlocks, n_blocks - done);
+    chunk.n_codes = codes.n_codes;
+    chunk.n_values = codes.n_values;
+    if (codes.rows) {
+      uint8_t* to = reinterpret_cast<uint8_t*>(rows.get());
+      for (int b = 0; b < chunk.n; ++b) {
+        codes.rows(first + b * codes.block_bytes, to + b * row_bytes);
+      }
+      chunk.data = to;
+      chunk.stride = row_bytes;
+    }
+    for (int b = 0; codes.factors && b < chunk.n; ++b) {
+      codes.factors(first + b * codes.block_bytes, factors.get() + b * kBlockTokens);
+    }
+    body(chunk, int64_t{done} * kBlockTokens, factors.get());
+  }
+}
+
+class ByteCodeScores final : public CodeScores {
+ public:
+  ByteCodeScores(const ByteCodes& codes, const float* q, int n_rows)
+      : codes_(codes), panels_(cut_panels(n_rows)) {
+    const int head_dim = codes.n_codes * codes.sub_dim;
+    Table table(codes_);
+    for (const Panel& panel : panels_) {
+      entries_.push_back(take_buffer(table_size(codes_, panel.width)));
+    }
+    Buffer q_part = take_buffer(int64_t{codes.sub_dim} * widest_panel());
+    for (int m = 0; m < codes.n_codes; ++m) {
+      const float* vectors = table.of(m);
+      for (size_t i = 0; i < panels_.size(); ++i) {
+        const auto [first, n, width] = panels_[i];
+        std::fill(q_part.get(), q_part.get() + codes.sub_dim * width, 0.0f);
+        for (int d = 0; d < codes.sub_dim; ++d) {
+          for (int r = 0; r < n; ++r) {
+            q_part[d * width + r] = q[int64_t{first + r} * head_dim + m * codes.sub_dim + d];
+          }
+        }
+        make_entries(vectors, codes.n_values, codes.sub_dim, q_part.get(), width,
+                     entries_[i].get() + int64_t{m} * codes_.n_values * width);
+      }
+    }
+  }
+
+  void score(const uint8_t* blocks, int n_blocks, float* scores, int64_t stride) const override {
+    const int chunk_tokens = std::min(n_blocks, kChunkBlocks) * kBlockTokens;
+    Buffer tokens = take_buffer(int64_t{chunk_tokens} * panels_[0].width);
+    for_each_chunk(codes_, blocks, n_blocks,
+                   [&](const Blocks& chunk, int64_t token, const float* factors) {
+                     for (size_t i = 0; i < panels_.size(); ++i) {
+                       const auto [first, n, width] = panels_[i];
+                       look_up(chunk, entries_[i].get(), width, tokens.get());
+                       tokens_to_rows(tokens.get(), width, chunk.n * kBlockTokens, factors, n,
+                                      scores + first * stride + token, stride);
+                     }
+                   });
+  }
+
+ private:
+  ByteCodes codes_;
+  std::vector<Panel> panels_;
+  std::vector<Buffer> entries_;  // per panel [n_codes][n_values][width]
+};
+
+class ByteCodeSums final : public CodeSums {
+ public:
+  ByteCodeSums(const ByteCodes& codes, int n_rows) : codes_(codes), panels_(cut_panels(n_rows)) {
+    for (const Panel& panel : panels_) {
+      const int64_t size = table_size(codes_, panel.width);
+      sums_.push_back(take_buffer(size));
+      std::fill(sums_.back().get(), sums_.back().get() + size, 0.0f);
+    }
+  }
+
+  void add(const uint8_t* blocks, int n_blocks, const float* weights, int64_t stride) override {
+    const int chunk_tokens = std::min(n_blocks, kChunkBlocks) * kBlockTokens;
+    Buffer tokens = take_buffer(int64_t{chunk_tokens} * panels_[0].width);
+    for_each_chunk(codes_, blocks, n_blocks,
+                   [&](const Blocks& chunk, int64_t token, const float* factors) {
+                     for (size_t i = 0; i < panels_.size(); ++i) {
+                       const auto [first, n, width] = panels_[i];
+                       rows_to_tokens(weights + first * stride + token, stride, n,
+                                      chunk.n * kBlockTokens, factors, width, tokens.get());
+                       add_up(chunk, tokens.get(), width, sums_[i].get());
+                     }
+                   });
+  }
+
+  void take(float* y, int64_t y_stride) override {
+    Table table(codes_);
+    Buffer out = take_buffer(int64_t{codes_.sub_dim} * panels_[0].width);
+    for (int m = 0; m < codes_.n_codes; ++m) {
+      const float* vectors = table.of(m);
+      for (size_t i = 0; i < panels_.size(); ++i) {
+        const auto [first, n, width] = panels_[i];
+        finish_sums(vectors, codes_.n_values, codes_.sub_dim,
+                    sums_[i].get() + int64_t{m} * codes_.n_values * width, width, out.get());
+        for (int r = 0; r < n; ++r) {
+          float* to = y + int64_t{first + r} * y_stride + m * codes_.sub_dim;
+          for (int d = 0; d < codes_.sub_dim; ++d) to[d] = out[d * width + r];
+        }
+      }
+    }
+  }
+
+ private:
+  ByteCodes codes_;
+  std::vector<Panel> panels_;
+  std::vector<Buffer> sums_;  // per panel [n_codes][n_values][width]
+};
+
+}  // namespace
+
+std::string byte_code_kernel() { return widest_panel() > 0 ? "byte look-ups" : ""; }
+
+std::unique_ptr<const CodeScores> byte_code_scores(const ByteCodes& codes, const float* q,
+                                                   int n_rows) {
+  return std::make_unique<ByteCodeScores>(codes, q, n_rows);
+}
+
+std::unique_ptr<CodeSums> byte_code_sums(const ByteCodes& codes, int n_rows) {
+  return std::make_unique<ByteCodeSums>(codes, n_rows);
+}
+
+}  // namespace veloxquant::lookup

@@ -1,0 +1,47 @@
+// Attention on codes of one byte, for every codec whose block is rows of 64 such codes: a code
+// stands for one of 256 vectors of `sub_dim` dimensions. Exact in fp32.
+//
+// Keys    for each code the scores it adds to are looked up, those of up to 8 query rows side by
+//         side in one entry: one load and one addition a code, however many rows.
+// Values  the weights of all tokens with the same code are added up first, 256 sums for each code
+//         of a token (rows side by side again), and multiplied by the vectors once at the end.
+//
+// No code is ever replaced by its vector. README.md has the costs.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "veloxquant/codec.h"
+
+namespace veloxquant::lookup {
+
+struct ByteCodes {
+  int n_codes = 0;     // per token
+  int sub_dim = 0;     // code m stands for dimensions [m * sub_dim, (m + 1) * sub_dim)
+  int n_values = 256;  // codes are below this; a multiple of 4
+  int64_t block_bytes = 0;
+
+  // table(m, to): what the codes of m stand for, fp32 [n_values][sub_dim].
+  std::function<void(int m, float* to)> table;
+  bool shared_table = false;  // the same for every m
+
+  // rows(block, to): the codes as bytes, [n_codes][64]. Empty: the block starts with them. Codes of
+  // less than 8 bits are best taken several at a time: two of 4 bits are one byte of twice the
+  // dimensions.
+  std::function<void(const uint8_t* block, uint8_t* to)> rows;
+
+  // factors(block, to): a factor of each token's vector, fp32 [64]. Empty: 1.
+  std::function<void(const uint8_t* block, float* to)> factors;
+};
+
+// The name of the kernel that runs; empty where the SIMD level has no vectors of four floats, then
+// the other two must not be called.
+std::string byte_code_kernel();
+std::unique_ptr<const CodeScores> byte_code_scores(const ByteCodes& codes, const float* q,
+                                                   int n_rows);
+std::unique_ptr<CodeSums> byte_code_sums(const ByteCodes& codes, int n_rows);
+
+}  // namespace veloxquant::lookup

@@ -1,0 +1,92 @@
+#include "src/codecs/vecinfer/byte_codes.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "src/backends/cpu/convert.h"
+
+namespace veloxquant::vecinfer {
+namespace {
+
+constexpr int kHalf = kBlockTokens / 2, kQuarter = kBlockTokens / 4;
+
+// The vectors of one table, fp32 [n_values][sub_dim]; codes beyond the last centroid as decode
+// clamps them.
+void widen_table(const HeadTables& head, int m, int n_values, float* to) {
+  const int n = head.n_centroids * head.sub_dim;
+  cpu::to_float(DType::float16, head.table(m), n, to);
+  for (int i = n; i < n_values * head.sub_dim; ++i) to[i] = to[i - head.sub_dim];
+}
+
+void expand_halves(const uint8_t* row, uint8_t* to) {
+  for (int t = 0; t < kHalf; ++t) {
+    to[t] = row[t] & 15;
+    to[t + kHalf] = row[t] >> 4;
+  }
+}
+
+void expand_six_bits(const uint8_t* row, uint8_t* to) {
+  expand_halves(row, to);
+  const uint8_t* high = row + kHalf;
+  for (int k = 0; k < 4; ++k) {
+    for (int t = 0; t < kQuarter; ++t) {
+      to[t + kQuarter * k] |= static_cast<uint8_t>(((high[t] >> (2 * k)) & 3) << 4);
+    }
+  }
+}
+
+// Two rows of 4 bits as one of 8, the first in the low bits.
+void join_halves(const uint8_t* first, const uint8_t* second, uint8_t* to) {
+  for (int t = 0; t < kHalf; ++t) {
+    to[t] = static_cast<uint8_t>((first[t] & 15) | (second[t] << 4));
+    to[t + kHalf] = static_cast<uint8_t>((first[t] >> 4) | (second[t] & 0xf0));
+  }
+}
+
+// [256][2 * d]: what a byte of two codes stands for.
+void join_tables(const HeadTables& head, int m, float* to) {
+  const int d = head.sub_dim;
+  std::vector<float> first(16 * d), second(16 * d);
+  widen_table(head, m, 16, first.data());
+  widen_table(head, m + 1, 16, second.data());
+  for (int value = 0; value < 256; ++value, to += 2 * d) {
+    std::copy_n(&first[(value & 15) * d], d, to);
+    std::copy_n(&second[(value >> 4) * d], d, to + d);
+  }
+}
+
+}  // namespace
+
+lookup::ByteCodes byte_codes(const HeadTables& head) {
+  lookup::ByteCodes codes;
+  codes.n_codes = head.n_subvectors;
+  codes.sub_dim = head.sub_dim;
+  codes.n_values = 1 << head.bits;
+  codes.block_bytes = head.n_subvectors * row_bytes(head.bits);
+  codes.shared_table = head.table_stride == 0;
+  codes.table = [head](int m, float* to) { widen_table(head, m, 1 << head.bits, to); };
+  if (head.bits == 8) return codes;
+
+  const int64_t bytes = row_bytes(head.bits);
+  if (head.bits == 4 && head.n_subvectors % 2 == 0) {
+    codes.n_codes /= 2;
+    codes.sub_dim *= 2;
+    codes.n_values = 256;
+    codes.table = [head](int m, float* to) { join_tables(head, 2 * m, to); };
+    codes.rows = [n = codes.n_codes, bytes](const uint8_t* block, uint8_t* to) {
+      for (int m = 0; m < n; ++m, block += 2 * bytes, to += kBlockTokens) {
+        join_halves(block, block + bytes, to);
+      }
+    };
+    return codes;
+  }
+  codes.rows = [head, bytes](const uint8_t* block, uint8_t* to) {
+    for (int m = 0; m < head.n_subvectors; ++m, block += bytes, to += kBlockTokens) {
+      head.bits == 4 ? expand_halves(block, to) : expand_six_bits(block, to);
+    }
+  };
+  return codes;
+}
+
+}  // namespace veloxquant::vecinfer
