@@ -3,7 +3,6 @@
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
@@ -27,35 +26,43 @@ Side side_named(const std::string& name) {
   return name == "keys" ? Side::keys : Side::values;
 }
 
-std::string kernel_name(const CodecArrays& keys, const CodecArrays& values) {
-  const std::string k = keys.core->name(), v = values.core->name();
+// What Python holds. Not nanobind's own shared_ptr: its last copy takes the GIL to go away, which
+// deadlocks on MLX's thread while another thread waits for that one and holds the GIL.
+struct CodecHandle {
+  SharedCodec codec;
+  const Codec& core() const { return *codec->core; }
+};
+
+std::string kernel_name(const CodecHandle& keys, const CodecHandle& values) {
+  const std::string k = keys.core().name(), v = values.core().name();
   return std::string(backend_name(default_backend())) + "/" + simd_level() + " " +
          (k == v ? k : k + " / " + v);
 }
 
-SharedCodec codec(const std::string& side, const std::string& method, int n_kv_heads, int head_dim,
+CodecHandle codec(const std::string& side, const std::string& method, int n_kv_heads, int head_dim,
                   const std::map<std::string, CodecOption>& options,
                   const std::map<std::string, mx::array>& arrays) {
-  return make_codec_arrays({method, side_named(side), n_kv_heads, head_dim, options}, arrays);
+  return {make_codec_arrays({method, side_named(side), n_kv_heads, head_dim, options}, arrays)};
 }
 
 void bind_codec(nb::module_& m) {
-  nb::class_<CodecArrays>(m, "Codec", "A codec of one side of one layer, with its tables.")
-      .def_prop_ro("name", [](const CodecArrays& self) { return self.core->name(); })
-      .def_prop_ro("method", [](const CodecArrays& self) { return self.spec.method; })
-      .def_prop_ro("n_kv_heads", [](const CodecArrays& self) { return self.spec.n_kv_heads; })
-      .def_prop_ro("head_dim", [](const CodecArrays& self) { return self.spec.head_dim; })
-      .def_prop_ro("options", [](const CodecArrays& self) { return self.spec.options; })
-      .def_prop_ro("arrays", [](const CodecArrays& self) { return self.arrays; })
-      .def_prop_ro("n_sequences", [](const CodecArrays& self) { return self.core->n_sequences(); })
-      .def_prop_ro("block_bytes", [](const CodecArrays& self) { return self.core->block_bytes(); })
-      .def_prop_ro("token_bytes", [](const CodecArrays& self) { return self.core->token_bytes(); })
-      .def_prop_ro("nbytes", &CodecArrays::nbytes)
+  nb::class_<CodecHandle>(m, "Codec", "A codec of one side of one layer, with its tables.")
+      .def_prop_ro("name", [](const CodecHandle& self) { return self.core().name(); })
+      .def_prop_ro("method", [](const CodecHandle& self) { return self.codec->spec.method; })
+      .def_prop_ro("n_kv_heads",
+                   [](const CodecHandle& self) { return self.codec->spec.n_kv_heads; })
+      .def_prop_ro("head_dim", [](const CodecHandle& self) { return self.codec->spec.head_dim; })
+      .def_prop_ro("options", [](const CodecHandle& self) { return self.codec->spec.options; })
+      .def_prop_ro("arrays", [](const CodecHandle& self) { return self.codec->arrays; })
+      .def_prop_ro("n_sequences", [](const CodecHandle& self) { return self.core().n_sequences(); })
+      .def_prop_ro("block_bytes", [](const CodecHandle& self) { return self.core().block_bytes(); })
+      .def_prop_ro("token_bytes", [](const CodecHandle& self) { return self.core().token_bytes(); })
+      .def_prop_ro("nbytes", [](const CodecHandle& self) { return self.codec->nbytes(); })
       .def_prop_ro("bits_per_element",
-                   [](const CodecArrays& self) { return self.core->bits_per_element(); });
+                   [](const CodecHandle& self) { return self.core().bits_per_element(); });
   m.def("codec", &codec, "side"_a, "method"_a, "n_kv_heads"_a, "head_dim"_a,
         "options"_a = std::map<std::string, CodecOption>(),
-        "arrays"_a = std::map<std::string, mx::array>(),
+        "arrays"_a = std::map<std::string, mx::array>(), WithoutGil(),
         "A codec from its description (codec_spec.h); the README of its folder lists options and "
         "arrays. ValueError where they do not fit together.");
   m.def("codec_methods", &codec_methods);
@@ -70,8 +77,7 @@ void bind_codec(nb::module_& m) {
 void bind_snapshot(nb::module_& m) {
   nb::class_<Snapshot>(m, "EncodedTensor",
                        "Keys or values of a cache at one moment: [B, H_kv, length, D].")
-      .def_prop_ro("codec",
-                   [](const Snapshot& s) { return std::const_pointer_cast<CodecArrays>(s.codec); })
+      .def_prop_ro("codec", [](const Snapshot& s) { return CodecHandle{s.codec}; })
       .def_ro("dtype", &Snapshot::dtype)
       .def_ro("spans", &Snapshot::spans)
       .def_prop_ro("nbytes", &Snapshot::nbytes)
@@ -111,10 +117,9 @@ void bind_array_cache(nb::module_& m) {
   nb::class_<ArrayCache>(m, "ArrayCache", "The cache of one layer. See array_cache.h.")
       .def(
           "__init__",
-          [](ArrayCache* self, SharedCodec keys, SharedCodec values, int window, int sinks,
-             mx::Dtype exact_dtype) {
-            new (self) ArrayCache(std::move(keys), std::move(values), window, sinks,
-                                  dtype_of(exact_dtype));
+          [](ArrayCache* self, const CodecHandle& keys, const CodecHandle& values, int window,
+             int sinks, mx::Dtype exact_dtype) {
+            new (self) ArrayCache(keys.codec, values.codec, window, sinks, dtype_of(exact_dtype));
           },
           "keys"_a, "values"_a, "window"_a, "sinks"_a, "exact_dtype"_a)
       .def("update", &ArrayCache::update, "keys"_a, "values"_a, "strict"_a = false,
@@ -123,9 +128,10 @@ void bind_array_cache(nb::module_& m) {
       .def("trim", &ArrayCache::trim, "n"_a, "stream"_a = nb::none())
       .def("copy", [](const ArrayCache& self) { return ArrayCache(self); })
       .def("arrays", &ArrayCache::arrays)
-      .def("interchange_arrays", &ArrayCache::interchange_arrays)
+      .def("interchange_arrays", &ArrayCache::interchange_arrays, WithoutGil())
       .def("positions", &ArrayCache::positions)
-      .def("restore", &ArrayCache::restore, "arrays"_a, "positions"_a, "interchange"_a = false)
+      .def("restore", &ArrayCache::restore, "arrays"_a, "positions"_a, "interchange"_a = false,
+           WithoutGil())
       .def_prop_ro("length", [](const ArrayCache& self) { return self.geometry().length; })
       .def_prop_ro("exact_tokens",
                    [](const ArrayCache& self) { return self.geometry().exact_count(); })

@@ -4,6 +4,7 @@
 #include <nanobind/stl/function.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "python/bindings/module.h"
@@ -27,7 +28,6 @@ mx::array smooth(mx::array x, float floor) {
   mx::eval(x);
   require(x.ndim() == 3, "[smooth_factors] x: got ", x.ndim(), " dimensions, wanted [H, N, D]");
   mx::array lambda = allocate({x.shape(0), x.shape(2)}, mx::float32);
-  nb::gil_scoped_release release;
   smooth_factors(view_of(x), mutable_view_of(lambda), floor);
   return lambda;
 }
@@ -47,7 +47,6 @@ std::pair<mx::array, mx::array> rotation(mx::array x, std::optional<mx::array> q
   mx::array rotation = allocate({x.shape(0), x.shape(2), x.shape(2)}, mx::float32);
   mx::array weight = allocate({x.shape(0), x.shape(2)}, mx::float32);
   if (query_moments) query_moments = float_rows(*query_moments);
-  nb::gil_scoped_release release;
   learned_rotation(view_of(x), query_moments ? view_of(*query_moments) : TensorView(), n_subvectors,
                    mutable_view_of(rotation), mutable_view_of(weight));
   return {rotation, weight};
@@ -62,12 +61,10 @@ std::pair<mx::array, mx::array> matrices(const mx::array& rotation, const mx::ar
   return {encode_matrix, query_matrix};
 }
 
-std::pair<mx::array, std::vector<double>> tables(mx::array x, bool hadamard,
-                                                 std::optional<mx::array> scale,
-                                                 std::optional<mx::array> encode_matrix,
-                                                 std::optional<mx::array> query_matrix,
-                                                 int n_subvectors, int n_centroids, bool per_head,
-                                                 int max_iterations, uint64_t seed) {
+std::pair<mx::array, std::vector<double>> tables(
+    mx::array x, bool hadamard, std::optional<mx::array> scale,
+    std::optional<mx::array> encode_matrix, std::optional<mx::array> query_matrix, int n_subvectors,
+    int n_centroids, bool per_head, int max_iterations, uint64_t seed, const std::string& start) {
   mx::eval(x);
   require(x.ndim() == 3, "[train_tables] x: got ", x.ndim(), " dimensions, wanted [H, N, D]");
   require(n_subvectors >= 1 && x.shape(2) % n_subvectors == 0, "[train_tables] num_subspaces: got ",
@@ -93,32 +90,32 @@ std::pair<mx::array, std::vector<double>> tables(mx::array x, bool hadamard,
   params.n_centroids = n_centroids;
   params.max_iterations = max_iterations;
   params.seed = seed;
+  require(start == "plus_plus" || start == "normal", "[train_tables] start: got '", start,
+          "', wanted plus_plus or normal");
+  params.start = start == "normal" ? KMeansStart::normal : KMeansStart::plus_plus;
   mx::array out =
       allocate({x.shape(0), per_head ? 1 : n_subvectors, n_centroids, x.shape(2) / n_subvectors},
                mx::float16);
-  TableReport report;
-  {
-    nb::gil_scoped_release release;
-    report = train_vecinfer_tables(view_of(x), transform, n_subvectors, per_head, params,
-                                   mutable_view_of(out));
-  }
+  const TableReport report = train_vecinfer_tables(view_of(x), transform, n_subvectors, per_head,
+                                                   params, mutable_view_of(out));
   return {out, report.relative_error};
 }
 
 }  // namespace
 
 void bind_calibration(nb::module_& m) {
-  m.def("smooth_factors", &smooth, "x"_a, "floor"_a = 1e-4f,
+  m.def("smooth_factors", &smooth, "x"_a, "floor"_a = 1e-4f, WithoutGil(),
         "x: floats [H, N, D] -> lambda fp32 [H, D] = sqrt(max_t |x|) (arXiv 2510.06175, eq. 4).");
   m.def("learned_rotation", &rotation, "x"_a, "query_moments"_a = nb::none(), nb::kw_only(),
-        "n_subvectors"_a,
+        "n_subvectors"_a, WithoutGil(),
         "x: floats [H, N, D], query_moments: E q_i^2, [H, D] (none for values) -> (rotation fp32 "
         "[H, D, D], weight fp32 [H, D]). See calibration.h.");
-  m.def("rotation_matrices", &matrices, "rotation"_a, "weight"_a,
+  m.def("rotation_matrices", &matrices, "rotation"_a, "weight"_a, WithoutGil(),
         "rotation [H, D, D], weight [H, D] -> (encode_matrix, query_matrix), fp32 [H, D, D].");
   m.def("train_tables", &tables, "x"_a, nb::kw_only(), "hadamard"_a = true, "scale"_a = nb::none(),
         "encode_matrix"_a = nb::none(), "query_matrix"_a = nb::none(), "n_subvectors"_a,
         "n_centroids"_a, "per_head"_a = false, "max_iterations"_a = 30, "seed"_a = 0,
+        "start"_a = "plus_plus", WithoutGil(),
         "x: floats [H, N, D] -> (tables fp16 [H, n_subvectors or 1, C, d], relative squared error "
         "per head).");
 }

@@ -5,6 +5,9 @@
 
 namespace veloxquant {
 
+// For functions that evaluate arrays: MLX's threads may need the GIL to go on.
+using WithoutGil = nanobind::call_guard<nanobind::gil_scoped_release>;
+
 void bind_runtime(nanobind::module_& m);      // devices, SIMD levels, threads, counters
 void bind_cache(nanobind::module_& m);        // codecs, snapshots, the cache, attention
 void bind_calibration(nanobind::module_& m);  // smooth factors, codebooks
