@@ -32,8 +32,16 @@ void rotation_matrices(const TensorView& rotation, const TensorView& weight,
                        const MutableTensorView& encode_matrix,
                        const MutableTensorView& query_matrix);
 
+// Where Lloyd's iterations start.
+enum class KMeansStart {
+  plus_plus,  // k-means++ on the vectors
+  normal,     // centroids of N(0, I), moved to the mean and deviation of each dimension: with few
+              // vectors a centroid this over-fits less, and 6 iterations do
+};
+
 struct KMeansParams {
   int n_centroids = 256;
+  KMeansStart start = KMeansStart::plus_plus;
   int max_iterations = 30;
   uint64_t seed = 0;
   double tolerance = 1e-5;  // stop when the relative fall of the error is smaller
@@ -45,7 +53,7 @@ struct KMeansResult {
   int iterations = 0;
 };
 
-// k-means++ seeding, then Lloyd; empty clusters are re-seeded from the vectors that are farthest
+// Seeding, then Lloyd; empty clusters are re-seeded from the vectors that are farthest
 // from their centroid. x: fp32 [d][n] dimension-major. n >= 1; n < C repeats vectors.
 KMeansResult kmeans(const float* x, int64_t x_stride, int64_t n, int sub_dim,
                     const KMeansParams& params);

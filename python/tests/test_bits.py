@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from veloxquant_mlx import _ext
-from veloxquant_mlx.allocators.vecinfer import calibrate, key_and_value_bits
+from veloxquant_mlx.allocators.vecinfer import calibrate
 from veloxquant_mlx.cache import prompt_cache
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
+from veloxquant_mlx.cache.codebook import key_and_value_bits
 
 
 class ByteTokenizer:

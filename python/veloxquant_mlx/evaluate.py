@@ -49,29 +49,30 @@ def read_windows(tokenizer, text, n_windows, length):
     return np.array(tokens[:wanted], np.int32).reshape(n_windows, length)
 
 
-def evaluate(model, windows, methods, progress=lambda fraction, text: None):
+def evaluate(model, windows, methods, progress=lambda fraction, text: None, score_from=0):
     """Scores caches on `windows` (int [n, length]).
 
     methods: {label: f() -> list of caches, new and empty}; ours must be built with strict=True, so that one pass
     sees what token-by-token decoding would. progress(fraction in 0..1, what). Returns {label: Score}.
+    score_from: so many tokens of each window are a prompt, read first and not scored.
     """
     sums = {label: _Sums() for label in methods}
     exact_nll = 0.0
     steps, done = len(windows) * (1 + len(methods)), 0
     for number, window in enumerate(windows):
         progress(done / steps, f"window {number + 1}/{len(windows)}: exact cache")
-        exact = LogProbs(model, window, native_caches(model))
+        exact = LogProbs(model, window, native_caches(model), score_from)
         exact_nll += exact.nll()
         done += 1
         for label, make_caches in methods.items():
             progress(done / steps, f"window {number + 1}/{len(windows)}: {label}")
             caches = make_caches()
-            sums[label].add(exact, LogProbs(model, window, caches), caches)
+            sums[label].add(exact, LogProbs(model, window, caches, score_from), caches)
             done += 1
             del caches
             mx.clear_cache()
     progress(1.0, "scored")
-    scored = windows.shape[0] * (windows.shape[1] - 1)
+    scored = windows.shape[0] * (windows.shape[1] - 1 - score_from)
     return {label: total.score(scored, windows.size, exact_nll) for label, total in sums.items()}
 
 
@@ -81,14 +82,18 @@ def mean_kl(exact, other):
 
 
 class LogProbs:
-    """The next-token distributions of one pass of a model over `tokens`, from position `start` on.
+    """The next-token distributions of a model over `tokens`, from position `start` on.
 
-    Row t predicts tokens[start + t + 1]; the last token predicts nothing.
+    The tokens before `start` are read first, then the others in one pass. Row t predicts
+    tokens[start + t + 1]; the last token predicts nothing.
     """
 
     def __init__(self, model, tokens, caches, start=0):
         tokens = np.asarray(tokens, np.int32)
-        logits = mx.contiguous(model(mx.array(tokens[None]), cache=caches)[0, start:-1])
+        if start > 0:
+            model(mx.array(tokens[None, :start]), cache=caches)
+            mx.eval([c.state for c in caches])
+        logits = mx.contiguous(model(mx.array(tokens[None, start:]), cache=caches)[0, :-1])
         mx.eval(logits)
         self.targets = tokens[start + 1 :]
         self.n_scored = logits.shape[0]

@@ -128,6 +128,42 @@ TEST(KMeans, SeedsDifferAndRepeat) {
   EXPECT_NE(once, kmeans(x.data(), 500, 500, 4, params).centroids);
 }
 
+// 1,024 vectors, scaled and shifted per dimension: what an adaptive cache fits its tables on.
+TEST(KMeans, NormalStartLosesLessOnOtherVectors) {
+  const float scale[] = {3.0f, 0.5f, 20.0f, 1.0f}, shift[] = {1.0f, -2.0f, 0.0f, 5.0f};
+  auto scaled = [&](int64_t n, uint64_t seed) {
+    std::vector<float> x = gaussian(4 * n, seed);
+    for (int i = 0; i < 4; ++i) {
+      for (int64_t t = 0; t < n; ++t) x[i * n + t] = shift[i] + scale[i] * x[i * n + t];
+    }
+    return x;
+  };
+  const std::vector<float> x = scaled(1024, 9), other = scaled(8192, 10);
+  auto held_out = [&](const KMeansParams& params) {
+    const KMeansResult result = kmeans(x.data(), 1024, 1024, 4, params);
+    std::vector<uint16_t> codes(8192);
+    std::vector<float> distance(8192);
+    nearest_centroids(Backend::reference, other.data(), 8192, 8192, result.centroids.data(), 256, 4,
+                      codes.data(), distance.data());
+    return std::accumulate(distance.begin(), distance.end(), 0.0);
+  };
+  KMeansParams normal;
+  normal.start = KMeansStart::normal;
+  normal.max_iterations = 6;
+  EXPECT_LT(held_out(normal), 0.96 * held_out({}));
+}
+
+TEST(KMeans, NormalStartOnDegenerateVectors) {
+  KMeansParams params;
+  params.start = KMeansStart::normal;
+  const std::vector<float> same(4 * 100, 0.7f);
+  EXPECT_LT(kmeans(same.data(), 100, 100, 4, params).mse_per_dim, 1e-12);
+  for (int64_t n : {1, 3}) {
+    const std::vector<float> few = gaussian(4 * n, 11);
+    for (float v : kmeans(few.data(), n, n, 4, params).centroids) EXPECT_TRUE(std::isfinite(v));
+  }
+}
+
 TEST(KMeans, SeedingDrawsByDistance) {
   // 999 vectors near 0 and one at 100: whatever the first draw is, the second is the other kind.
   std::vector<float> x(1000, 0.0f);

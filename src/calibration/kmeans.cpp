@@ -2,6 +2,8 @@
 // the one that encoding makes. Sums are in double and in a fixed order.
 #include <algorithm>
 #include <cmath>
+#include <map>
+#include <mutex>
 #include <numeric>
 
 #include "src/calibration/lloyd.h"
@@ -125,6 +127,58 @@ std::vector<float> seed_centroids(const Vectors& x, int n_centroids, uint64_t se
   return centroids;
 }
 
+namespace {
+
+// Trained once for each (C, d) of a process, on sums of 12 uniform numbers: no function of the
+// maths library, whose last bits differ between machines. Not under the lock: a thread that waits
+// for its own parallel work may take up another k-means, which would wait for the lock. Two threads
+// that train at once find the same.
+std::vector<float> standard_normal_centroids(int n_centroids, int sub_dim) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, int>, std::vector<float>> known;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find({n_centroids, sub_dim});
+    if (found != known.end()) return found->second;
+  }
+  constexpr int64_t kPerCentroid = 64, kMost = 65536;
+  const int64_t n = std::min(kMost, kPerCentroid * n_centroids);
+  std::vector<float> x(n * sub_dim);
+  SplitMix64 random(0, 0);
+  for (float& value : x) {
+    double sum = -6.0;
+    for (int i = 0; i < 12; ++i) sum += random.uniform();
+    value = static_cast<float>(sum);
+  }
+  KMeansParams params;
+  params.n_centroids = n_centroids;
+  params.max_iterations = 20;
+  int reseeded = 0;
+  const Vectors vectors{x.data(), n, n, sub_dim};
+  std::vector<float> centroids =
+      lloyd(vectors, seed_centroids(vectors, n_centroids, 0), params, &reseeded).centroids;
+  const std::lock_guard<std::mutex> lock(mutex);
+  return known.emplace(std::pair(n_centroids, sub_dim), std::move(centroids)).first->second;
+}
+
+}  // namespace
+
+std::vector<float> normal_centroids(const Vectors& x, int n_centroids) {
+  std::vector<float> centroids = standard_normal_centroids(n_centroids, x.sub_dim);
+  for (int i = 0; i < x.sub_dim; ++i) {
+    double sum = 0, squares = 0;
+    for (int64_t t = 0; t < x.n; ++t) sum += *x.at(i, t);
+    const double mean = sum / static_cast<double>(x.n);
+    for (int64_t t = 0; t < x.n; ++t) squares += (*x.at(i, t) - mean) * (*x.at(i, t) - mean);
+    const double deviation = std::sqrt(squares / static_cast<double>(x.n));
+    for (int c = 0; c < n_centroids; ++c) {
+      float& value = centroids[static_cast<size_t>(c) * x.sub_dim + i];
+      value = static_cast<float>(mean + deviation * value);
+    }
+  }
+  return centroids;
+}
+
 KMeansResult lloyd(const Vectors& x, std::vector<float> centroids, const KMeansParams& params,
                    int* reseeded) {
   std::vector<uint16_t> codes(x.n);
@@ -139,7 +193,9 @@ KMeansResult lloyd(const Vectors& x, std::vector<float> centroids, const KMeansP
   while (result.iterations < params.max_iterations && error > 0.0) {
     std::vector<int64_t> counts(params.n_centroids, 0);
     for (uint16_t code : codes) ++counts[code];
-    const int filled = fill_empty_clusters(distance, codes, counts);
+    // A centroid of the normal start is worth more where it is than on a single vector.
+    const bool reseed = params.start == KMeansStart::plus_plus;
+    const int filled = reseed ? fill_empty_clusters(distance, codes, counts) : 0;
     *reseeded += filled;
     move_to_means(x, codes, counts, centroids);
     ++result.iterations;
@@ -170,8 +226,10 @@ KMeansResult kmeans(const float* x, int64_t x_stride, int64_t n, int sub_dim,
         "[kmeans] x: got NaN or infinity in dimension ", i, ", wanted finite values");
   }
   int reseeded = 0;
-  return lloyd(vectors, seed_centroids(vectors, params.n_centroids, params.seed), params,
-               &reseeded);
+  std::vector<float> start = params.start == KMeansStart::normal
+                                 ? normal_centroids(vectors, params.n_centroids)
+                                 : seed_centroids(vectors, params.n_centroids, params.seed);
+  return lloyd(vectors, std::move(start), params, &reseeded);
 }
 
 }  // namespace veloxquant

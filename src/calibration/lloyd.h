@@ -22,6 +22,9 @@ struct Vectors {
 // proportional to its squared distance from the centroids so far. Returns [C][d].
 std::vector<float> seed_centroids(const Vectors& x, int n_centroids, uint64_t seed);
 
+// Centroids of N(0, I), scaled to the mean and standard deviation of each dimension of x. [C][d].
+std::vector<float> normal_centroids(const Vectors& x, int n_centroids);
+
 // Lloyd's iterations from `centroids` [C][d]. `reseeded` counts the empty clusters that were
 // given a vector.
 KMeansResult lloyd(const Vectors& x, std::vector<float> centroids, const KMeansParams& params,

@@ -7,7 +7,15 @@ import numpy as np
 
 from veloxquant_mlx import _ext
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
-from veloxquant_mlx.cache.codebook import TRANSFORMS, Codebook, Rotations, SmoothFactors, code_bits
+from veloxquant_mlx.cache.codebook import (
+    TABLE_SHAPES,
+    TRANSFORMS,
+    Codebook,
+    Rotations,
+    SmoothFactors,
+    code_bits,
+    key_and_value_bits,
+)
 from veloxquant_mlx.cache.layout import attention_layers, model_fingerprint
 from veloxquant_mlx.text import read_texts
 
@@ -18,20 +26,6 @@ WINDOW_TOKENS = 2048
 # The first tokens of a window draw attention and have keys of their own kind. Caches keep them
 # exact (sinks=4), so they are not trained on.
 SINK_TOKENS = 4
-
-# bits per element -> (dimensions of a sub-vector, centroids)
-TABLE_SHAPES = {1: (8, 256), 1.5: (4, 64), 2: (4, 256), 3: (2, 64), 4: (2, 256), 6: (1, 64), 8: (1, 256)}
-# 2.5 bits in one table would need tables larger than the codes; keys gain more from the third bit than values.
-MIXED_BITS = {2.5: (3, 2)}
-
-
-def key_and_value_bits(bits) -> tuple:
-    """bits: those of both sides, or a pair (keys, values). ValueError where there is no table shape for them."""
-    pair = tuple(bits) if isinstance(bits, (list, tuple)) else MIXED_BITS.get(bits, (bits, bits))
-    if len(pair) != 2 or any(b not in TABLE_SHAPES for b in pair):
-        wanted = ", ".join(f"{b:g}" for b in sorted([*TABLE_SHAPES, *MIXED_BITS]))
-        raise ValueError(f"bits: got {bits!r}, wanted one of {wanted}, or a pair (keys, values) without 2.5")
-    return pair
 
 
 def calibrate_smooth_factors(model, tokenizer, num_samples=64, *, texts=None, progress=None):

@@ -2,11 +2,14 @@
 
 import logging
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from veloxquant_mlx._mlx_lm import accept_kv_cache
+from veloxquant_mlx.cache import adaptive
+from veloxquant_mlx.cache.codebook import key_and_value_bits
 from veloxquant_mlx.cache.codecs import METHODS
 from veloxquant_mlx.cache.kv_cache import VeloxQuantKVCache
 from veloxquant_mlx.cache.layout import attention_layers, model_fingerprint, native_caches
@@ -28,6 +31,8 @@ class KVCacheConfig:
     bits, value_bits: with a codebook the codebook decides, and one log line states the true bits.
     codebook: what train_codebook returned, or arrays [C, d] ... [L, H, M, C, d] for both sides.
     value_codebook: another one for the values, so that they may have other bits; None: `codebook`.
+    codebook="adaptive": none is needed; each sequence is kept exact for its first fit_tokens tokens, then
+    fits tables of its own at `bits` and is packed. fit_per: "subvector" or "head", as codebook_per.
     smooth_factors: lambda of the keys, [D], [H, D] or [L, H, D].
     num_subspaces: sub-vectors per head; checked against the codebook.
     use_fused_sdpa: attend on the packed codes; False hands dense arrays to the model's attention.
@@ -52,6 +57,8 @@ class KVCacheConfig:
     strict: bool = False
     layers: dict | None = None
     codec_options: dict | None = None
+    fit_tokens: int = 2048
+    fit_per: str = "subvector"
 
     def __post_init__(self):
         for name, value in (("method", self.method), ("value_method", self.value_method or self.method)):
@@ -63,13 +70,15 @@ class KVCacheConfig:
                 raise ValueError(f"{name}: got {value!r}, wanted an integer of at least 0")
         if self.strict and not self.use_fused_sdpa:
             raise ValueError("strict: got True with use_fused_sdpa=False, wanted the fused attention")
+        adaptive.check(self)
         if self.codebook is None:
             for name in ("bits", "value_bits"):
                 value = getattr(self, name)
                 if value is not None and value not in BITS:
                     raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(str, BITS))}")
-        METHODS[self.method].check(self, "keys")
-        METHODS[self.value_method or self.method].check(self, "values")
+        if not adaptive.wanted(self):
+            METHODS[self.method].check(self, "keys")
+            METHODS[self.value_method or self.method].check(self, "values")
         self._check_layers()
 
     def _check_layers(self):
@@ -129,6 +138,7 @@ def _cache_maker(model, config):
                 fused=layer.index not in unfused,
                 fingerprint=fingerprint,
                 layer=layer.index,
+                fit_plan=fit_plan(settings),
             )
         return caches
 
@@ -139,6 +149,11 @@ def _codec_makers(model, config, layers):
     """Per layer, a function exact_dtype -> (key codec, value codec)."""
     makers = {}
     for settings, same in _layers_by_config(config, layers):
+        if adaptive.wanted(settings):
+            for layer in same:
+                start = partial(adaptive.starting_codecs, layer.n_kv_heads, layer.head_dim)
+                makers[layer.position] = start, settings
+            continue
         sides = [
             METHODS[method].side_codecs(model, settings, same, side)
             for side, method in (("keys", settings.method), ("values", settings.value_method or settings.method))
@@ -147,6 +162,16 @@ def _codec_makers(model, config, layers):
             makers[layer.position] = (lambda dtype, k=keys, v=values: (k(dtype), v(dtype))), settings
         _log_bits(settings, sides, same)
     return [makers[layer.position] for layer in layers]
+
+
+def fit_plan(config):
+    """The FitPlan of an adaptive configuration, else None."""
+    if not adaptive.wanted(config):
+        return None
+    bits = key_and_value_bits(config.bits)
+    if config.value_bits is not None:
+        bits = (bits[0], key_and_value_bits(config.value_bits)[1])
+    return adaptive.FitPlan(bits, config.fit_tokens, config.fit_per == "head")
 
 
 def _layers_by_config(config, layers):

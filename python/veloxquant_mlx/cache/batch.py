@@ -21,6 +21,7 @@ class BatchVeloxQuantKVCache:
     def __init__(self, rows):
         self.rows = list(rows)
         self._padding = [0] * len(self.rows)  # columns of padding that a row will see before its tokens
+        self._columns = [(0, 0)] * len(self.rows)  # (first, n): tokens of each row in the latest step
         self._expected = [None] * len(self.rows)  # tokens to come before padding; None: all are tokens
 
     @classmethod
@@ -54,11 +55,18 @@ class BatchVeloxQuantKVCache:
             taken = (slice(i, i + 1), slice(None), slice(first, first + n))
             row_keys, row_values = cache.update_and_fetch(keys[taken], values[taken]) if n else cache.fetch()
             rows.append(Row(row_keys, row_values, first, n, start, cache.offset))
+        self._columns = [(row.first, row.n) for row in rows]
         shape = (len(rows), keys.shape[1], width + n_columns, keys.shape[3])
         if self.rows[0].fused:
             encoded = EncodedRows(tuple(rows), shape)
             return encoded, encoded
         return _dense(rows, shape, "keys", keys.dtype), _dense(rows, shape, "values", values.dtype)
+
+    def observe_queries(self, queries):
+        """queries: [B, H_q, n, D] of the columns that update_and_fetch just took; padding is left out."""
+        for i, (cache, (first, n)) in enumerate(zip(self.rows, self._columns)):
+            if n:
+                cache.observe_queries(queries[i : i + 1, :, first : first + n])
 
     def make_mask(self, n, return_array=False, window_size=None):
         padding = mx.array(self._left_padding())
@@ -80,12 +88,13 @@ class BatchVeloxQuantKVCache:
             self._expected = [int(n) for n in lengths]
 
     def finalize(self):
+        self._columns = [(0, 0)] * len(self.rows)  # (first, n): tokens of each row in the latest step
         self._expected = [None] * len(self.rows)
 
     def filter(self, batch_indices):
         """Keeps the given rows, in the given order."""
         indices = batch_indices.tolist() if isinstance(batch_indices, mx.array) else list(batch_indices)
-        for name in ("rows", "_padding", "_expected"):
+        for name in ("rows", "_padding", "_expected", "_columns"):
             setattr(self, name, [getattr(self, name)[i] for i in indices])
 
     def extend(self, other):
@@ -93,6 +102,7 @@ class BatchVeloxQuantKVCache:
         self.rows = self.rows + other.rows
         self._padding = self._padding + other._padding
         self._expected = self._expected + other._expected
+        self._columns = self._columns + other._columns
 
     def extract(self, index) -> VeloxQuantKVCache:
         """The cache of one row, on its own."""
@@ -118,6 +128,10 @@ class BatchVeloxQuantKVCache:
     @property
     def nbytes(self) -> int:
         return sum(row.nbytes for row in self.rows)
+
+    @property
+    def owns_tables(self) -> bool:
+        return any(row.owns_tables for row in self.rows)
 
     @property
     def codecs(self) -> tuple:

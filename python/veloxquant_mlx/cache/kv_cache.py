@@ -1,6 +1,7 @@
 """The cache object that mlx_lm drives: one per attention layer, a thin shell over the C++ ArrayCache."""
 
 import logging
+from dataclasses import replace
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
@@ -8,6 +9,7 @@ from mlx_lm.models.base import create_causal_mask
 
 from veloxquant_mlx import _ext
 from veloxquant_mlx.cache import state as states
+from veloxquant_mlx.cache.adaptive import Fit, fit
 from veloxquant_mlx.metal.fused_sdpa import patch_mlx_lm_for_fused_sdpa
 
 log = logging.getLogger("veloxquant_mlx")
@@ -19,10 +21,25 @@ class VeloxQuantKVCache:
     make_codecs(exact_dtype) -> (key codec, value codec): called at the first update, when the
     model's dtype is known (exact tokens are kept in bf16 for bf16 models, else in fp16).
     fingerprint, layer: the model and the place in it that the cache belongs to; saved with it.
+    fit_plan: the cache starts with exact codecs and fits its own later (cache/adaptive.py).
     """
 
-    def __init__(self, make_codecs, *, window=64, sinks=4, strict=False, fused=True, fingerprint=None, layer=None):
+    def __init__(
+        self,
+        make_codecs,
+        *,
+        window=64,
+        sinks=4,
+        strict=False,
+        fused=True,
+        fingerprint=None,
+        layer=None,
+        fit_plan=None,
+    ):
         self._make_codecs = make_codecs
+        self._fit = None if fit_plan is None else Fit(fit_plan)  # None once done
+        self.owns_tables = fit_plan is not None
+        self.fit_report = None
         self._window, self._sinks = window, sinks
         self.strict, self.fused = strict, fused
         self.fingerprint, self.layer = fingerprint, layer
@@ -44,7 +61,28 @@ class VeloxQuantKVCache:
         attention, or dense arrays (dequantised history) where the layer cannot use it."""
         if self._core is None:
             self._start(keys.dtype)
+        if self._fit is not None and self._core.length >= self._fit.plan.tokens:
+            self._fit_now()
         return self._handed_out(self._core.update(keys, values, self.strict))
+
+    def _fit_now(self):
+        """Waits for the tokens so far to be evaluated, once in the life of a sequence."""
+        self._codecs, self._core, self.fit_report = fit(
+            self._core, self._fit.plan, self._fit.moments, self._window, self._sinks, self._exact_dtype
+        )
+        self._fit = None
+        log.info(
+            "layer %s: tables fitted on %d tokens in %.2f s, %d bytes",
+            self.layer,
+            self.fit_report.tokens,
+            self.fit_report.seconds,
+            sum(codec.nbytes for codec in self._codecs),
+        )
+
+    def observe_queries(self, queries):
+        """queries: [B, H_q, n, D] of the tokens that update_and_fetch just took; called by the attention hook."""
+        if self._fit is not None:
+            self._fit.moments.add(queries, self._codecs[0].n_kv_heads)
 
     def fetch(self):
         """What is held now, in the form of update_and_fetch; (None, None) before the first update."""
@@ -69,18 +107,19 @@ class VeloxQuantKVCache:
     @property
     def state(self) -> tuple:
         """Everything: text, checksum, arrays (cache/state.py). Lazy and cheap."""
-        return states.pack(self._settings(), self._codecs, self._core, self._exact_dtype)
+        return states.pack(self._settings(), self._codecs, self._core, self._exact_dtype, self._fit)
 
     @state.setter
     def state(self, state):
-        settings, self._codecs, self._core, self._exact_dtype = states.unpack(state)
+        settings, self._codecs, self._core, self._exact_dtype, self._fit = states.unpack(state)
         self._window, self._sinks = settings["window"], settings["sinks"]
         self.strict, self.fused = settings["strict"], settings["fused"]
         self.fingerprint, self.layer = settings["fingerprint"], settings["layer"]
+        self.owns_tables = settings["owns_tables"]
 
     def interchange_state(self) -> tuple:
         """The same for files, in an order that does not depend on the layout in memory; evaluated."""
-        return states.pack(self._settings(), self._codecs, self._core, self._exact_dtype, interchange=True)
+        return states.pack(self._settings(), self._codecs, self._core, self._exact_dtype, self._fit, interchange=True)
 
     def _settings(self):
         return {
@@ -90,6 +129,7 @@ class VeloxQuantKVCache:
             "sinks": self._sinks,
             "strict": self.strict,
             "fused": self.fused,
+            "owns_tables": self.owns_tables,
         }
 
     @classmethod
@@ -133,19 +173,23 @@ class VeloxQuantKVCache:
         )
         copy._codecs, copy._exact_dtype = self._codecs, self._exact_dtype
         copy._core = None if self._core is None else self._core.copy()
+        copy._fit = None if self._fit is None else Fit(self._fit.plan, replace(self._fit.moments))
+        copy.owns_tables, copy.fit_report = self.owns_tables, self.fit_report
         return copy
 
     # What it holds.
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this sequence: packed codes and exact tokens, the capacity of the latter included."""
-        return 0 if self._core is None else self._core.nbytes
+        """Bytes of this sequence: packed codes and exact tokens, the capacity of the latter included;
+        tables too where they were fitted on it."""
+        tables = sum(codec.nbytes for codec in self.codecs) if self.owns_tables else 0
+        return tables + (0 if self._core is None else self._core.nbytes)
 
     @property
     def shared_nbytes(self) -> int:
         """Bytes of the tables and transforms: once per model, however many sequences."""
-        return sum(codec.nbytes for codec in self.codecs)
+        return shared_nbytes([self])
 
     @property
     def codecs(self) -> tuple:
@@ -175,6 +219,7 @@ mlx_lm_cache.VeloxQuantKVCache = VeloxQuantKVCache
 
 
 def shared_nbytes(caches) -> int:
-    """Bytes of the tables of all `caches`, each table counted once."""
-    codecs = {id(codec): codec for c in caches for codec in getattr(c, "codecs", ())}
+    """Bytes of the tables that sequences share, of all `caches`, each table counted once."""
+    sharing = [c for c in caches if not getattr(c, "owns_tables", False)]
+    codecs = {id(codec): codec for c in sharing for codec in getattr(c, "codecs", ())}
     return sum(codec.nbytes for codec in codecs.values())

@@ -13,6 +13,7 @@ import json
 import mlx.core as mx
 
 from veloxquant_mlx import _ext
+from veloxquant_mlx.cache.adaptive import Fit, FitPlan, QueryMoments
 
 FORMAT, VERSION = "veloxquant-cache", 2
 ORDERS = ("memory", "interchange")
@@ -23,12 +24,13 @@ SETTINGS = {
     "sinks": (int,),
     "strict": (bool,),
     "fused": (bool,),
+    "owns_tables": (bool,),
 }
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
-def pack(settings: dict, codecs, core, exact_dtype, interchange=False) -> tuple:
-    """settings: SETTINGS of the cache. core: None before its first use."""
+def pack(settings: dict, codecs, core, exact_dtype, fit=None, interchange=False) -> tuple:
+    """settings: SETTINGS of the cache. core: None before its first use. fit: an adaptive.Fit to come."""
     header = {"format": FORMAT, "version": VERSION, "order": ORDERS[interchange], **settings}
     arrays = []
     if core is not None:
@@ -36,13 +38,17 @@ def pack(settings: dict, codecs, core, exact_dtype, interchange=False) -> tuple:
         header["codecs"] = [_described(codec) for codec in codecs]
         header["positions"] = core.positions()
         arrays = [a for codec in codecs for _, a in sorted(codec.arrays.items())]
+        if fit is not None:
+            header["fit"] = {"plan": fit.plan.as_dict(), "queries": fit.moments.count}
+            arrays += [] if fit.moments.squares is None else [fit.moments.squares]
         arrays += core.interchange_arrays() if interchange else core.arrays()
     text = json.dumps(header)
     return text, _ext.checksum(text, arrays), *arrays
 
 
 def unpack(state) -> tuple:
-    """(settings, codecs, core, exact dtype); the last three None where the cache was never used.
+    """(settings, codecs, core, exact dtype, fit); the last four None where the cache was never used,
+    the last where no fit is to come.
     ValueError with one sentence where the state is damaged, inconsistent or of another version."""
     header, arrays = _verified(state)
     try:
@@ -80,7 +86,7 @@ def _rebuilt(header, arrays):
     if "codecs" not in header:
         if arrays:
             raise ValueError(f"state: got {len(arrays)} arrays without a codec, wanted none")
-        return settings, None, None, None
+        return settings, None, None, None, None
     exact_dtype = _DTYPES[header["exact_dtype"]]
     if len(header["codecs"]) != 2:
         raise ValueError(f"state: got {len(header['codecs'])} codecs, wanted those of keys and values")
@@ -91,9 +97,25 @@ def _rebuilt(header, arrays):
             raise ValueError(f"state: got {len(arrays)} arrays for the codec of the {side}, wanted at least {n}")
         codecs.append(_restored(side, description, arrays[:n]))
         arrays = arrays[n:]
+    fit, arrays = _restored_fit(header.get("fit"), codecs[0], arrays)
     core = _ext.ArrayCache(*codecs, settings["window"], settings["sinks"], exact_dtype)
     core.restore(arrays, header["positions"], header["order"] == "interchange")
-    return settings, tuple(codecs), core, exact_dtype
+    return settings, tuple(codecs), core, exact_dtype, fit
+
+
+def _restored_fit(described, codec, arrays):
+    """(the fit to come or None, the arrays that follow its own)."""
+    if described is None:
+        return None, arrays
+    fit = Fit(FitPlan.from_dict(described["plan"]), QueryMoments(count=described["queries"]))
+    if codec.method != "exact" or type(fit.moments.count) is not int or fit.moments.count < 0:
+        raise ValueError(f"state: got a fit of {described!r:.80} for {codec.name} codes, wanted one for exact tokens")
+    if fit.moments.count > 0:
+        squares, *arrays = arrays
+        if squares.shape != (codec.n_kv_heads, codec.head_dim) or squares.dtype != mx.float32:
+            raise ValueError(f"state: got query moments {squares.shape}, wanted those of each head")
+        fit.moments.squares = squares
+    return fit, arrays
 
 
 def _described(codec) -> dict:

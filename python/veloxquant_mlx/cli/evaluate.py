@@ -26,6 +26,9 @@ def command(
     artifacts: options.Artifacts = None,
     windows: Annotated[int, typer.Option(help="How many windows of the text to score.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    score_from: Annotated[
+        int, typer.Option(help="Tokens of each window that are a prompt: read first, not scored.")
+    ] = 0,
     window: options.Window = 64,
     sinks: options.Sinks = 4,
     plot: Annotated[
@@ -38,9 +41,12 @@ def command(
     Perplexity, mean KL, top-1 agreement and bytes per token."""
     names, widths = check_methods(",".join(method)), check_bits(bits)
     for option, value, least in (
-        ("--windows", windows, 1), ("--length", length, 2), ("--window", window, 1), ("--sinks", sinks, 0)
+        ("--windows", windows, 1), ("--length", length, 2), ("--window", window, 1), ("--sinks", sinks, 0),
+        ("--score-from", score_from, 0),
     ):  # fmt: skip
         check_at_least(option, value, least)
+    if score_from > length - 2:
+        raise ValueError(f"--score-from: got {score_from}, wanted at most {length - 2} (--length less 2)")
     if artifacts is not None and len(widths) > 1:
         raise ValueError("--bits: got several values with --artifacts, whose codebook decides the bits; wanted one")
     if plot is not None and not Path(plot).absolute().parent.is_dir():
@@ -55,7 +61,7 @@ def command(
     chosen = make_methods(model, loaded, tokenizer, names, widths, artifacts, window, sinks)
     with output.progress() as report:
         builders = {m.label: (lambda m=m: m.build(loaded, strict=True)) for m in chosen}
-        scores = evaluate(loaded, tokens, builders, report)
+        scores = evaluate(loaded, tokens, builders, report, score_from)
     if plot is not None:
         draw(scores, plot)
     if json:

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from veloxquant_mlx.allocators.vecinfer import key_and_value_bits
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
+from veloxquant_mlx.cache.codebook import key_and_value_bits
 from veloxquant_mlx.cache.layout import native_caches
 
 METHODS = {
     "vecinfer": "packed product-quantised codes, attention on the codes",
+    "adaptive": "vecinfer with tables fitted on the prompt itself; no calibration",
     "fp16": "VeloxQuant's exact cache, 2 bytes an element",
     "exact": "mlx_lm's own cache, in the model's dtype",
     "mlx4": "mlx_lm's QuantizedKVCache, 4 bits, groups of 64",
@@ -19,15 +20,17 @@ class CacheMethod:
     """A method with everything that it needs to make caches for a model."""
 
     name: str
-    bits: tuple = (16.0, 16.0)  # of keys and values; vecinfer only
+    bits: tuple = (16.0, 16.0)  # of keys and values; vecinfer and adaptive
     window: int = 64
     sinks: int = 4
     smooth_factors: object = None
     codebook: object = None
+    fit_tokens: int = 1024  # adaptive
+    fit_per: str = "subvector"
 
     @property
     def label(self):
-        return f"{self.name} {bits_text(self.bits)} bits" if self.name == "vecinfer" else self.name
+        return f"{self.name} {bits_text(self.bits)} bits" if self.name in ("vecinfer", "adaptive") else self.name
 
     def build(self, model, strict=False):
         """One new cache per layer. strict: every query sees what token-by-token decoding would."""
@@ -41,7 +44,11 @@ class CacheMethod:
                 "codebook": self.codebook,
                 "smooth_factors": self.smooth_factors,
             }
-        return KVCacheBuilder.build(model, KVCacheConfig(method=self.name, **options))
+        if self.name == "adaptive":
+            options |= {"bits": self.bits[0], "value_bits": self.bits[1], "codebook": "adaptive"}
+            options |= {"fit_tokens": self.fit_tokens, "fit_per": self.fit_per}
+        method = "vecinfer" if self.name == "adaptive" else self.name
+        return KVCacheBuilder.build(model, KVCacheConfig(method=method, **options))
 
 
 def kernel(caches):

@@ -29,6 +29,8 @@ def make_methods(model_name, model, tokenizer, names, bits, artifacts=None, wind
         if name == "vecinfer":
             for b, (smooth_factors, codebook) in found.items():
                 methods.append(CacheMethod(name, b, window, sinks, smooth_factors, codebook))
+        elif name == "adaptive":
+            methods.extend(CacheMethod(name, b, window, sinks) for b in bits)
         else:
             methods.append(CacheMethod(name, window=window, sinks=sinks))
     return methods

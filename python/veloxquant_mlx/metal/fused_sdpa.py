@@ -59,10 +59,10 @@ def metal_fused_sdpa(
 def _hook(original):
     @functools.wraps(original)
     def scaled_dot_product_attention(queries, keys, values, cache, scale, mask=None, sinks=None):
+        # Calibration and adaptive caches: nobody else sees post-RoPE queries.
+        if isinstance(keys, (EncodedTensor, EncodedRows)) and hasattr(cache, "observe_queries"):
+            cache.observe_queries(queries)
         if isinstance(keys, EncodedTensor):
-            # Calibration's stand-in for a cache: nobody else sees post-RoPE queries.
-            if hasattr(cache, "observe_queries"):
-                cache.observe_queries(queries)
             return metal_fused_sdpa(queries, keys, values, scale, mask, sinks=sinks)
         if isinstance(keys, EncodedRows):
             return attend_rows(metal_fused_sdpa, queries, keys, mask, scale=scale, sinks=sinks)

@@ -1,0 +1,157 @@
+"""codebook="adaptive": rotations and tables fitted on the sequence itself, no calibration.
+
+A cache starts exact. When `tokens` have come, at the next update, each layer fits learned rotations and
+tables to its own keys, values and queries, encodes all that is older than the window, and goes on as
+any other cache. The tables belong to the sequence: its nbytes count them, its files carry them.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from veloxquant_mlx import _ext
+from veloxquant_mlx.cache.codebook import TABLE_SHAPES, key_and_value_bits
+from veloxquant_mlx.cache.codecs import exact, vecinfer
+
+# From centroids of a normal distribution (C++: KMeansStart::normal) more iterations only over-fit.
+ITERATIONS = 6
+
+
+def wanted(config) -> bool:
+    return isinstance(config.codebook, str)
+
+
+def check(config) -> None:
+    """ValueError naming the field of the KVCacheConfig that does not go with codebook="adaptive"."""
+    if not isinstance(config.fit_tokens, int) or isinstance(config.fit_tokens, bool) or config.fit_tokens < 1:
+        raise ValueError(f"fit_tokens: got {config.fit_tokens!r}, wanted an integer of at least 1")
+    if config.fit_per not in ("subvector", "head"):
+        raise ValueError(f"fit_per: got {config.fit_per!r}, wanted 'subvector' or 'head'")
+    if not wanted(config):
+        return
+    if config.codebook != "adaptive":
+        raise ValueError(f"codebook: got {config.codebook!r}, wanted 'adaptive', a Codebook or an array")
+    if config.method != "vecinfer" or config.value_method not in (None, "vecinfer"):
+        raise ValueError(f"method: got {config.method!r} with codebook='adaptive', wanted 'vecinfer' for both sides")
+    for name in ("value_codebook", "smooth_factors", "num_subspaces"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name}: got one with codebook='adaptive', which fits its own, wanted none")
+    for name in ("bits", "value_bits"):
+        if getattr(config, name) is not None:
+            key_and_value_bits(getattr(config, name))
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """bits: of keys and of values. tokens: how many are waited for. per_head: one table for all
+    sub-vectors of a head, which a short sequence pays for sooner."""
+
+    bits: tuple
+    tokens: int
+    per_head: bool = False
+
+    def as_dict(self) -> dict:
+        return {"bits": list(self.bits), "tokens": self.tokens, "per_head": self.per_head}
+
+    @classmethod
+    def from_dict(cls, fields):
+        bits, tokens, per_head = fields["bits"], fields["tokens"], fields["per_head"]
+        known = isinstance(bits, list) and len(bits) == 2 and all(b in TABLE_SHAPES for b in bits)
+        if not (known and type(tokens) is int and tokens >= 1 and type(per_head) is bool):
+            raise ValueError(f"state: got a fit of {fields!r:.80}, wanted bits, tokens and per_head")
+        return cls(tuple(bits), tokens, per_head)
+
+
+@dataclass
+class QueryMoments:
+    """Sums of the squares of the queries of each KV head, which weigh the error of the keys."""
+
+    squares: mx.array | None = None  # fp32 [H_kv, D]
+    count: int = 0
+
+    def add(self, queries, n_kv_heads):
+        """queries: [B, H_q, n, D], post-RoPE."""
+        batch, heads, n, dim = queries.shape
+        squares = mx.square(queries.astype(mx.float32))
+        squares = mx.where(mx.isfinite(squares), squares, 0).sum(axis=(0, 2))
+        squares = squares.reshape(n_kv_heads, heads // n_kv_heads, dim).sum(axis=1)
+        self.squares = squares if self.squares is None else self.squares + squares
+        self.count += batch * n * (heads // n_kv_heads)
+
+    def mean(self):
+        """E q_i^2, fp32 [H_kv, D]; None where the layer's attention never showed its queries."""
+        return None if self.squares is None else self.squares / self.count
+
+
+@dataclass
+class Fit:
+    """A fit that is still to come: the plan, and what was seen so far."""
+
+    plan: FitPlan
+    moments: QueryMoments = field(default_factory=QueryMoments)
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a fit cost and gave, for one layer."""
+
+    tokens: int
+    seconds: float
+    relative_error: dict  # side -> [H_kv]: |y - y^|^2 / |y|^2 on the tokens it was fitted on
+
+
+def starting_codecs(n_kv_heads, head_dim, dtype):
+    return tuple(exact.codec(side, n_kv_heads, head_dim, dtype) for side in ("keys", "values"))
+
+
+def fit(core, plan, moments, window, sinks, dtype):
+    """core: the exact _ext.ArrayCache so far. Returns (codecs, a core that holds its tokens packed, FitReport)."""
+    started = time.perf_counter()
+    sides = exact_history(core, sinks, dtype)
+    codecs, errors = [], {}
+    for side, x, bits, queries in zip(("keys", "values"), sides, plan.bits, (moments.mean(), None)):
+        codec, errors[side] = _fit_side(side, x[0, :, min(sinks, x.shape[2] - 1) :], bits, queries, plan.per_head)
+        codecs.append(codec)
+    packed = _ext.ArrayCache(*codecs, window, sinks, dtype)
+    packed.update(*sides)
+    mx.eval(packed.arrays())
+    return tuple(codecs), packed, FitReport(core.length, time.perf_counter() - started, errors)
+
+
+def _fit_side(side, x, bits, query_moments, per_head):
+    """x: 16-bit [H_kv, n, D]."""
+    sub_dim, n_centroids = TABLE_SHAPES[bits]
+    n_subvectors = x.shape[2] // sub_dim
+    rotation, weight = _ext.learned_rotation(x, query_moments, n_subvectors=n_subvectors)
+    encode, query = _ext.rotation_matrices(rotation, weight) if query_moments is not None else (rotation, rotation)
+    tables, error = _ext.train_tables(
+        x,
+        encode_matrix=encode,
+        query_matrix=query,
+        n_subvectors=n_subvectors,
+        n_centroids=n_centroids,
+        per_head=per_head,
+        max_iterations=ITERATIONS,
+        start="normal",
+    )
+    codec = vecinfer.codec(side, tables, n_subvectors, encode_matrix=encode, query_matrix=query)
+    return codec, [round(e, 6) for e in error]
+
+
+def exact_history(core, sinks, dtype):
+    """The tokens of a cache of exact codecs, in their order: (keys, values), 16-bit [B, H_kv, length, D]."""
+    exact_arrays, spans = core.arrays()[:2], core.arrays()[2:]
+    length, tail_start, *positions = core.positions()
+    counts = [64 * (n - 1) + last for _, n, last in np.reshape(positions, (-1, 3)).tolist()]
+    sides = []
+    for i, stored in enumerate(exact_arrays):
+        batch, heads, _, dim = stored.shape
+        parts = [stored[:, :, : min(sinks, length)]]
+        for span, count in zip(spans[i * len(counts) : (i + 1) * len(counts)], counts):
+            tokens = span.view(dtype).reshape(batch, heads, -1, dim)
+            parts.append(tokens[:, :, :count])
+        parts.append(stored[:, :, sinks : sinks + max(0, length - tail_start)])
+        sides.append(mx.concatenate(parts, axis=2))
+    return sides
