@@ -26,6 +26,16 @@ struct RabitqOptions {
 
 CodecPtr make_rabitq_codec(Side side, int n_kv_heads, int head_dim, const RabitqOptions& options);
 
+// The 1-bit codes of n tokens of fp32 [n][dim] in the layout of the scans, [n][dim / 8], and what
+// their scores are multiplied with, [n]: fp32, the unbiased scalar |y|^2 / |y|_1 of the codec
+// before it is rounded to 16 bits. dim: a multiple of 8 up to 1024. NaN counts as 0, infinities as
+// +-65504.
+void rabitq_encode(Backend backend, const float* x, int64_t n, int dim, uint64_t seed,
+                   uint8_t* codes, float* factors);
+
+// In place on n rows of fp32 [n][dim]: the rotation of that seed, for queries.
+void rabitq_rotate(Backend backend, float* rows, int64_t n, int dim, uint64_t seed);
+
 // out[i] = popcount(query XOR codes[i]) * scale + offset[i], over the first n_dims bits, least
 // significant bit first; lower is closer. A pre-filter: its expectation is not linear in the
 // inner product. codes: [n][ceil(n_dims / 8)], out and offset: [n]. n_dims: 1..32768.

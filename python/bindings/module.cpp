@@ -20,4 +20,5 @@ NB_MODULE(_ext, m) {
   veloxquant::bind_calibration(m);
   veloxquant::bind_artifacts(m);
   veloxquant::bind_vecinfer(m);
+  veloxquant::bind_signs(m);
 }

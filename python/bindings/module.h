@@ -13,5 +13,6 @@ void bind_cache(nanobind::module_& m);        // codecs, snapshots, the cache, a
 void bind_calibration(nanobind::module_& m);  // smooth factors, codebooks
 void bind_artifacts(nanobind::module_& m);    // the store
 void bind_vecinfer(nanobind::module_& m);     // the functions of metal/_vecinfer.py
+void bind_signs(nanobind::module_& m);        // RaBitQ and QJL functions
 
 }  // namespace veloxquant

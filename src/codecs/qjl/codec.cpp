@@ -96,9 +96,9 @@ class QjlCodec final : public Codec {
 
   void unpack_tokens(const uint8_t* block, int n_tokens, uint8_t* rows) const override {
     const int64_t stride = token_bytes();
-    planes_to_rows(block, layout_.m, n_tokens, rows, stride);
-    planes_to_rows(block + layout_.outlier_planes_at(), layout_.m_out, n_tokens,
-                   rows + layout_.m / 8, stride);
+    rabitq::planes_to_rows(block, layout_.m, n_tokens, rows, stride);
+    rabitq::planes_to_rows(block + layout_.outlier_planes_at(), layout_.m_out, n_tokens,
+                           rows + layout_.m / 8, stride);
     for (int t = 0; t < n_tokens; ++t) {
       uint8_t* row = rows + t * stride + layout_.token_signs();
       row = std::copy_n(block + layout_.channels_at(), layout_.n_channels, row);
@@ -110,9 +110,9 @@ class QjlCodec final : public Codec {
   void pack_tokens(const uint8_t* rows, int n_tokens, uint8_t* block) const override {
     const int64_t stride = token_bytes();
     std::memset(block, 0, static_cast<size_t>(block_bytes()));
-    rows_to_planes(rows, stride, layout_.m, n_tokens, block);
-    rows_to_planes(rows + layout_.m / 8, stride, layout_.m_out, n_tokens,
-                   block + layout_.outlier_planes_at());
+    rabitq::rows_to_planes(rows, stride, layout_.m, n_tokens, block);
+    rabitq::rows_to_planes(rows + layout_.m / 8, stride, layout_.m_out, n_tokens,
+                           block + layout_.outlier_planes_at());
     for (int t = 0; t < n_tokens; ++t) {
       const uint8_t* row = rows + t * stride + layout_.token_signs();
       if (t == 0) std::copy_n(row, layout_.n_channels, block + layout_.channels_at());

@@ -13,47 +13,6 @@
 namespace veloxquant {
 namespace qjl {
 
-// Bit k of byte i <-> bit i of byte k: three swaps of ever larger squares (Hacker's Delight 7-3).
-static uint64_t transpose_bits(uint64_t x) {
-  uint64_t t = (x ^ (x >> 7)) & 0x00aa00aa00aa00aaull;
-  x ^= t ^ (t << 7);
-  t = (x ^ (x >> 14)) & 0x0000cccc0000ccccull;
-  x ^= t ^ (t << 14);
-  t = (x ^ (x >> 28)) & 0x00000000f0f0f0f0ull;
-  return x ^ t ^ (t << 28);
-}
-
-void planes_to_rows(const uint8_t* planes, int m, int n_tokens, uint8_t* rows, int64_t row_stride) {
-  for (int byte = 0; byte < m / 8; ++byte) {
-    for (int first = 0; first < n_tokens; first += 8) {
-      uint64_t square = 0;
-      for (int k = 0; k < 8; ++k) {
-        const uint8_t* plane = planes + (8 * byte + k) * rabitq::kPlaneBytes;
-        square |= static_cast<uint64_t>(plane[first / 8]) << (8 * k);
-      }
-      square = transpose_bits(square);
-      for (int t = first; t < std::min(first + 8, n_tokens); ++t, square >>= 8) {
-        rows[t * row_stride + byte] = static_cast<uint8_t>(square);
-      }
-    }
-  }
-}
-
-void rows_to_planes(const uint8_t* rows, int64_t row_stride, int m, int n_tokens, uint8_t* planes) {
-  for (int byte = 0; byte < m / 8; ++byte) {
-    for (int first = 0; first < n_tokens; first += 8) {
-      uint64_t square = 0;
-      for (int t = first; t < std::min(first + 8, n_tokens); ++t) {
-        square |= static_cast<uint64_t>(rows[t * row_stride + byte]) << (8 * (t - first));
-      }
-      square = transpose_bits(square);
-      for (int k = 0; k < 8; ++k, square >>= 8) {
-        planes[(8 * byte + k) * rabitq::kPlaneBytes + first / 8] = static_cast<uint8_t>(square);
-      }
-    }
-  }
-}
-
 void column_norms(const float* x_t, int dim, float* norms) {
   float sums[kBlockTokens] = {};
   for (int d = 0; d < dim; ++d) {
@@ -65,13 +24,6 @@ void column_norms(const float* x_t, int dim, float* norms) {
 }
 
 namespace {
-
-// NaN counts as 0, infinities as the largest fp16.
-float finite(float x) {
-  if (is_finite_bits(bits_of(x))) return x;
-  if (x != x) return 0.0f;
-  return x > 0 ? 65504.0f : -65504.0f;
-}
 
 // Sums of +-q for every byte of signs: table[b][v] = sum of the 8 queries of byte b under v.
 constexpr int kTableBytes = 16;  // 16 tables of 256: 16 KB, half of L1
@@ -152,13 +104,13 @@ void qjl_encode(Backend backend, const float* x, int64_t n, int dim, const float
     const int count = static_cast<int>(end - begin);
     std::vector<float> tile(static_cast<size_t>(dim) * kBlockTokens);
     rabitq::to_tile(x + begin * dim, count, dim, tile.data());
-    for (float& value : tile) value = qjl::finite(value);
+    for (float& value : tile) value = rabitq::finite_or_clamped(value);
     std::vector<float> sketched(static_cast<size_t>(m) * kBlockTokens);
     qjl::project_of(backend)(sketch, m, dim, tile.data(), sketched.data());
     std::vector<uint8_t> planes(rabitq::plane_bytes(m, 1));
     float squares[kBlockTokens], sums[kBlockTokens], levels[kBlockTokens];
     rabitq::levels_of(backend).encode(sketched.data(), m, 1, planes.data(), squares, sums, levels);
-    qjl::planes_to_rows(planes.data(), m, count, signs + begin * (m / 8), m / 8);
+    rabitq::planes_to_rows(planes.data(), m, count, signs + begin * (m / 8), m / 8);
     float lengths[kBlockTokens];
     qjl::column_norms(tile.data(), dim, lengths);
     for (int t = 0; t < count; ++t) {

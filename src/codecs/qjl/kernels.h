@@ -17,10 +17,6 @@ inline ProjectTile project_of(Backend backend) {
   return backend == Backend::reference ? reference_project() : cpu_project();
 }
 
-// Planes of one bit, [m][8 bytes], as rows of m bits, [n_tokens][m / 8], and back (planes zero).
-void planes_to_rows(const uint8_t* planes, int m, int n_tokens, uint8_t* rows, int64_t row_stride);
-void rows_to_planes(const uint8_t* rows, int64_t row_stride, int m, int n_tokens, uint8_t* planes);
-
 // norms[t] = |column t|, ascending sum of squares.
 void column_norms(const float* x_t, int dim, float* norms);
 

@@ -358,14 +358,14 @@ TEST(Format, RowsAndPlanesAreEachOthersInverse) {
     for (int n : {1, 7, 8, 33, 64}) {
       std::vector<uint8_t> rows(n * m / 8), back(rows.size()), planes(m * 8, 0);
       for (uint8_t& b : rows) b = static_cast<uint8_t>(random.next());
-      qjl::rows_to_planes(rows.data(), m / 8, m, n, planes.data());
+      rabitq::rows_to_planes(rows.data(), m / 8, m, n, planes.data());
       for (int t = 0; t < n; ++t) {
         for (int j = 0; j < m; ++j) {
           ASSERT_EQ((planes[j * 8 + t / 8] >> (t % 8)) & 1,
                     (rows[t * m / 8 + j / 8] >> (j % 8)) & 1);
         }
       }
-      qjl::planes_to_rows(planes.data(), m, n, back.data(), m / 8);
+      rabitq::planes_to_rows(planes.data(), m, n, back.data(), m / 8);
       EXPECT_EQ(back, rows);
     }
   }

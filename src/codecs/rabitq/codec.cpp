@@ -14,6 +14,12 @@ namespace veloxquant {
 namespace rabitq {
 namespace {
 
+int check_dim(int head_dim) {
+  require(head_dim >= 8 && head_dim <= kMaxHeadDim && head_dim % 8 == 0, "[rabitq] head_dim: got ",
+          head_dim, ", wanted a multiple of 8 up to ", kMaxHeadDim);
+  return head_dim;
+}
+
 const char* const kScaleNames[] = {"unbiased", "reconstruction", "norm"};
 
 class RabitqCodec final : public Codec {
@@ -130,12 +136,6 @@ class RabitqCodec final : public Codec {
   }
 
  private:
-  static int check_dim(int head_dim) {
-    require(head_dim >= 8 && head_dim <= kMaxHeadDim && head_dim % 8 == 0,
-            "[rabitq] head_dim: got ", head_dim, ", wanted a multiple of 8 up to ", kMaxHeadDim);
-    return head_dim;
-  }
-
   const float* mean_of(int kv_head) const {
     return mean_.empty() ? nullptr : mean_.data() + static_cast<int64_t>(kv_head) * head_dim();
   }
@@ -183,6 +183,31 @@ void load_scalars(const uint8_t* bytes, int n, float* values) {
 
 CodecPtr make_rabitq_codec(Side side, int n_kv_heads, int head_dim, const RabitqOptions& options) {
   return std::make_shared<rabitq::RabitqCodec>(side, n_kv_heads, head_dim, options);
+}
+
+void rabitq_encode(Backend backend, const float* x, int64_t n, int dim, uint64_t seed,
+                   uint8_t* codes, float* factors) {
+  const Rotation rotation(rabitq::check_dim(dim), seed);
+  parallel_ranges(n, kBlockTokens, [&](int64_t begin, int64_t end) {
+    const int count = static_cast<int>(end - begin);
+    std::vector<float> rows(x + begin * dim, x + end * dim);
+    for (float& value : rows) value = rabitq::finite_or_clamped(value);
+    rotation.forward(backend, rows.data(), count);
+    std::vector<float> tile(static_cast<size_t>(dim) * kBlockTokens);
+    rabitq::to_tile(rows.data(), count, dim, tile.data());
+    std::vector<uint8_t> planes(rabitq::plane_bytes(dim, 1));
+    float squares[kBlockTokens], dots[kBlockTokens], levels[kBlockTokens];
+    rabitq::levels_of(backend).encode(tile.data(), dim, 1, planes.data(), squares, dots, levels);
+    rabitq::planes_to_rows(planes.data(), dim, count, codes + begin * (dim / 8), dim / 8);
+    for (int t = 0; t < count; ++t) {
+      factors[begin + t] = dots[t] > 0.0f ? squares[t] / dots[t] : 0.0f;
+    }
+  });
+}
+
+void rabitq_rotate(Backend backend, float* rows, int64_t n, int dim, uint64_t seed) {
+  const Rotation rotation(rabitq::check_dim(dim), seed);
+  rotation.forward(backend, rows, n);
 }
 
 CodecPtr rabitq_from_spec(const CodecSpec& spec, const CodecTables& tables) {

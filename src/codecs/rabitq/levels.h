@@ -40,6 +40,14 @@ VQ_FN int whole_steps(float magnitude, float inverse_step, float most) {
   return (int)(steps < most ? steps : most);
 }
 
+// What functions make of numbers that are none: NaN counts as 0, infinities as the largest fp16.
+VQ_FN float finite_or_clamped(float x) {
+  const uint32_t bits = bits_of(x);
+  if (is_finite_bits(bits)) return x;
+  if (bits & 0x7fffffu) return 0.0f;
+  return bits >> 31 ? -65504.0f : 65504.0f;
+}
+
 // Sums over rows run in ascending order; all 64 columns of the tiles are valid.
 struct LevelKernels {
   // y_t: fp32 [rows][64]. planes: all bytes written. squares[t] = sum y^2, dots[t] = sum y z,
@@ -67,5 +75,9 @@ void clear_tokens_from(int n_tokens, int64_t n_planes, uint8_t* planes);
 // The code of one token in one row, and setting it in planes that are zero there.
 uint32_t get_code(const uint8_t* planes, int bits, int row, int t);
 void set_code(uint8_t* planes, int bits, int row, int t, uint32_t code);
+
+// Planes of one bit, [m][8 bytes], as rows of m bits, [n_tokens][m / 8], and back (planes zero).
+void planes_to_rows(const uint8_t* planes, int m, int n_tokens, uint8_t* rows, int64_t row_stride);
+void rows_to_planes(const uint8_t* rows, int64_t row_stride, int m, int n_tokens, uint8_t* planes);
 
 }  // namespace veloxquant::rabitq

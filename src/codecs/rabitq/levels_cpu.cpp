@@ -192,14 +192,16 @@ HWY_EXPORT(decode);
 
 const LevelKernels& cpu_levels() {
   cpu::apply_environment();
-  static const LevelKernels kernels{
-      [](const float* y_t, int rows, int bits, uint8_t* planes, float* squares, float* dots,
-         float* levels) {
-        HWY_DYNAMIC_DISPATCH(encode)(y_t, rows, bits, planes, squares, dots, levels);
-      },
-      [](const uint8_t* planes, int rows, int bits, const float* scale, const float* mean,
-         float* y_t) { HWY_DYNAMIC_DISPATCH(decode)
-                       (planes, rows, bits, scale, mean, y_t); }};
+  static const LevelKernels kernels{[](const float* y_t, int rows, int bits, uint8_t* planes,
+                                       float* squares, float* dots, float* levels) {
+                                      HWY_DYNAMIC_DISPATCH(encode)
+                                      (y_t, rows, bits, planes, squares, dots, levels);
+                                    },
+                                    [](const uint8_t* planes, int rows, int bits,
+                                       const float* scale, const float* mean, float* y_t) {
+                                      HWY_DYNAMIC_DISPATCH(decode)
+                                      (planes, rows, bits, scale, mean, y_t);
+                                    }};
   return kernels;
 }
 

@@ -1,4 +1,5 @@
 // The executable specification of levels and planes.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -81,6 +82,16 @@ void decode(const uint8_t* planes, int rows, int bits, const float* scale, const
   }
 }
 
+// Bit k of byte i <-> bit i of byte k: three swaps of ever larger squares (Hacker's Delight 7-3).
+uint64_t transpose_bits(uint64_t x) {
+  uint64_t t = (x ^ (x >> 7)) & 0x00aa00aa00aa00aaull;
+  x ^= t ^ (t << 7);
+  t = (x ^ (x >> 14)) & 0x0000cccc0000ccccull;
+  x ^= t ^ (t << 14);
+  t = (x ^ (x >> 28)) & 0x00000000f0f0f0f0ull;
+  return x ^ t ^ (t << 28);
+}
+
 }  // namespace
 
 const LevelKernels& reference_levels() {
@@ -129,6 +140,37 @@ void from_tile(const float* tile, int n_tokens, int dim, float* rows, int64_t ro
         for (int d = first_d; d < end_d; ++d) {
           rows[t * row_stride + d] = tile[d * kBlockTokens + t];
         }
+      }
+    }
+  }
+}
+
+void planes_to_rows(const uint8_t* planes, int m, int n_tokens, uint8_t* rows, int64_t row_stride) {
+  for (int byte = 0; byte < m / 8; ++byte) {
+    for (int first = 0; first < n_tokens; first += 8) {
+      uint64_t square = 0;
+      for (int k = 0; k < 8; ++k) {
+        const uint8_t* plane = planes + (8 * byte + k) * kPlaneBytes;
+        square |= static_cast<uint64_t>(plane[first / 8]) << (8 * k);
+      }
+      square = transpose_bits(square);
+      for (int t = first; t < std::min(first + 8, n_tokens); ++t, square >>= 8) {
+        rows[t * row_stride + byte] = static_cast<uint8_t>(square);
+      }
+    }
+  }
+}
+
+void rows_to_planes(const uint8_t* rows, int64_t row_stride, int m, int n_tokens, uint8_t* planes) {
+  for (int byte = 0; byte < m / 8; ++byte) {
+    for (int first = 0; first < n_tokens; first += 8) {
+      uint64_t square = 0;
+      for (int t = first; t < std::min(first + 8, n_tokens); ++t) {
+        square |= static_cast<uint64_t>(rows[t * row_stride + byte]) << (8 * (t - first));
+      }
+      square = transpose_bits(square);
+      for (int k = 0; k < 8; ++k, square >>= 8) {
+        planes[(8 * byte + k) * kPlaneBytes + first / 8] = static_cast<uint8_t>(square);
       }
     }
   }

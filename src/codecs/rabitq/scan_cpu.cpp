@@ -281,11 +281,14 @@ HWY_EXPORT(popcount);
 
 const ScanKernels& cpu_scans() {
   cpu::apply_environment();
-  static const ScanKernels kernels{
-      [](const HammingScan& scan) { HWY_DYNAMIC_DISPATCH(hamming)
-                                    (scan); },
-      [](const PopcountScan& scan) { HWY_DYNAMIC_DISPATCH(popcount)
-                                     (scan); }};
+  static const ScanKernels kernels{[](const HammingScan& scan) {
+                                     HWY_DYNAMIC_DISPATCH(hamming)
+                                     (scan);
+                                   },
+                                   [](const PopcountScan& scan) {
+                                     HWY_DYNAMIC_DISPATCH(popcount)
+                                     (scan);
+                                   }};
   return kernels;
 }
 
