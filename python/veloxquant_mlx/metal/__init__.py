@@ -16,6 +16,8 @@ _MODULES = {
         "vecinfer_encode_decode_simple_metal",
         "vecinfer_encode",
     ),
+    "_qjl": ("qjl_encode", "qjl_inner_product", "qjl_sketch"),
+    "_rabitq": ("rabitq_hamming_score", "rabitq_encode", "rabitq_popcount_score"),
     "fused_sdpa": (
         "metal_fused_sdpa",
         "supports_shape",

@@ -12,6 +12,10 @@ namespace {
 
 // Keys of one piece of work: some 100 KB of codes, so that a thread's start costs nothing.
 constexpr int64_t kPieceBytes = 1 << 17;
+// From here on scores are written past the caches (read and written through them they would cost
+// twice the traffic), if they start at the beginning of a cache line.
+constexpr int64_t kStreamedScores = int64_t{4} << 20;
+constexpr uintptr_t kLine = 64;
 
 int code_bytes(int n_dims) { return (n_dims + 7) / 8; }
 
@@ -44,8 +48,10 @@ void hamming_score(Backend backend, const uint8_t* query, const uint8_t* codes, 
   check_dims("hamming_score", n_dims);
   const int n_bytes = code_bytes(n_dims);
   const std::vector<uint8_t> mask = dimension_mask(n_dims);
+  const bool stream = n >= kStreamedScores && reinterpret_cast<uintptr_t>(out) % kLine == 0;
   for_pieces(n, n_bytes, [&](int64_t first, int64_t keys) {
     rabitq::HammingScan scan;
+    scan.stream = stream;
     scan.query = query;
     scan.mask = mask.data();
     scan.codes = codes + first * n_bytes;

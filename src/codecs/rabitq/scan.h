@@ -24,6 +24,8 @@ struct HammingScan {
   const float* offset = nullptr;
   float scale = 1.0f;
   float* out = nullptr;
+  // Write past the caches: for more scores than they hold. out must be 64-byte aligned.
+  bool stream = false;
 };
 
 // dots[i] = sum_j 2^j popcount(codes[i] & planes[j]), counts[i] = popcount(codes[i] & mask).

@@ -6,6 +6,7 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "src/codecs/rabitq/scan_cpu.cpp"
+#include <hwy/cache_control.h>
 #include <hwy/foreach_target.h>  // must come before highway.h
 #include <hwy/highway.h>
 
@@ -151,7 +152,7 @@ struct HammingChunks {
   }
 };
 
-template <bool kPairs, class Count>
+template <bool kPairs, bool kStream, class Count>
 HWY_INLINE void hamming_run(const HammingScan& scan, int n_chunks, const Count& count) {
   const F32 df;
   const hn::Repartition<int32_t, U8> di;
@@ -161,46 +162,54 @@ HWY_INLINE void hamming_run(const HammingScan& scan, int n_chunks, const Count& 
     const auto product = hn::Mul(hn::ConvertTo(df, hn::BitCast(di, distance)), scale);
     return hn::Add(product, hn::LoadU(df, offset));
   };
-  for_groups<kPairs>(
-      scan.codes, scan.n, scan.n_bytes, n_chunks,
-      [&](const uint8_t* p, int64_t i, int64_t keys) HWY_ATTR {
-        const Group sums = sum_group<kPairs>(p, scan.n_bytes, n_chunks, count);
-        if (keys == group_keys<kPairs>()) {
-          hn::StoreU(score(sums.first, scan.offset + i), df, scan.out + i);
-          if (kPairs) {
-            hn::StoreU(score(sums.second, scan.offset + i + lanes), df, scan.out + i + lanes);
-          }
-          return;
-        }
-        HWY_ALIGN float offset[2 * HWY_MAX_BYTES / sizeof(float)] = {};
-        HWY_ALIGN float out[2 * HWY_MAX_BYTES / sizeof(float)];
-        std::memcpy(offset, scan.offset + i, sizeof(float) * static_cast<size_t>(keys));
-        hn::StoreU(score(sums.first, offset), df, out);
-        if (kPairs) hn::StoreU(score(sums.second, offset + lanes), df, out + lanes);
-        std::memcpy(scan.out + i, out, sizeof(float) * static_cast<size_t>(keys));
-      });
+  const auto store = [&](hn::Vec<F32> scores, float* out) HWY_ATTR {
+    kStream ? hn::Stream(scores, df, out) : hn::StoreU(scores, df, out);
+  };
+  for_groups<kPairs>(scan.codes, scan.n, scan.n_bytes, n_chunks,
+                     [&](const uint8_t* p, int64_t i, int64_t keys) HWY_ATTR {
+                       const Group sums = sum_group<kPairs>(p, scan.n_bytes, n_chunks, count);
+                       if (keys == group_keys<kPairs>()) {
+                         store(score(sums.first, scan.offset + i), scan.out + i);
+                         if (kPairs)
+                           store(score(sums.second, scan.offset + i + lanes), scan.out + i + lanes);
+                         return;
+                       }
+                       HWY_ALIGN float offset[2 * HWY_MAX_BYTES / sizeof(float)] = {};
+                       HWY_ALIGN float out[2 * HWY_MAX_BYTES / sizeof(float)];
+                       std::memcpy(offset, scan.offset + i,
+                                   sizeof(float) * static_cast<size_t>(keys));
+                       hn::StoreU(score(sums.first, offset), df, out);
+                       if (kPairs) hn::StoreU(score(sums.second, offset + lanes), df, out + lanes);
+                       std::memcpy(scan.out + i, out, sizeof(float) * static_cast<size_t>(keys));
+                     });
 }
 
-void hamming(const HammingScan& scan) {
+template <bool kStream>
+HWY_INLINE void hamming_any(const HammingScan& scan) {
   const U8 d;
   HWY_ALIGN uint8_t query[kMaxCodeBytes + kBlock], mask[kMaxCodeBytes + kBlock];
   const int n_chunks = (scan.n_bytes + kBlock - 1) / kBlock;
   if (scan.n_bytes == 8) {
     copy_twice(scan.query, query);
     copy_twice(scan.mask, mask);
-    return hamming_run<true>(scan, 1,
-                             HammingOneChunk{hn::LoadDup128(d, query), hn::LoadDup128(d, mask)});
+    return hamming_run<true, kStream>(
+        scan, 1, HammingOneChunk{hn::LoadDup128(d, query), hn::LoadDup128(d, mask)});
   }
   copy_padded(scan.query, scan.n_bytes, n_chunks, query);
   copy_padded(scan.mask, scan.n_bytes, n_chunks, mask);
   if (scan.n_bytes == kBlock && scan.mask[kBlock - 1] == 0xff) {
-    return hamming_run<false>(scan, 1, HammingOneWholeChunk{hn::LoadDup128(d, query)});
+    return hamming_run<false, kStream>(scan, 1, HammingOneWholeChunk{hn::LoadDup128(d, query)});
   }
   if (n_chunks == 1) {
-    return hamming_run<false>(scan, 1,
-                              HammingOneChunk{hn::LoadDup128(d, query), hn::LoadDup128(d, mask)});
+    return hamming_run<false, kStream>(
+        scan, 1, HammingOneChunk{hn::LoadDup128(d, query), hn::LoadDup128(d, mask)});
   }
-  hamming_run<false>(scan, n_chunks, HammingChunks{query, mask});
+  hamming_run<false, kStream>(scan, n_chunks, HammingChunks{query, mask});
+}
+
+void hamming(const HammingScan& scan) {
+  scan.stream ? hamming_any<true>(scan) : hamming_any<false>(scan);
+  if (scan.stream) hwy::FlushStream();
 }
 
 // Weighted counts of up to four planes: at most 8 * 15 a byte.
