@@ -45,6 +45,12 @@ class CodecCase {
     tables_[name] = TensorView(halves_.back().data(), DType::float16, shape);
     return *this;
   }
+  CodecCase& table(const std::string& name, std::vector<int32_t> data,
+                   std::initializer_list<int64_t> shape) {
+    integers_.push_back(std::move(data));
+    tables_[name] = TensorView(integers_.back().data(), DType::int32, shape);
+    return *this;
+  }
   CodecCase& make() {
     codec_ = make_codec(spec_, tables_);
     return *this;
@@ -59,6 +65,7 @@ class CodecCase {
   CodecSpec spec_;
   std::list<std::vector<float>> floats_;
   std::list<std::vector<uint16_t>> halves_;
+  std::list<std::vector<int32_t>> integers_;
   CodecTables tables_;
   CodecPtr codec_;
 };
@@ -112,9 +119,56 @@ inline Cases vecinfer_cases(int head_dim) {
   return cases;
 }
 
+inline Cases rabitq_cases(int head_dim) {
+  Cases cases;
+  const char* const scales[] = {"unbiased", "reconstruction", "norm", "unbiased"};
+  for (int bits = 1; bits <= 4; ++bits) {
+    const bool has_mean = bits % 2 == 0;
+    auto one = std::make_shared<CodecCase>(
+        std::to_string(bits) + " bits " + scales[bits - 1] + (has_mean ? " mean" : ""), "rabitq",
+        Side::keys, head_dim);
+    one->option("bits", int64_t{bits}).option("scale", std::string(scales[bits - 1]));
+    one->option("seed", int64_t{bits});
+    if (has_mean) {
+      ExactRandom random(static_cast<uint64_t>(head_dim + bits));
+      one->table("mean", random.values(int64_t{kCaseHeads} * head_dim), {kCaseHeads, head_dim});
+    }
+    one->make();
+    cases.push_back(one);
+  }
+  return cases;
+}
+
+// Outliers that a block chooses itself depend on all of its tokens, so that a tail may name others
+// than the whole block: those are in qjl_test.cpp, fixed ones here.
+inline Cases qjl_cases(int head_dim) {
+  Cases cases;
+  for (int blocks : {1, 2}) {
+    for (bool outliers : {false, true}) {
+      auto one = std::make_shared<CodecCase>(
+          std::to_string(blocks) + (outliers ? " blocks, outliers" : " blocks"), "qjl", Side::keys,
+          head_dim);
+      one->option("sketch_bits", int64_t{blocks} * head_dim);
+      if (outliers) {
+        one->option("outliers", int64_t{3});
+        one->table("outlier_channels", std::vector<int32_t>{7, 0, 4, 1, 2, 3}, {kCaseHeads, 3});
+      }
+      one->make();
+      cases.push_back(one);
+    }
+  }
+  ExactRandom random(static_cast<uint64_t>(head_dim));
+  auto dense = std::make_shared<CodecCase>("given sketch", "qjl", Side::keys, head_dim);
+  dense->table("sketch", random.values(int64_t{24} * head_dim), {24, head_dim}).make();
+  cases.push_back(dense);
+  return cases;
+}
+
 inline const std::map<std::string, CaseMaker>& case_makers() {
   static const std::map<std::string, CaseMaker> makers{
       {"exact", exact_cases},
+      {"qjl", qjl_cases},
+      {"rabitq", rabitq_cases},
       {"vecinfer", vecinfer_cases},
   };
   return makers;

@@ -6,9 +6,11 @@
 layers: AttentionLayers, all or some of the model's; side: "keys" or "values".
 """
 
-from veloxquant_mlx.cache.codecs import exact, vecinfer
+from veloxquant_mlx.cache.codecs import exact, qjl, rabitq, vecinfer
 
 METHODS = {
     "vecinfer": vecinfer,
+    "qjl": qjl,
+    "rabitq": rabitq,
     "fp16": exact,
 }
