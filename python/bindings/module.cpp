@@ -18,6 +18,7 @@ NB_MODULE(_ext, m) {
   veloxquant::bind_runtime(m);
   veloxquant::bind_cache(m);
   veloxquant::bind_calibration(m);
+  veloxquant::bind_commvq(m);
   veloxquant::bind_artifacts(m);
   veloxquant::bind_vecinfer(m);
   veloxquant::bind_signs(m);

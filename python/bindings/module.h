@@ -11,6 +11,7 @@ using WithoutGil = nanobind::call_guard<nanobind::gil_scoped_release>;
 void bind_runtime(nanobind::module_& m);      // devices, SIMD levels, threads, counters
 void bind_cache(nanobind::module_& m);        // codecs, snapshots, the cache, attention
 void bind_calibration(nanobind::module_& m);  // smooth factors, codebooks
+void bind_commvq(nanobind::module_& m);       // RoPE, CommVQ's training and functions
 void bind_artifacts(nanobind::module_& m);    // the store
 void bind_vecinfer(nanobind::module_& m);     // the functions of metal/_vecinfer.py
 void bind_signs(nanobind::module_& m);        // RaBitQ and QJL functions

@@ -18,6 +18,7 @@ _MODULES = {
     ),
     "_qjl": ("qjl_encode", "qjl_inner_product", "qjl_sketch"),
     "_rabitq": ("rabitq_hamming_score", "rabitq_encode", "rabitq_popcount_score"),
+    "_comm_vq": ("comm_vq_decode_metal",),
     "fused_sdpa": (
         "metal_fused_sdpa",
         "supports_shape",
