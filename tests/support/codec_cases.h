@@ -164,8 +164,42 @@ inline Cases qjl_cases(int head_dim) {
   return cases;
 }
 
+inline Cases commvq_cases(int head_dim) {
+  struct Tables {
+    int n_stages, n_entries, rotary_dims;
+    bool traditional, weighted;
+  };
+  Cases cases;
+  for (const Tables& t :
+       {Tables{4, 64, head_dim, false, true}, Tables{3, 11, head_dim / 2, true, false}}) {
+    ExactRandom random(static_cast<uint64_t>(head_dim * 1000 + t.n_entries));
+    const int pairs = head_dim / 2;
+    auto one =
+        std::make_shared<CodecCase>(std::to_string(t.n_stages) + "x" + std::to_string(t.n_entries),
+                                    "commvq", Side::keys, head_dim);
+    one->option("traditional", int64_t{t.traditional}).option("attention_factor", 1.25);
+    one->table("codebook",
+               random.halves(int64_t{kCaseHeads} * t.n_stages * t.n_entries * 2 * pairs),
+               {kCaseHeads, t.n_stages, t.n_entries, 2, pairs});
+    std::vector<float> frequencies;
+    for (int j = 0; j < t.rotary_dims / 2; ++j) {
+      frequencies.push_back(1.0f / static_cast<float>(1 + 3 * j * j));
+    }
+    one->table("inv_freq", frequencies, {t.rotary_dims / 2});
+    if (t.weighted) {
+      std::vector<float> weight;
+      for (int i = 0; i < kCaseHeads * pairs; ++i) weight.push_back(random.scale());
+      one->table("weight", weight, {kCaseHeads, pairs});
+    }
+    one->make();
+    cases.push_back(one);
+  }
+  return cases;
+}
+
 inline const std::map<std::string, CaseMaker>& case_makers() {
   static const std::map<std::string, CaseMaker> makers{
+      {"commvq", commvq_cases},
       {"exact", exact_cases},
       {"qjl", qjl_cases},
       {"rabitq", rabitq_cases},

@@ -139,6 +139,12 @@ class CalibrationData:
     keys: list
     values: list
     query_moments: np.ndarray | None
+    window_lengths: list  # tokens of each window; its first SINK_TOKENS are not among the keys and values
+
+
+def sample_positions(window_lengths) -> np.ndarray:
+    """The position in its window of every token that `collect` kept, int32."""
+    return np.concatenate([np.arange(min(SINK_TOKENS, n - 1), n, dtype=np.int32) for n in window_lengths])
 
 
 def collect(model, tokenizer, num_tokens, texts=None, progress=None):
@@ -162,6 +168,7 @@ def collect(model, tokenizer, num_tokens, texts=None, progress=None):
         keys=[mx.concatenate(r.keys, axis=1) for r in recorders],
         values=[mx.concatenate(r.values, axis=1) for r in recorders],
         query_moments=None if any(m is None for m in moments) else np.stack(moments),
+        window_lengths=[min(WINDOW_TOKENS, len(tokens) - i) for i in range(0, len(tokens), WINDOW_TOKENS)],
     )
 
 

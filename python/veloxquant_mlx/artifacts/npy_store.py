@@ -10,6 +10,7 @@ import numpy as np
 
 from veloxquant_mlx import _ext
 from veloxquant_mlx.cache.codebook import Codebook, Rotations, SmoothFactors
+from veloxquant_mlx.cache.commvq_codebook import CommVQCodebook
 
 _NUMPY_DTYPES = {
     "float32": np.float32,
@@ -23,6 +24,7 @@ _NUMPY_DTYPES = {
 
 # Field of Rotations -> array in the file.
 _ROTATIONS = {"keys": "key_rotation", "values": "value_rotation", "key_weights": "key_weight"}
+_COMMVQ = ("keys", "weights", "values", "value_rotations")
 
 
 class NpyArtifactStore:
@@ -33,7 +35,7 @@ class NpyArtifactStore:
         self._store = _ext.ArtifactStore(self.directory)
 
     def save(self, name: str, obj) -> None:
-        """obj: an array (numpy, MLX, anything numpy takes), SmoothFactors or a Codebook."""
+        """obj: an array (numpy, MLX, anything numpy takes), SmoothFactors, a Codebook or a CommVQCodebook."""
         kind, attributes, arrays = _describe(obj)
         self._store.save(name, kind, json.dumps(attributes), {k: _raw(k, v) for k, v in arrays.items()})
 
@@ -60,6 +62,12 @@ class NpyArtifactStore:
                 relative_error=attributes["relative_error"],
                 rotations=rotations,
             )
+        if kind == "commvq_codebook":
+            return CommVQCodebook(
+                **{field: _numpy_array(*raw[field]) for field in _COMMVQ},
+                fingerprint=attributes["model"],
+                relative_error=attributes["relative_error"],
+            )
         raise ValueError(f"{name}: got an artifact of kind {kind!r}, wanted an array, smooth factors or a codebook")
 
     def describe(self, name: str) -> dict:
@@ -82,6 +90,9 @@ def _describe(obj):
         if obj.rotations is not None:
             arrays |= {name: getattr(obj.rotations, field) for field, name in _ROTATIONS.items()}
         return "vecinfer_codebook", attributes, arrays
+    if isinstance(obj, CommVQCodebook):
+        attributes = {"model": obj.fingerprint, "relative_error": obj.relative_error}
+        return "commvq_codebook", attributes, {field: getattr(obj, field) for field in _COMMVQ}
     if isinstance(obj, SmoothFactors):
         arrays = {"factors": obj}
         if obj.query_moments is not None:

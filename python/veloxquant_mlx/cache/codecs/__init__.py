@@ -6,9 +6,10 @@
 layers: AttentionLayers, all or some of the model's; side: "keys" or "values".
 """
 
-from veloxquant_mlx.cache.codecs import exact, qjl, rabitq, vecinfer
+from veloxquant_mlx.cache.codecs import commvq, exact, qjl, rabitq, vecinfer
 
 METHODS = {
+    "commvq": commvq,
     "vecinfer": vecinfer,
     "qjl": qjl,
     "rabitq": rabitq,
