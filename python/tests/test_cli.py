@@ -70,7 +70,9 @@ def check_fields(fields, wanted):
     assert {key: type(value) for key, value in fields.items()} == wanted
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in "demo generate calibrate eval inspect devices".split())])
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in "demo generate calibrate eval recommend inspect devices".split())]
+)
 def test_help_has_an_example(run, command):
     code, out, err = run(*command, "--help")
     assert (code, err) == (0, "")

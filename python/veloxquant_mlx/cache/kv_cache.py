@@ -197,6 +197,11 @@ class VeloxQuantKVCache:
         return self._codecs or ()
 
     @property
+    def packed_range(self) -> tuple[int, int]:
+        """Positions [start, stop) that are held as codes."""
+        return (0, 0) if self._core is None else (self._sinks, self._core.positions()[1])
+
+    @property
     def nonfinite(self) -> int:
         """Elements of keys and values so far that were NaN, infinite, or too large for 16 bits."""
         return 0 if self._core is None else self._core.nonfinite

@@ -28,9 +28,9 @@ def _quieten_libraries():
 
 
 def _register():
-    from veloxquant_mlx.cli import calibrate, demo, devices, evaluate, generate, inspect
+    from veloxquant_mlx.cli import calibrate, demo, devices, evaluate, generate, inspect, recommend
 
-    for module in (demo, generate, calibrate, evaluate, inspect, devices):
+    for module in (demo, generate, calibrate, evaluate, recommend, inspect, devices):
         app.command(module.NAME, epilog=f"Example: {module.EXAMPLE}")(module.command)
 
 

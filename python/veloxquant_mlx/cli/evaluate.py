@@ -6,6 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from veloxquant_mlx.cli import options, output
+from veloxquant_mlx.cli import scores as recorded
 from veloxquant_mlx.cli.methods import METHODS, check_at_least, check_bits, check_methods
 from veloxquant_mlx.cli.setup import make_methods, open_model
 
@@ -62,6 +63,8 @@ def command(
     with output.progress() as report:
         builders = {m.label: (lambda m=m: m.build(loaded, strict=True)) for m in chosen}
         scores = evaluate(loaded, tokens, builders, report, score_from)
+    for m in chosen:
+        recorded.record(loaded, m, scores[m.label])
     if plot is not None:
         draw(scores, plot)
     if json:
