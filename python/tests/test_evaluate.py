@@ -72,7 +72,8 @@ def test_log_probabilities_from_a_later_position(loaded):
     tokens = tokenizer.encode("Sphinx of black quartz, judge my vow.")
     whole = LogProbs(model, tokens, make_prompt_cache(model))
     end = LogProbs(model, tokens, make_prompt_cache(model), start=10)
-    np.testing.assert_array_equal(end.rows(0, 5)[1], whole.rows(10, 15)[1])
+    # Read in two passes: another number of rows may round differently in the last bit.
+    np.testing.assert_allclose(end.rows(0, 5)[1], whole.rows(10, 15)[1], rtol=1e-4, atol=1e-5)
     assert mean_kl(end, end) == 0.0
 
 
