@@ -10,6 +10,7 @@
 #include "src/codecs/qjl/format.h"
 #include "src/codecs/qjl/kernels.h"
 #include "src/codecs/qjl/sketch.h"
+#include "src/codecs/rabitq/byte_codes.h"
 #include "src/codecs/registry.h"
 #include "veloxquant/qjl.h"
 
@@ -86,6 +87,24 @@ class QjlCodec final : public Codec {
     for (int d = 0; d < dim_; ++d) {
       std::fill(y_t + d * kBlockTokens + n_tokens, y_t + (d + 1) * kBlockTokens, 0.0f);
     }
+  }
+
+  // Scores need the sketched query only, and S^T never. Outlier channels would take a table of
+  // look-ups for every block.
+  std::string code_kernel(Backend backend) const override {
+    if (backend == Backend::reference || n_outliers_ > 0) return {};
+    return lookup::byte_code_kernel();
+  }
+  std::unique_ptr<const CodeScores> code_scores(const BlockPlace&, const float* q,
+                                                int n_rows) const override {
+    lookup::ByteCodes codes = rabitq::byte_codes(layout_.m, 1, layout_.bytes());
+    codes.factors = [this](const uint8_t* block, float* to) {
+      load_scale(sketch_, block + layout_.norms_at(), to);
+    };
+    if (is_sketched()) return lookup::byte_code_scores(codes, q, n_rows);
+    std::vector<float> sketched(static_cast<size_t>(n_rows) * layout_.m);
+    sketch_.project(q, n_rows, sketched.data());
+    return lookup::byte_code_scores(codes, sketched.data(), n_rows);
   }
 
   void transform_query(int, float* q, int64_t n) const override { move(q, n, false); }

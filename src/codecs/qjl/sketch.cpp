@@ -87,6 +87,28 @@ void Sketch::signs(Backend backend, const float* rows, uint8_t* planes) const {
   }
 }
 
+void Sketch::project(const float* rows, int n, float* to) const {
+  if (!is_structured()) {
+    for (int r = 0; r < n; ++r) {
+      for (int j = 0; j < m_; ++j) {
+        float sum = 0.0f;
+        for (int d = 0; d < dim_; ++d) sum += mul(matrix_[j * dim_ + d], rows[r * dim_ + d]);
+        to[static_cast<int64_t>(r) * m_ + j] = sum;
+      }
+    }
+    return;
+  }
+  std::vector<float> moved(static_cast<size_t>(n) * dim_);
+  for (size_t block = 0; block < rotations_.size(); ++block) {
+    std::copy(rows, rows + moved.size(), moved.data());
+    rotations_[block].forward(Backend::cpu, moved.data(), n);
+    for (int r = 0; r < n; ++r) {
+      std::copy_n(moved.data() + r * dim_, dim_,
+                  to + static_cast<int64_t>(r) * m_ + static_cast<int64_t>(block) * dim_);
+    }
+  }
+}
+
 void Sketch::back(Backend backend, const uint8_t* planes, float* x_t) const {
   const auto decode = rabitq::levels_of(backend).decode;
   if (!is_structured()) {

@@ -30,6 +30,8 @@ class Sketch {
 
   // planes[j] = signs of row j of S times each of 64 rows of fp32 [64][head_dim].
   void signs(Backend backend, const float* rows, uint8_t* planes) const;
+  // to[r][j] = <S_j, rows[r]>, rows of length 1 for a structured S; fp32 [n][m].
+  void project(const float* rows, int n, float* to) const;
   // x_t[d][t] = sum_j S_jd sign_jt, rows of length 1 for a structured S.
   void back(Backend backend, const uint8_t* planes, float* x_t) const;
 

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "src/codecs/rabitq/byte_codes.h"
 #include "src/codecs/rabitq/format.h"
 #include "src/codecs/registry.h"
 #include "src/codecs/rotation.h"
@@ -94,6 +95,19 @@ class RabitqCodec final : public Codec {
     }
   }
 
+  // A mean adds <q, R c> to every score and R c to every value: such codecs decode tiles.
+  std::string code_kernel(Backend backend) const override {
+    if (backend == Backend::reference || !mean_.empty()) return {};
+    return lookup::byte_code_kernel();
+  }
+  std::unique_ptr<const CodeScores> code_scores(const BlockPlace&, const float* q,
+                                                int n_rows) const override {
+    return lookup::byte_code_scores(bytes_with_factors(), q, n_rows);
+  }
+  std::unique_ptr<CodeSums> code_sums(const BlockPlace&, int n_rows) const override {
+    return lookup::byte_code_sums(bytes_with_factors(), n_rows);
+  }
+
   void transform_query(int, float* q, int64_t n) const override {
     rotation_.forward(default_backend(), q, n);
   }
@@ -138,6 +152,14 @@ class RabitqCodec final : public Codec {
  private:
   const float* mean_of(int kv_head) const {
     return mean_.empty() ? nullptr : mean_.data() + static_cast<int64_t>(kv_head) * head_dim();
+  }
+
+  lookup::ByteCodes bytes_with_factors() const {
+    lookup::ByteCodes codes = byte_codes(layout_.head_dim, layout_.bits, layout_.bytes());
+    codes.factors = [at = layout_.scalars_at()](const uint8_t* block, float* to) {
+      load_scalars(block + at, kBlockTokens, to);
+    };
+    return codes;
   }
 
   float scalar(float squares, float dot, float levels) const {

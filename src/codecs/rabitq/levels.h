@@ -76,6 +76,16 @@ void clear_tokens_from(int n_tokens, int64_t n_planes, uint8_t* planes);
 uint32_t get_code(const uint8_t* planes, int bits, int row, int t);
 void set_code(uint8_t* planes, int bits, int row, int t, uint32_t code);
 
+// Bit k of byte i <-> bit i of byte k: three swaps of ever larger squares (Hacker's Delight 7-3).
+inline uint64_t transpose_bits(uint64_t x) {
+  uint64_t t = (x ^ (x >> 7)) & 0x00aa00aa00aa00aaull;
+  x ^= t ^ (t << 7);
+  t = (x ^ (x >> 14)) & 0x0000cccc0000ccccull;
+  x ^= t ^ (t << 14);
+  t = (x ^ (x >> 28)) & 0x00000000f0f0f0f0ull;
+  return x ^ t ^ (t << 28);
+}
+
 // Planes of one bit, [m][8 bytes], as rows of m bits, [n_tokens][m / 8], and back (planes zero).
 void planes_to_rows(const uint8_t* planes, int m, int n_tokens, uint8_t* rows, int64_t row_stride);
 void rows_to_planes(const uint8_t* rows, int64_t row_stride, int m, int n_tokens, uint8_t* planes);

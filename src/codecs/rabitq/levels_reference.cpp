@@ -82,16 +82,6 @@ void decode(const uint8_t* planes, int rows, int bits, const float* scale, const
   }
 }
 
-// Bit k of byte i <-> bit i of byte k: three swaps of ever larger squares (Hacker's Delight 7-3).
-uint64_t transpose_bits(uint64_t x) {
-  uint64_t t = (x ^ (x >> 7)) & 0x00aa00aa00aa00aaull;
-  x ^= t ^ (t << 7);
-  t = (x ^ (x >> 14)) & 0x0000cccc0000ccccull;
-  x ^= t ^ (t << 14);
-  t = (x ^ (x >> 28)) & 0x00000000f0f0f0f0ull;
-  return x ^ t ^ (t << 28);
-}
-
 }  // namespace
 
 const LevelKernels& reference_levels() {

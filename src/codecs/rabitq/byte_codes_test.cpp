@@ -1,0 +1,112 @@
+// Attention's kernels on the codes of the sign codecs, on every SIMD level, against decoded tokens.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "tests/support/random.h"
+#include "veloxquant/qjl.h"
+#include "veloxquant/rabitq.h"
+
+namespace veloxquant {
+namespace {
+
+using test::Random;
+
+struct Named {
+  std::string label;
+  CodecPtr codec;
+};
+
+std::vector<Named> codecs_with_kernels(int dim, const std::vector<float>& sketch) {
+  std::vector<Named> codecs;
+  for (int bits = 1; bits <= 4; ++bits) {
+    RabitqOptions options;
+    options.bits = bits;
+    codecs.push_back({"rabitq", make_rabitq_codec(Side::keys, 2, dim, options)});
+  }
+  for (int blocks : {1, 3}) {
+    QjlOptions options;
+    options.sketch_bits = blocks * dim;
+    codecs.push_back({"qjl", make_qjl_codec(2, dim, options)});
+  }
+  QjlOptions options;
+  options.sketch = TensorView(sketch.data(), DType::float32, {40, dim});
+  codecs.push_back({"qjl given", make_qjl_codec(2, dim, options)});
+  return codecs;
+}
+
+class CodeKernels : public ::testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override { set_simd_level(GetParam()); }
+  void TearDown() override { set_simd_level(""); }
+};
+
+TEST_P(CodeKernels, ScoresAndSumsAreThoseOfDecodedTokens) {
+  Random random(51);
+  const int n_blocks = 19, n_tokens = 64 * n_blocks;  // more than one chunk of 16
+  for (int dim : {8, 48, 64, 80, 128}) {
+    const std::vector<float> sketch = random.normal(40 * dim);
+    for (const Named& named : codecs_with_kernels(dim, sketch)) {
+      SCOPED_TRACE(named.label + " " + named.codec->name() + " dim " + std::to_string(dim));
+      const Codec& codec = *named.codec;
+      if (codec.code_kernel(Backend::cpu).empty()) continue;  // no vectors of four floats
+      const std::vector<float> x = random.normal(int64_t{n_tokens} * dim);
+      std::vector<uint8_t> blocks(codec.block_bytes() * n_blocks);
+      std::vector<float> y(x.size());
+      for (int b = 0; b < n_blocks; ++b) {
+        uint8_t* block = &blocks[b * codec.block_bytes()];
+        codec.encode_block(Backend::cpu, {}, &x[b * 64 * dim], 64, block);
+        codec.decode_block(Backend::cpu, {}, block, 64, &y[b * 64 * dim], dim);
+      }
+      for (int n_rows : {1, 3, 9}) {
+        std::vector<float> q = random.normal(n_rows * dim), scores(n_rows * n_tokens, NAN);
+        codec.transform_query(0, q.data(), n_rows);
+        codec.code_scores({}, q.data(), n_rows)
+            ->score(blocks.data(), n_blocks, scores.data(), n_tokens);
+        for (int r = 0; r < n_rows; ++r) {
+          for (int t = 0; t < n_tokens; ++t) {
+            double want = 0, size = 0;
+            for (int d = 0; d < dim; ++d) {
+              want += double(q[r * dim + d]) * y[t * dim + d];
+              size += std::abs(double(q[r * dim + d]) * y[t * dim + d]);
+            }
+            ASSERT_NEAR(scores[r * n_tokens + t], want, 4e-6 * size) << r << " " << t;
+          }
+        }
+        const std::unique_ptr<CodeSums> sums = codec.code_sums({}, n_rows);
+        if (sums == nullptr) continue;  // keys only
+        std::vector<float> weights(n_rows * n_tokens), out(n_rows * dim, NAN);
+        for (float& w : weights) w = static_cast<float>(random.uniform());
+        sums->add(blocks.data(), n_blocks, weights.data(), n_tokens);
+        sums->take(out.data(), dim);
+        for (int r = 0; r < n_rows; ++r) {
+          for (int d = 0; d < dim; ++d) {
+            double want = 0, size = 0;
+            for (int t = 0; t < n_tokens; ++t) {
+              want += double(weights[r * n_tokens + t]) * y[t * dim + d];
+              size += std::abs(weights[r * n_tokens + t] * y[t * dim + d]);
+            }
+            ASSERT_NEAR(out[r * dim + d], want, 4e-6 * size);
+          }
+        }
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Simd, CodeKernels, ::testing::ValuesIn(simd_levels()));
+
+TEST(NoCodeKernels, WithAMeanOrOutliers) {
+  const std::vector<float> mean(64, 1.0f);
+  RabitqOptions options;
+  options.mean = TensorView(mean.data(), DType::float32, {1, 64});
+  EXPECT_EQ(make_rabitq_codec(Side::keys, 1, 64, options)->code_kernel(Backend::cpu), "");
+  QjlOptions outliers;
+  outliers.sketch_bits = 64;
+  outliers.outliers = 2;
+  EXPECT_EQ(make_qjl_codec(1, 64, outliers)->code_kernel(Backend::cpu), "");
+}
+
+}  // namespace
+}  // namespace veloxquant
