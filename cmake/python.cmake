@@ -31,12 +31,25 @@ find_package(MLX CONFIG REQUIRED)
 file(GLOB extension_sources CONFIGURE_DEPENDS src/mlx/*.cpp python/bindings/*.cpp)
 list(FILTER extension_sources EXCLUDE REGEX "_test\\.cpp$")
 
+# What Python sees of the extension, so that one built from other bindings than those beside the
+# package is told apart (veloxquant_mlx/_runtime.py computes the same).
+file(GLOB bindings CONFIGURE_DEPENDS python/bindings/*.cpp)
+set(digests "")
+foreach(binding IN LISTS bindings)
+  file(SHA256 ${binding} digest)
+  string(APPEND digests ${digest})
+endforeach()
+string(SHA256 bindings_digest "${digests}")
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${bindings})
+
 # NB_DOMAIN mlx: shares MLX's type registry, without which mx.array is no known argument type.
 nanobind_add_module(_ext NB_STATIC NB_DOMAIN mlx NOMINSIZE ${extension_sources})
 veloxquant_compile_options(_ext)
 target_include_directories(_ext PRIVATE ${PROJECT_SOURCE_DIR})
 target_compile_definitions(_ext PRIVATE
   VELOXQUANT_VERSION="${PROJECT_VERSION}" VELOXQUANT_MLX_VERSION="${mlx_pin}")
+set_source_files_properties(python/bindings/module.cpp PROPERTIES
+  COMPILE_DEFINITIONS VELOXQUANT_BINDINGS="${bindings_digest}")
 target_link_libraries(_ext PRIVATE veloxquant mlx)
 if(APPLE)
   set(origin "@loader_path")

@@ -112,6 +112,8 @@ class Codec {
   // token_bytes() bytes: its codes one after the other, least significant bits first, zero bits up
   // to a whole byte, then its scalars (fp16, little-endian), if the codec has any.
   virtual int64_t token_bytes() const = 0;
+  // Of these, bytes that are scalars; for reports.
+  virtual int64_t scalar_bytes() const { return 0; }
   // rows: n_tokens * token_bytes()
   virtual void unpack_tokens(const uint8_t* block, int n_tokens, uint8_t* rows) const = 0;
   // Tokens that the block does not have are written as code 0, scalar 0.

@@ -33,12 +33,6 @@ struct CodecHandle {
   const Codec& core() const { return *codec->core; }
 };
 
-std::string kernel_name(const CodecHandle& keys, const CodecHandle& values) {
-  const std::string k = keys.core().name(), v = values.core().name();
-  return std::string(backend_name(default_backend())) + "/" + simd_level() + " " +
-         (k == v ? k : k + " / " + v);
-}
-
 CodecHandle codec(const std::string& side, const std::string& method, int n_kv_heads, int head_dim,
                   const std::map<std::string, CodecOption>& options,
                   const std::map<std::string, mx::array>& arrays) {
@@ -57,6 +51,8 @@ void bind_codec(nb::module_& m) {
       .def_prop_ro("n_sequences", [](const CodecHandle& self) { return self.core().n_sequences(); })
       .def_prop_ro("block_bytes", [](const CodecHandle& self) { return self.core().block_bytes(); })
       .def_prop_ro("token_bytes", [](const CodecHandle& self) { return self.core().token_bytes(); })
+      .def_prop_ro("scalar_bytes",
+                   [](const CodecHandle& self) { return self.core().scalar_bytes(); })
       .def_prop_ro("nbytes", [](const CodecHandle& self) { return self.codec->nbytes(); })
       .def_prop_ro("bits_per_element",
                    [](const CodecHandle& self) { return self.core().bits_per_element(); });
@@ -110,7 +106,17 @@ void bind_snapshot(nb::module_& m) {
       "sliding_window"_a = 0, "logit_softcap"_a = 0.0f, "mask"_a = nb::none(),
       "sinks"_a = nb::none(), "stream"_a = nb::none(),
       "Fused attention on packed codes: (out [B, H_q, L_q, D], log-sum-exp fp32 [B, H_q, L_q]).");
-  m.def("kernel_name", &kernel_name, "keys"_a, "values"_a, "Which attention kernel runs.");
+  m.def(
+      "kernel_name",
+      [](const CodecHandle& keys, const CodecHandle& values) {
+        KeyValueSource history;
+        history.key_codec = keys.codec->core;
+        history.value_codec = values.codec->core;
+        history.packed.emplace_back();
+        history.packed.back().n_blocks = 64;
+        return attention_kernel_name(default_backend(), history);
+      },
+      "keys"_a, "values"_a, "Which attention kernel runs in decoding, on a history of 64 blocks.");
 }
 
 void bind_array_cache(nb::module_& m) {

@@ -7,6 +7,7 @@ namespace nb = nanobind;
 NB_MODULE(_ext, m) {
   m.doc() = "VeloxQuant's C++ core and its MLX operations.";
   m.attr("version") = VELOXQUANT_VERSION;
+  m.attr("bindings") = VELOXQUANT_BINDINGS;  // digest of the sources of this module
   // The core's one-sentence errors are ValueErrors in Python.
   nb::register_exception_translator([](const std::exception_ptr& p, void*) {
     try {

@@ -237,7 +237,7 @@ def test_lazy_nothing_is_evaluated_by_an_update(tiny_model, tables, tokens):
         (dict(method="fp16", window=-1), "window"),
         (dict(method="fp16", sinks=1.5), "sinks"),
         (dict(codebook=np.zeros((256, 5))), "codebook"),
-        (dict(codebook=np.zeros((300, 4))), "codebook"),
+        (dict(codebook=np.zeros((5000, 4))), "codebook"),
         (dict(codebook=np.full((256, 4), np.nan)), "codebook"),
         (dict(codebook="no array"), "codebook"),
         (dict(codebook=np.ones((16, 4)), smooth_factors=np.ones(63)), "smooth_factors"),

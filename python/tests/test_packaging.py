@@ -7,6 +7,8 @@ import tomllib
 from importlib.metadata import entry_points, requires, version
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -30,6 +32,15 @@ def test_the_extension_knows_mlx_arrays():
     # A module outside nanobind's `mlx` domain imports well and writes C++ type names here.
     signatures = " ".join(str(getattr(_ext, name).__doc__) for name in dir(_ext))
     assert "mlx.core.array" in signatures and "mlx::core" not in signatures
+
+
+def test_an_extension_of_other_sources_is_told_apart(monkeypatch):
+    from veloxquant_mlx import _ext, _runtime
+
+    assert _runtime.bindings_digest() == _ext.bindings
+    monkeypatch.setattr(_runtime, "bindings_digest", lambda: "of a later commit")
+    with pytest.raises(ImportError, match="run `make setup`"):
+        _runtime.prepare()
 
 
 def test_command_line_starts():

@@ -1,4 +1,4 @@
-"""mlx_lm.server with our caches: concurrent requests, reuse of prompts, malformed requests."""
+"""mlx_lm.server with our caches: concurrent requests, reuse of prompts, its memory budget, malformed requests."""
 
 import http.client
 import json
@@ -29,19 +29,37 @@ class Provider(server.ModelProvider):
             assert type(make_prompt_cache(self.model)[0]).__name__ == "VeloxQuantKVCache" and self.is_batchable
         return loaded
 
+class Kept(server.LRUPromptCache):
+    # Says, whenever the server trims what it keeps to its budget, what there was before and after.
+    def trim_to(self, *, n_bytes=None, **kwargs):
+        before = self.nbytes
+        super().trim_to(n_bytes=n_bytes, **kwargs)
+        print("budget", n_bytes, before, self.nbytes, flush=True)
+
 server.ModelProvider = Provider
-sys.argv[1:] = ["--model", sys.argv[1], "--port", sys.argv[2]]
+server.LRUPromptCache = Kept
+directory, port, budget = sys.argv[1:]
+sys.argv[1:] = ["--model", directory, "--port", port, "--prompt-cache-bytes", budget, "--prompt-cache-size", "1000"]
 server.main()
 """
+# Of all caches that the server holds, in use or kept for prompts to come. One request of 200 tokens takes 160 kB.
+BUDGET = 1_200_000
 
 
 @pytest.fixture(scope="module")
-def port(tmp_path_factory):
+def log(tmp_path_factory):
+    """What the server prints."""
+    return tmp_path_factory.mktemp("log") / "server.txt"
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory, log):
     directory = tiny.save(tmp_path_factory.mktemp("server") / "tiny")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "-c", SERVER, str(directory), str(port)])
+    with open(log, "w") as file:
+        process = subprocess.Popen([sys.executable, "-c", SERVER, str(directory), str(port), str(BUDGET)], stdout=file)
     try:
         for _ in range(600):
             with socket.socket() as s:
@@ -75,6 +93,15 @@ def test_20_concurrent_requests_get_the_answers_they_get_alone(port):
         together = list(pool.map(lambda p: complete(port, p), prompts))
     # Asked again one by one: now from the caches that the server kept.
     assert [complete(port, p) for p in prompts] == together
+
+
+def test_what_it_keeps_stays_within_its_budget(port, log):
+    for i in range(20):
+        complete(port, f"{i} is another number. " * 12)
+    trims = [list(map(int, line.split()[1:])) for line in log.read_text().splitlines() if line.startswith("budget")]
+    assert all(after <= max(allowed, 0) <= BUDGET for allowed, _, after in trims)
+    assert any(before > after for _, before, after in trims)  # it had to forget
+    assert trims[-1][2] > BUDGET / 2  # and only as much as it had to
 
 
 def test_malformed_requests_do_not_end_it(port):

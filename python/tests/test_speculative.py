@@ -8,11 +8,17 @@ import numpy as np
 import pytest
 import tiny_model as tiny
 
-from veloxquant_mlx import _ext
+from veloxquant_mlx.allocators.vecinfer import calibrate
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
-from veloxquant_mlx.cache.codecs import exact, vecinfer
+from veloxquant_mlx.models import load_model, smollm2
+from veloxquant_mlx.prose import PASSAGES
 
 generate = sys.modules["mlx_lm.generate"]
+
+
+def acceptance(spoken):
+    """Two tokens are drafted for each one that the model says itself."""
+    return sum(from_draft for _, _, from_draft in spoken) / (2 * sum(not d for _, _, d in spoken))
 
 
 @pytest.mark.parametrize("method", ["fp16", "vecinfer"])
@@ -26,9 +32,7 @@ def test_a_model_as_its_own_draft(tmp_path, tables, method):
     steps = generate.speculative_generate_step(prompt, model, model, max_tokens=120, prompt_cache=caches)
     spoken = list(steps)
     assert [t for t, _, _ in spoken] == tokens
-    # Two tokens are drafted for each one that the model says itself.
-    accepted = sum(from_draft for _, _, from_draft in spoken) / (2 * sum(not d for _, _, d in spoken))
-    assert accepted >= 0.95
+    assert acceptance(spoken) >= 0.95
 
     # What is held is the same; mlx_lm runs one token further in plain decoding.
     length = min(c.offset for c in plain + caches)
@@ -43,28 +47,31 @@ def test_a_model_as_its_own_draft(tmp_path, tables, method):
             assert mx.allclose(x.dequantize(), y.dequantize(), rtol=1e-3, atol=1e-3).item()
 
 
-@pytest.mark.parametrize("method", ["fp16", "vecinfer"])
-def test_rewinding_leaves_every_byte_as_if_nothing_was_tried(tables, method):
-    rng = np.random.default_rng(2)
-    keys, values, wrong = (mx.array(rng.standard_normal((1, 2, 400, 64)), dtype=mx.float32) for _ in range(3))
-    tables4 = mx.array(np.broadcast_to(tables, (2, 1, 256, 4)))
-    make = {
-        "fp16": lambda side: exact.codec(side, 2, 64, mx.float16),
-        "vecinfer": lambda side: vecinfer.codec(side, tables4, 16),
-    }[method]
-    tried, plain = (_ext.ArrayCache(make("keys"), make("values"), 64, 4, mx.float16) for _ in range(2))
-    at = 0
-    while at < 390:
-        accepted = int(rng.integers(1, 4))
-        taken = slice(at, at + accepted)
-        rejected = wrong[:, :, : 3 - accepted]
-        tried.update(*(mx.concatenate([x[:, :, taken], rejected], axis=2) for x in (keys, values)))
-        assert tried.trim(3 - accepted) == 3 - accepted
-        at += accepted
-        for t in range(at - accepted, at):
-            plain.update(keys[:, :, t : t + 1], values[:, :, t : t + 1])
-    # One token more, so that both have rewritten their exact storage.
-    for cache in (tried, plain):
-        cache.update(keys[:, :, at : at + 1], values[:, :, at : at + 1])
-    assert tried.positions() == plain.positions()
-    assert all(mx.array_equal(a, b).item() for a, b in zip(tried.arrays(), plain.arrays(), strict=True))
+def test_smollm2_as_its_own_draft():
+    """>= 95 % of what it drafts is accepted, and the tokens and codes are those of plain decoding.
+
+    Exact tokens differ in their last bit where MLX sums rows of three tokens in another order than
+    rows of one, and with them one code in some hundreds. That rewinding itself leaves every byte as
+    it would be is test_every_method.py's.
+    """
+    try:
+        smollm2.directory()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    model, tokenizer = load_model("smollm2")
+    _, codebook = calibrate(model, tokenizer, bits=4, num_tokens=1024)
+    config = KVCacheConfig(codebook=codebook, strict=True)
+    prompt = mx.array(tokenizer.encode(PASSAGES[2] + PASSAGES[9])[:300])
+    plain = KVCacheBuilder.build(model, config)
+    tokens = [t for t, _ in generate.generate_step(prompt, model, max_tokens=100, prompt_cache=plain)]
+    caches = KVCacheBuilder.build(model, config) + KVCacheBuilder.build(model, config)
+    spoken = list(generate.speculative_generate_step(prompt, model, model, max_tokens=100, prompt_cache=caches))
+    assert [t for t, _, _ in spoken] == tokens
+    assert acceptance(spoken) >= 0.95
+
+    codes = []
+    for side in (plain, caches[:30], caches[30:]):
+        codes.append(np.concatenate([np.array(a).ravel() for c in side for a in c._core.arrays()[2:]]))
+    assert codes[0].size == 30 * 2 * 3 * 64 * 32 * 5  # layers, sides, heads, tokens of a block, codes, blocks
+    for other in codes[1:]:
+        assert (codes[0] == other).mean() > 0.995

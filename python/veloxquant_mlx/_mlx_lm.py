@@ -22,6 +22,7 @@ def accept_kv_cache() -> None:
 
 def _with_kv_cache(function):
     from veloxquant_mlx.cache.kv_cache import VeloxQuantKVCache
+    from veloxquant_mlx.cache.layout import flat_caches
 
     @functools.wraps(function)
     def generate(*args, kv_cache=None, **kwargs):
@@ -29,7 +30,7 @@ def _with_kv_cache(function):
             if kwargs.get("prompt_cache") is not None:
                 raise ValueError("kv_cache: got kv_cache= and prompt_cache=, wanted one of the two")
             kwargs["prompt_cache"] = kv_cache
-        ours = any(isinstance(c, VeloxQuantKVCache) for c in kwargs.get("prompt_cache") or [])
+        ours = any(isinstance(c, VeloxQuantKVCache) for c in flat_caches(kwargs.get("prompt_cache")))
         if ours and kwargs.get("kv_bits") is not None:
             raise ValueError(
                 f"kv_bits: got {kwargs['kv_bits']} beside a VeloxQuant cache, wanted none: the cache is "
@@ -45,9 +46,9 @@ def _with_kv_cache(function):
 def _check_models(args, kwargs):
     """A loaded cache must meet its own model: with another one of the same shape it would go on
     without an error, and say nonsense."""
-    from veloxquant_mlx.cache.layout import model_fingerprint
+    from veloxquant_mlx.cache.layout import flat_caches, model_fingerprint
 
-    caches = kwargs.get("prompt_cache") or []
+    caches = list(flat_caches(kwargs.get("prompt_cache")))
     found = {c.fingerprint for c in caches if getattr(c, "fingerprint", None) is not None}
     if not found:
         return

@@ -1,10 +1,12 @@
 """What has to be right before the extension is loaded: MLX's BLAS and its C++ ABI."""
 
+import hashlib
 import logging
 import os
 import re
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import _veloxquant_preload
 
@@ -26,6 +28,11 @@ def prepare() -> None:
         )
     from veloxquant_mlx import _ext
 
+    if (current := bindings_digest()) and current != getattr(_ext, "bindings", None):
+        raise ImportError(
+            "veloxquant_mlx: the extension was built from other sources than those here, as after a `git pull`: "
+            "run `make setup`."
+        )
     try:
         _ext.abi_check(mx.zeros((1,)))
     except TypeError as error:
@@ -46,6 +53,14 @@ def mlx_pin() -> str | None:
         if match:
             return match[1]
     return None
+
+
+def bindings_digest() -> str | None:
+    """Of the sources that _ext is bound by (cmake/python.cmake computes the same); None where this
+    is no source tree."""
+    sources = sorted((Path(__file__).parent.parent / "bindings").glob("*.cpp"))
+    digests = "".join(hashlib.sha256(source.read_bytes()).hexdigest() for source in sources)
+    return hashlib.sha256(digests.encode()).hexdigest() if sources else None
 
 
 def blas_in_use() -> dict:

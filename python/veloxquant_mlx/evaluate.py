@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxquant_mlx.cache.kv_cache import VeloxQuantKVCache, shared_nbytes
-from veloxquant_mlx.cache.layout import native_caches
+from veloxquant_mlx.cache.layout import flat_caches, native_caches
 
 _CHUNK = 256  # positions turned into log-probabilities at a time
 
@@ -171,11 +171,12 @@ def cache_bytes(caches):
 
 def bits_per_element(caches):
     """Bits that one stored key or value element takes in the codes (mlx_lm's caches: in their arrays)."""
-    ours = [cache.bits_per_element for cache in caches if isinstance(cache, VeloxQuantKVCache)]
+    ours = [cache.bits_per_element for cache in flat_caches(caches) if isinstance(cache, VeloxQuantKVCache)]
     if ours:
         return sum(ours) / len(ours)
-    keys = caches[0].keys
+    plain = next(cache for cache in flat_caches(caches) if hasattr(cache, "keys"))
+    keys = plain.keys
     if isinstance(keys, tuple):  # mlx_lm's QuantizedKVCache: codes, scales, biases
-        elements = keys[0].size * 32 / caches[0].bits
+        elements = keys[0].size * 32 / plain.bits
         return 8 * sum(part.nbytes for part in keys) / elements
     return 8.0 * keys.itemsize

@@ -16,7 +16,7 @@ from veloxquant_mlx.cache.codebook import (
     code_bits,
     key_and_value_bits,
 )
-from veloxquant_mlx.cache.layout import attention_layers, model_fingerprint
+from veloxquant_mlx.cache.layout import attention_layers, cache_of, model_fingerprint, one_shape, put_cache
 from veloxquant_mlx.text import read_texts
 
 SAMPLE_TOKENS = 128  # tokens of one calibration sample
@@ -35,6 +35,7 @@ def calibrate_smooth_factors(model, tokenizer, num_samples=64, *, texts=None, pr
     learned rotations need. num_samples: samples of 128 tokens.
     texts: strings or the path of a text file; default a built-in source. progress(fraction, text).
     """
+    one_shape(model)  # or a ValueError
     return _smooth_factors(model, collect(model, tokenizer, num_samples * SAMPLE_TOKENS, texts, progress))
 
 
@@ -64,8 +65,7 @@ def train_codebook(
     (keys smoothed, both sides rotated alike everywhere) or "learned" (a rotation per head, in the
     metric of the queries: better, and two more matrices a head to hold).
     """
-    layers = attention_layers(model)
-    dim = layers[0].head_dim
+    layers, (_, dim) = attention_layers(model), one_shape(model)
     keys = _table_shape(dim, num_centroids, num_subspaces)
     values = keys
     if (value_num_centroids, value_num_subspaces) != (None, None):
@@ -102,7 +102,7 @@ def calibrate(
     if num_tokens < 1:
         raise ValueError(f"num_tokens: got {num_tokens}, wanted at least 1")
     steps = _Steps(progress, collecting=0.5)
-    dim = attention_layers(model)[0].head_dim
+    _, dim = one_shape(model)
     shapes = []
     for pair in pairs:
         sides = [_TableShape(dim // TABLE_SHAPES[b][0], TABLE_SHAPES[b][1]) for b in pair]
@@ -157,8 +157,8 @@ def collect(model, tokenizer, num_tokens, texts=None, progress=None):
         # Our exact cache: its attention is faster on a CPU than MLX's, and needs no score matrix.
         caches = KVCacheBuilder.build(model, KVCacheConfig(method="fp16"))
         for layer, recorder in zip(layers, recorders):
-            recorder.cache = caches[layer.index]
-            caches[layer.index] = recorder
+            recorder.cache = cache_of(caches, layer)
+            put_cache(caches, layer, recorder)
         inner(mx.array(tokens[start : start + WINDOW_TOKENS])[None], cache=caches)
         mx.eval([(r.keys[-1], r.values[-1], r.query_squares) for r in recorders])
         if progress:

@@ -12,7 +12,7 @@ from veloxquant_mlx.cache import adaptive
 from veloxquant_mlx.cache.codebook import key_and_value_bits
 from veloxquant_mlx.cache.codecs import METHODS
 from veloxquant_mlx.cache.kv_cache import VeloxQuantKVCache
-from veloxquant_mlx.cache.layout import attention_layers, model_fingerprint, native_caches
+from veloxquant_mlx.cache.layout import attention_layers, model_fingerprint, native_caches, put_cache
 from veloxquant_mlx.metal.fused_sdpa import patch_mlx_lm_for_fused_sdpa
 
 log = logging.getLogger("veloxquant_mlx")
@@ -130,7 +130,7 @@ def _cache_maker(model, config):
     def make_caches():
         caches = native_caches(model)
         for layer, (make_codecs, settings) in zip(layers, makers):
-            caches[layer.index] = VeloxQuantKVCache(
+            ours = VeloxQuantKVCache(
                 make_codecs,
                 window=settings.window,
                 sinks=settings.sinks,
@@ -140,6 +140,7 @@ def _cache_maker(model, config):
                 layer=layer.index,
                 fit_plan=fit_plan(settings),
             )
+            put_cache(caches, layer, ours)
         return caches
 
     return make_caches

@@ -23,6 +23,7 @@ class BatchVeloxQuantKVCache:
         self._padding = [0] * len(self.rows)  # columns of padding that a row will see before its tokens
         self._columns = [(0, 0)] * len(self.rows)  # (first, n): tokens of each row in the latest step
         self._expected = [None] * len(self.rows)  # tokens to come before padding; None: all are tokens
+        self._step = None  # of the latest step: its end column, the shape of its keys
 
     @classmethod
     def merge(cls, caches):
@@ -43,7 +44,7 @@ class BatchVeloxQuantKVCache:
         """keys, values: [B, H_kv, n, D], RoPE applied. Returns EncodedRows for the fused attention,
         or dense left-padded arrays where the layer cannot use it."""
         n_columns, width = keys.shape[2], self._width()
-        rows = []
+        fetched = []
         for i, cache in enumerate(self.rows):
             first = min(self._padding[i], n_columns)
             n = n_columns - first
@@ -51,16 +52,31 @@ class BatchVeloxQuantKVCache:
                 n = min(n, self._expected[i])
                 self._expected[i] -= n
             self._padding[i] -= first
-            start = width - cache.offset + first
             taken = (slice(i, i + 1), slice(None), slice(first, first + n))
-            row_keys, row_values = cache.update_and_fetch(keys[taken], values[taken]) if n else cache.fetch()
-            rows.append(Row(row_keys, row_values, first, n, start, cache.offset))
-        self._columns = [(row.first, row.n) for row in rows]
-        shape = (len(rows), keys.shape[1], width + n_columns, keys.shape[3])
-        if self.rows[0].fused:
+            fetched.append(cache.update_and_fetch(keys[taken], values[taken]) if n else cache.fetch())
+            self._columns[i] = first, n
+        self._step = width + n_columns, keys.shape
+        return self._handed_out(fetched)
+
+    def keys_and_values(self):
+        """For layers that attend to the keys and values of another one, after its update."""
+        return self._handed_out([row.fetch() for row in self.rows])
+
+    def _handed_out(self, fetched):
+        end, (_, heads, n_columns, dim) = self._step
+        rows = []
+        for cache, (keys, values), (first, n) in zip(self.rows, fetched, self._columns):
+            start = end - n_columns + first + n - cache.offset
+            rows.append(Row(keys, values, first, n, start, cache.offset))
+        shape = (len(rows), heads, end, dim)
+        if self.fused:
             encoded = EncodedRows(tuple(rows), shape)
             return encoded, encoded
-        return _dense(rows, shape, "keys", keys.dtype), _dense(rows, shape, "values", values.dtype)
+        return _dense(rows, shape, "keys"), _dense(rows, shape, "values")
+
+    @property
+    def fused(self) -> bool:
+        return all(row.fused for row in self.rows)
 
     def observe_queries(self, queries):
         """queries: [B, H_q, n, D] of the columns that update_and_fetch just took; padding is left out."""
@@ -161,15 +177,16 @@ class BatchVeloxQuantKVCache:
         return [width - row.offset + padding for row, padding in zip(self.rows, self._padding)]
 
 
-def _dense(rows, shape, side, dtype):
+def _dense(rows, shape, side):
+    held = [getattr(row, side) for row in rows]
+    dtype = next((x.dtype for x in held if x is not None), mx.float32)
     padded = []
-    for row in rows:
-        x = getattr(row, side)
+    for row, x in zip(rows, held):
         if x is None:
             padded.append(mx.zeros((1, *shape[1:]), dtype))
         else:
             after = shape[2] - row.start - row.length
-            padded.append(mx.pad(x.astype(dtype), [(0, 0), (0, 0), (row.start, after), (0, 0)]))
+            padded.append(mx.pad(x, [(0, 0), (0, 0), (row.start, after), (0, 0)]))
     return mx.concatenate(padded)
 
 

@@ -10,7 +10,9 @@ from mlx_lm.models.base import create_causal_mask
 from veloxquant_mlx import _ext
 from veloxquant_mlx.cache import state as states
 from veloxquant_mlx.cache.adaptive import Fit, fit
+from veloxquant_mlx.cache.layout import flat_caches
 from veloxquant_mlx.metal.fused_sdpa import patch_mlx_lm_for_fused_sdpa
+from veloxquant_mlx.metal.rows import CausalMask
 
 log = logging.getLogger("veloxquant_mlx")
 
@@ -91,6 +93,9 @@ class VeloxQuantKVCache:
     def _handed_out(self, encoded):
         return encoded if self.fused else (encoded[0].dequantize(), encoded[1].dequantize())
 
+    # For layers that attend to the keys and values of another one, after its update.
+    keys_and_values = fetch
+
     @property
     def offset(self) -> int:
         return 0 if self._core is None else self._core.length
@@ -100,7 +105,8 @@ class VeloxQuantKVCache:
             return None if n == 1 else "causal"
         if n == 1 and (window_size is None or self.offset < window_size):
             return None
-        return create_causal_mask(n, self.offset, window_size=window_size)
+        mask = create_causal_mask(n, self.offset, window_size=window_size)
+        return mask if window_size is not None else CausalMask(mask)
 
     # What generate, the server and speculative decoding call.
 
@@ -225,6 +231,6 @@ mlx_lm_cache.VeloxQuantKVCache = VeloxQuantKVCache
 
 def shared_nbytes(caches) -> int:
     """Bytes of the tables that sequences share, of all `caches`, each table counted once."""
-    sharing = [c for c in caches if not getattr(c, "owns_tables", False)]
+    sharing = [c for c in flat_caches(caches) if not getattr(c, "owns_tables", False)]
     codecs = {id(codec): codec for c in sharing for codec in getattr(c, "codecs", ())}
     return sum(codec.nbytes for codec in codecs.values())

@@ -14,9 +14,10 @@ import zlib
 from pathlib import Path
 
 from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import CacheList
 
 from veloxquant_mlx.cache.kv_cache import VeloxQuantKVCache
-from veloxquant_mlx.cache.layout import attention_layers, model_fingerprint, native_caches
+from veloxquant_mlx.cache.layout import attention_layers, cache_of, flat_caches, model_fingerprint, native_caches
 
 VERSION = 1
 _KEY = "veloxquant"
@@ -31,9 +32,11 @@ def save(path, caches, metadata=None) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path: got {str(path)!r}, wanted a name that ends in .safetensors")
-    for i, cache in enumerate(caches):
+    for cache in flat_caches(caches):
         if isinstance(cache, VeloxQuantKVCache) and not cache.codecs:
-            raise ValueError(f"caches: got one that was never used (layer {i}), wanted caches with a prompt in them")
+            raise ValueError(
+                f"caches: got one that was never used (layer {cache.layer}), wanted caches with a prompt in them"
+            )
     metadata = dict(metadata or {}, **{_KEY: _PREFIX + _ZEROS})
     for key, value in metadata.items():
         # mlx_lm reads dots and numbers in keys as nested lists.
@@ -84,11 +87,21 @@ def load(path, model=None, return_metadata=False):
     return (caches, metadata) if return_metadata else caches
 
 
+def looks_like_one(path) -> bool:
+    """Whether the file, whole or damaged, was written by save(): other safetensors files are not ours."""
+    with open(path, "rb") as file:
+        return f'"0.{_KEY}":"{_PREFIX}'.encode() in file.read(1 << 20)
+
+
 def _as_in_a_file(cache):
     """What save_prompt_cache is to see: it asks for the name of the class and for `state`."""
-    if not isinstance(cache, VeloxQuantKVCache):
+    if isinstance(cache, CacheList):
+        state = [(_as_in_a_file(part).state, type(part).__name__) for part in cache.caches]
+    elif isinstance(cache, VeloxQuantKVCache):
+        state = cache.interchange_state()
+    else:
         return cache
-    return type(VeloxQuantKVCache.__name__, (), {"state": cache.interchange_state()})()
+    return type(type(cache).__name__, (), {"state": state})()
 
 
 def _checksum_at(file, path) -> int:
@@ -135,7 +148,9 @@ def _check_model(path, caches, model):
     if len(caches) < n:  # more is fine: the layers of a draft model follow
         raise ValueError(f"{path}: got {len(caches)} layers, wanted {n} as the model has")
     for layer in attention_layers(model):
-        cache = caches[layer.index]
+        if layer.slot is not None and not isinstance(caches[layer.index], CacheList):
+            raise ValueError(f"{path}: got one cache as layer {layer.index}, wanted a list of them as the model has")
+        cache = cache_of(caches, layer)
         if not isinstance(cache, VeloxQuantKVCache):
             continue
         if cache.fingerprint != fingerprint:

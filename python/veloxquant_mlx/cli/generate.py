@@ -65,6 +65,7 @@ def run(model, tokenizer, tokens, method, max_tokens, on_text=lambda piece: None
 
     from veloxquant_mlx._ext import dequantize_calls
     from veloxquant_mlx.cache.kv_cache import shared_nbytes
+    from veloxquant_mlx.cache.layout import flat_caches
     from veloxquant_mlx.evaluate import bits_per_element, cache_bytes
     from veloxquant_mlx.models import kv_elements_per_token
 
@@ -83,7 +84,7 @@ def run(model, tokenizer, tokens, method, max_tokens, on_text=lambda piece: None
     for response in chain([first], responses):
         pieces.append(response.text)
         on_text(response.text)
-    cached_tokens = caches[0].offset
+    cached_tokens = max(getattr(cache, "offset", 0) for cache in flat_caches(caches))
     return {
         "text": "".join(pieces),
         "method": method.name,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
 from veloxquant_mlx.cache.codebook import key_and_value_bits
-from veloxquant_mlx.cache.layout import native_caches
+from veloxquant_mlx.cache.layout import flat_caches, native_caches
 
 METHODS = {
     "vecinfer": "packed product-quantised codes, attention on the codes",
@@ -53,10 +53,10 @@ class CacheMethod:
 
 def kernel(caches):
     """What attention ran on these caches, in words."""
-    for cache in caches:
+    for cache in flat_caches(caches):
         if getattr(cache, "kernel", None):
             return cache.kernel
-    if hasattr(caches[0], "group_size"):
+    if any(hasattr(cache, "group_size") for cache in flat_caches(caches)):
         return "mlx quantized_matmul"
     return "mlx fast.scaled_dot_product_attention"
 

@@ -2,12 +2,12 @@
 
 import functools
 import logging
-
-import mlx.core as mx
+import threading
 
 from veloxquant_mlx import _ext, _mlx_lm
-from veloxquant_mlx.cache.layout import attention_layers, native_caches
-from veloxquant_mlx.metal.rows import EncodedRows, attend_rows
+from veloxquant_mlx.cache.layout import run_probes
+from veloxquant_mlx.metal import soft_capped
+from veloxquant_mlx.metal.rows import CausalMask, EncodedRows, attend_rows
 
 log = logging.getLogger("veloxquant_mlx")
 
@@ -59,17 +59,28 @@ def metal_fused_sdpa(
 def _hook(original):
     @functools.wraps(original)
     def scaled_dot_product_attention(queries, keys, values, cache, scale, mask=None, sinks=None):
-        # Calibration and adaptive caches: nobody else sees post-RoPE queries.
-        if isinstance(keys, (EncodedTensor, EncodedRows)) and hasattr(cache, "observe_queries"):
-            cache.observe_queries(queries)
-        if isinstance(keys, EncodedTensor):
-            return metal_fused_sdpa(queries, keys, values, scale, mask, sinks=sinks)
-        if isinstance(keys, EncodedRows):
-            return attend_rows(metal_fused_sdpa, queries, keys, mask, scale=scale, sinks=sinks)
+        _note(keys, values)
+        if _is_encoded(keys):
+            return attend_encoded(queries, keys, values, mask, cache, scale=scale, sinks=sinks)
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
 
     scaled_dot_product_attention._veloxquant_original = original
     return scaled_dot_product_attention
+
+
+def _is_encoded(keys):
+    return isinstance(keys, EncodedTensor | EncodedRows)
+
+
+def attend_encoded(queries, keys, values, mask, cache=None, **options):
+    """Attention over what one of our caches handed out. options: those of metal_fused_sdpa."""
+    # Calibration and adaptive caches: nobody else sees post-RoPE queries.
+    if hasattr(cache, "observe_queries"):
+        cache.observe_queries(queries)
+    if isinstance(keys, EncodedRows):
+        return attend_rows(metal_fused_sdpa, queries, keys, mask, **options)
+    mask = "causal" if isinstance(mask, CausalMask) else mask
+    return metal_fused_sdpa(queries, keys, values, mask=mask, **options)
 
 
 def patch_mlx_lm_for_fused_sdpa(model=None) -> set[int]:
@@ -85,7 +96,8 @@ def patch_mlx_lm_for_fused_sdpa(model=None) -> set[int]:
     for module in _mlx_lm.hooked_modules():
         if module.scaled_dot_product_attention is original:
             module.scaled_dot_product_attention = hook
-    return set() if model is None else _unrouted_layers(model)
+    soft_capped.patch(attend_encoded, _note, _is_encoded)
+    return set() if model is None else unrouted_layers(model)
 
 
 def unpatch_mlx_lm_for_fused_sdpa(model=None) -> None:
@@ -93,37 +105,39 @@ def unpatch_mlx_lm_for_fused_sdpa(model=None) -> None:
     original = _mlx_lm.original_attention()
     for module in _mlx_lm.hooked_modules():
         module.scaled_dot_product_attention = original
+    soft_capped.unpatch()
 
 
-def _unrouted_layers(model) -> set[int]:
-    """Indices of attention layers that never reach the hook: tried on the graph of one token."""
+def unrouted_layers(model) -> set[int]:
+    """Indices of attention layers whose keys and values never reach the hook as their cache handed
+    them out: tried on the graph of one token."""
     known = getattr(model, "_veloxquant_unrouted", None)
     if known is not None:
         return known
-    reached = _layers_that_reach_the_hook(model)
-    unrouted = {layer.index for layer in attention_layers(model)} - reached
+    _noting.reached = reached = {}
+    try:
+        probes = run_probes(model)
+    finally:
+        _noting.reached = None
+    unrouted = set()
+    for index, _, probe in probes:
+        if probe.shapes and not reached.keys() & {(id(probe),), tuple(map(id, probe.fetched))}:
+            unrouted.add(index)
     for index in sorted(unrouted):
-        log.warning("layer %d calls mx.fast attention directly: its history is dequantised at every step", index)
+        log.warning(
+            "layer %d calls mx.fast attention directly or computes its own: its history is dequantised at every step",
+            index,
+        )
     object.__setattr__(model, "_veloxquant_unrouted", unrouted)
     return unrouted
 
 
-def _layers_that_reach_the_hook(model) -> set[int]:
-    reached = set()
-    caches = native_caches(model)
-    index_of = {id(c): i for i, c in enumerate(caches)}
-    hook = _mlx_lm.base.scaled_dot_product_attention
+# While unrouted_layers runs a model in this thread: by their ids the caches, or the (keys, values), of
+# every attention that would come here. They are kept alive, so that an id means one thing.
+_noting = threading.local()
 
-    def spy(queries, keys, values, cache=None, **kwargs):
-        reached.add(index_of.get(id(cache)))
-        return hook._veloxquant_original(queries, keys, values, cache, **kwargs)
 
-    modules = [m for m in _mlx_lm.hooked_modules() if m.scaled_dot_product_attention is hook]
-    for module in modules:
-        module.scaled_dot_product_attention = spy
-    try:
-        model(mx.array([[0]]), cache=caches)
-    finally:
-        for module in modules:
-            module.scaled_dot_product_attention = hook
-    return reached
+def _note(*objects):
+    reached = getattr(_noting, "reached", None)
+    if reached is not None:
+        reached[tuple(map(id, objects))] = objects

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 
 class CausalMask(mx.array):
-    """The mask of a batch where it says nothing but "causal": rows then skip reading it."""
+    """A mask that says nothing but "causal", for a model that asked for an array: not read."""
 
 
 @dataclass(frozen=True)

@@ -53,13 +53,13 @@ def kv_elements_per_token(model):
     """
     import mlx.core as mx
 
-    from veloxquant_mlx.cache.layout import native_caches
+    from veloxquant_mlx.cache.layout import flat_caches, native_caches
 
     caches = native_caches(model)
     model(mx.array([[0]]), cache=caches)
     return sum(
         side.shape[1] * side.shape[3]
-        for cache in caches
+        for cache in flat_caches(caches)
         for side in (getattr(cache, "keys", None), getattr(cache, "values", None))
         if side is not None
     )

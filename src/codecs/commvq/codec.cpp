@@ -93,6 +93,7 @@ class CommVQCodec final : public Codec {
   void forward(int, float*, int64_t) const override {}
 
   int64_t token_bytes() const override { return packed_bytes(tables_.n_stages, kCodeBits) + 2; }
+  int64_t scalar_bytes() const override { return 2; }
 
   void unpack_tokens(const uint8_t* block, int n_tokens, uint8_t* rows) const override {
     std::vector<uint16_t> codes(static_cast<size_t>(tables_.n_stages) * kBlockTokens);

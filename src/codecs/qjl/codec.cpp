@@ -112,6 +112,7 @@ class QjlCodec final : public Codec {
   void forward(int, float* x, int64_t n) const override { move(x, n, false); }
 
   int64_t token_bytes() const override { return layout_.token_bytes(); }
+  int64_t scalar_bytes() const override { return layout_.scalar_bytes(); }
 
   void unpack_tokens(const uint8_t* block, int n_tokens, uint8_t* rows) const override {
     const int64_t stride = token_bytes();

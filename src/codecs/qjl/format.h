@@ -24,7 +24,8 @@ struct BlockLayout {
 
   // One token in files: signs, outliers' signs, channels of its block, norms.
   int64_t token_signs() const { return (m + m_out) / 8; }
-  int64_t token_bytes() const { return token_signs() + n_channels + (m_out > 0 ? 4 : 2); }
+  int64_t scalar_bytes() const { return m_out > 0 ? 4 : 2; }
+  int64_t token_bytes() const { return token_signs() + n_channels + scalar_bytes(); }
 };
 
 }  // namespace veloxquant::qjl

@@ -121,6 +121,7 @@ class RabitqCodec final : public Codec {
   int64_t token_bytes() const override {
     return packed_bytes(layout_.head_dim, layout_.bits) + static_cast<int64_t>(sizeof(uint16_t));
   }
+  int64_t scalar_bytes() const override { return sizeof(uint16_t); }
 
   void unpack_tokens(const uint8_t* block, int n_tokens, uint8_t* rows) const override {
     std::vector<uint16_t> codes(layout_.head_dim);

@@ -38,11 +38,20 @@ def check(config, side):
 
 def side_codecs(model, config, layers, side):
     """One function exact_dtype -> codec for each of `layers`; the codebook has all layers of the model."""
-    everywhere = attention_layers(model)
-    heads, dim = _one_shape(everywhere)
-    n_layers = len(everywhere)
     codebook = _codebook(config, side)
     _check_fingerprints(model, codebook, config.smooth_factors)
+    n_layers, fitted, codecs = len(attention_layers(model)), {}, []
+    for layer in layers:
+        shape = layer.n_kv_heads, layer.head_dim
+        if shape not in fitted:
+            fitted[shape] = _fit(codebook, config, n_layers, *shape, side)
+        tables, n_subvectors, maps = fitted[shape]
+        codecs.append(codec(side, mx.array(tables[layer.position]), n_subvectors, **maps(layer.position)))
+    return [lambda dtype, one=one: one for one in codecs]
+
+
+def _fit(codebook, config, n_layers, heads, dim, side):
+    """Tables, number of sub-vectors and transforms for layers of one shape."""
     tables = getattr(codebook, side) if isinstance(codebook, Codebook) else codebook
     tables = normalise_tables("codebook", tables, n_layers, heads, dim)
     n_subvectors = dim // tables.shape[-1]
@@ -51,16 +60,7 @@ def side_codecs(model, config, layers, side):
             f"num_subspaces: got {config.num_subspaces}, wanted {n_subvectors} (the codebook has sub-vectors of "
             f"{tables.shape[-1]} for head_dim {dim})"
         )
-    maps = _transforms(codebook, config.smooth_factors, n_layers, heads, dim, side)
-    codecs = [codec(side, mx.array(tables[layer.position]), n_subvectors, **maps(layer.position)) for layer in layers]
-    return [lambda dtype, one=one: one for one in codecs]
-
-
-def _one_shape(layers):
-    shapes = {(layer.n_kv_heads, layer.head_dim) for layer in layers}
-    if len(shapes) > 1:
-        raise ValueError(f"model: got attention layers of different shapes {sorted(shapes)}, wanted one shape")
-    return shapes.pop()
+    return tables, n_subvectors, _transforms(codebook, config.smooth_factors, n_layers, heads, dim, side)
 
 
 def _check_fingerprints(model, codebook, factors):
