@@ -1,16 +1,11 @@
-// Backend and SIMD choice, worker threads, the debug log.
+// Backend and SIMD choice, the number of worker threads, the debug log.
 #include "veloxquant/backend.h"
-
-#include <tbb/global_control.h>
-#include <tbb/parallel_for.h>
-#include <tbb/task_arena.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <mutex>
 #include <set>
 #include <thread>
@@ -48,19 +43,6 @@ std::atomic<int>& thread_limit() {
   return limit;
 }
 
-// One arena per limit that was ever asked for: an arena must outlive the loops that run in it.
-tbb::task_arena& arena(int n_threads) {
-  static std::mutex mutex;
-  static std::vector<std::unique_ptr<tbb::task_arena>> arenas;
-  std::lock_guard<std::mutex> lock(mutex);
-  for (auto& known : arenas) {
-    if (known->max_concurrency() == n_threads) return *known;
-  }
-  arenas.push_back(std::make_unique<tbb::task_arena>(n_threads));
-  arenas.back()->initialize();
-  return *arenas.back();
-}
-
 }  // namespace
 
 Backend default_backend() { return static_cast<Backend>(chosen_backend().load()); }
@@ -79,31 +61,6 @@ void set_num_threads(int n) {
   require(n >= 0, "[set_num_threads] n: got ", n, ", wanted 0 (every core) or more");
   thread_limit() = n;
 }
-
-namespace detail {
-void parallel_for_impl(long n, void (*call)(const void* context, long i), const void* context) {
-  int threads = num_threads();
-  if (n <= 1 || threads == 1) {
-    for (long i = 0; i < n; ++i) call(context, i);
-    return;
-  }
-  // TBB orders the caller, the workers and the return by itself, out of ThreadSanitizer's sight
-  // (Debian's library is not instrumented); this counter says the same in C++.
-  std::atomic<long> n_done{0};
-  n_done.store(0, std::memory_order_release);
-  arena(threads).execute([&] {
-    tbb::parallel_for(
-        tbb::blocked_range<long>(0, n, 1),
-        [&](const tbb::blocked_range<long>& range) {
-          n_done.load(std::memory_order_acquire);
-          for (long i = range.begin(); i != range.end(); ++i) call(context, i);
-          n_done.fetch_add(1, std::memory_order_acq_rel);
-        },
-        tbb::simple_partitioner());
-  });
-  n_done.load(std::memory_order_acquire);
-}
-}  // namespace detail
 
 bool debug_enabled() {
   static const bool enabled =
