@@ -25,6 +25,13 @@ foreach(source ${test_sources})
   gtest_discover_tests(${name} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
 endforeach()
 
+target_compile_definitions(golden_test PRIVATE
+  VELOXQUANT_GOLDEN_DIR="${PROJECT_SOURCE_DIR}/tests/golden")
+add_executable(write_golden EXCLUDE_FROM_ALL tests/golden/write_golden.cpp)
+veloxquant_compile_options(write_golden)
+target_include_directories(write_golden PRIVATE ${PROJECT_SOURCE_DIR})
+target_link_libraries(write_golden PRIVATE veloxquant)
+
 # As a C++ user does it: install, find_package, build the example, run it.
 add_test(NAME install_and_use COMMAND ${CMAKE_COMMAND}
   -DSOURCE_DIR=${PROJECT_SOURCE_DIR} -DBUILD_DIR=${PROJECT_BINARY_DIR}

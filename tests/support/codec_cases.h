@@ -51,6 +51,11 @@ class CodecCase {
     tables_[name] = TensorView(integers_.back().data(), DType::int32, shape);
     return *this;
   }
+  // Something is chosen for a block as a whole: a token's codes depend on its neighbours.
+  CodecCase& shares_a_block() {
+    shares_a_block_ = true;
+    return *this;
+  }
   CodecCase& make() {
     codec_ = make_codec(spec_, tables_);
     return *this;
@@ -58,10 +63,11 @@ class CodecCase {
 
   const Codec& codec() const { return *codec_; }
   std::string label() const { return spec_.method + " " + label_; }
-  const CodecSpec& spec() const { return spec_; }
+  bool tokens_are_independent() const { return !shares_a_block_; }
 
  private:
   std::string label_;
+  bool shares_a_block_ = false;
   CodecSpec spec_;
   std::list<std::vector<float>> floats_;
   std::list<std::vector<uint16_t>> halves_;
@@ -139,8 +145,6 @@ inline Cases rabitq_cases(int head_dim) {
   return cases;
 }
 
-// Outliers that a block chooses itself depend on all of its tokens, so that a tail may name others
-// than the whole block: those are in qjl_test.cpp, fixed ones here.
 inline Cases qjl_cases(int head_dim) {
   Cases cases;
   for (int blocks : {1, 2}) {
@@ -161,6 +165,10 @@ inline Cases qjl_cases(int head_dim) {
   auto dense = std::make_shared<CodecCase>("given sketch", "qjl", Side::keys, head_dim);
   dense->table("sketch", random.values(int64_t{24} * head_dim), {24, head_dim}).make();
   cases.push_back(dense);
+  auto chosen = std::make_shared<CodecCase>("chosen outliers", "qjl", Side::keys, head_dim);
+  chosen->option("sketch_bits", int64_t{2} * head_dim).option("outliers", int64_t{4});
+  chosen->shares_a_block().make();
+  cases.push_back(chosen);
   return cases;
 }
 
@@ -199,11 +207,8 @@ inline Cases commvq_cases(int head_dim) {
 
 inline const std::map<std::string, CaseMaker>& case_makers() {
   static const std::map<std::string, CaseMaker> makers{
-      {"commvq", commvq_cases},
-      {"exact", exact_cases},
-      {"qjl", qjl_cases},
-      {"rabitq", rabitq_cases},
-      {"vecinfer", vecinfer_cases},
+      {"commvq", commvq_cases}, {"exact", exact_cases},       {"qjl", qjl_cases},
+      {"rabitq", rabitq_cases}, {"vecinfer", vecinfer_cases},
   };
   return makers;
 }
