@@ -1,5 +1,5 @@
 # Everything a developer or user types. Each target sets up what it needs first.
-.PHONY: setup demo test bench quality format clean
+.PHONY: setup demo test bench neon quality format clean
 
 PYTHON := .venv/bin/python
 VELOXQUANT := .venv/bin/veloxquant
@@ -27,6 +27,11 @@ bench: setup
 	$(call configure,BENCHMARKS)
 	cmake --build $(BUILD) --target decode_bench
 	$(BUILD)/decode_bench
+	$(VELOXQUANT) bench kernels
+
+# The codecs and their tests for AArch64, run under qemu.
+neon:
+	@tools/neon.sh
 
 quality: setup
 	@tools/quality.sh

@@ -2,7 +2,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
+
 #include "python/bindings/module.h"
+#include "src/mlx/function_op.h"
 #include "veloxquant/backend.h"
 #include "veloxquant/dequantize.h"
 #include "veloxquant/error.h"
@@ -11,6 +14,7 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace veloxquant {
+namespace mx = mlx::core;
 
 void bind_runtime(nb::module_& m) {
   m.def("simd_levels", &simd_levels, "SIMD levels this machine can run, best first.");
@@ -30,9 +34,23 @@ void bind_runtime(nb::module_& m) {
       "name"_a);
   m.def("dequantize_calls", &dequantize_calls,
         "How often packed history was expanded to a dense array in this process.");
+  m.def(
+      "copied",
+      [](const mx::array& a) {
+        return function_op("veloxquant_copied", {dense(a, a.dtype())}, {{a.shape(), a.dtype()}},
+                           [](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+                             const auto* from = in[0].data<uint8_t>();
+                             auto* to = out[0].data<uint8_t>();
+                             parallel_ranges(static_cast<int64_t>(in[0].nbytes()), int64_t{1} << 20,
+                                             [&](int64_t begin, int64_t end) {
+                                               std::memcpy(to + begin, from + begin, end - begin);
+                                             });
+                           })[0];
+      },
+      "a"_a, "A copy on our threads: what benchmarks hold the kernels against.");
   // The import-time check of the MLX ABI: a wrong nanobind or MLX build fails here with TypeError.
   m.def(
-      "abi_check", [](const mlx::core::array& a) { return static_cast<int>(a.ndim()); }, "a"_a);
+      "abi_check", [](const mx::array& a) { return static_cast<int>(a.ndim()); }, "a"_a);
 }
 
 }  // namespace veloxquant

@@ -28,10 +28,11 @@ def _quieten_libraries():
 
 
 def _register():
-    from veloxquant_mlx.cli import calibrate, demo, devices, evaluate, generate, inspect, recommend
+    from veloxquant_mlx.cli import bench, calibrate, demo, devices, evaluate, generate, inspect, recommend
 
     for module in (demo, generate, calibrate, evaluate, recommend, inspect, devices):
         app.command(module.NAME, epilog=f"Example: {module.EXAMPLE}")(module.command)
+    app.add_typer(bench.app, name="bench")
 
 
 _quieten_libraries()  # read by the libraries when the commands import them

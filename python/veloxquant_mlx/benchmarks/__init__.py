@@ -1,0 +1,1 @@
+"""Timings of the kernels against the same operations in plain MLX: `veloxquant bench kernels`."""
