@@ -8,7 +8,6 @@ import argparse
 
 import mlx_lm
 
-from veloxquant_mlx.allocators.vecinfer import calibrate
 from veloxquant_mlx.cache.base import KVCacheConfig, install
 from veloxquant_mlx.models import load_model
 
@@ -17,14 +16,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="+")
     parser.add_argument("--model", default="smollm2", help="smollm2, a directory, or a hub name")
-    parser.add_argument("--bits", type=float, default=4, help="of a key or value element in the cache")
+    parser.add_argument("--bits", type=int, default=4, help="1 to 4, of a key or value element in the cache")
     parser.add_argument("--max-tokens", type=int, default=60)
     arguments = parser.parse_args()
 
     model, tokenizer = load_model(arguments.model)
-    _, codebook = calibrate(model, tokenizer, bits=arguments.bits, num_tokens=4096)
-    # From here on every cache that mlx_lm makes for this model is one of ours.
-    install(model, KVCacheConfig(codebook=codebook))
+    # From here on every cache that mlx_lm makes for this model is one of ours. This method needs no calibration.
+    install(model, KVCacheConfig(method="rabitq", bits=arguments.bits))
 
     prompts = [
         tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)

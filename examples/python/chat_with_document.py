@@ -2,8 +2,8 @@
 
     python examples/python/chat_with_document.py --document report.txt --cache report.safetensors "Who wrote it?"
 
-The first run reads the document through the model and saves the packed cache; every later run starts
-from the file, which needs neither the document nor a calibration. Each question starts from the
+The first run reads the document through the model, fits the codes to it, and saves the packed cache;
+every later run starts from the file and does not need the document. Each question starts from the
 document anew, so that answers do not depend on the order of the questions.
 """
 
@@ -15,12 +15,11 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 
-from veloxquant_mlx.allocators.vecinfer import calibrate
 from veloxquant_mlx.cache import prompt_cache
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
 from veloxquant_mlx.models import load_model
 
-CHUNK = 512  # tokens that are read at once
+CHUNK = 256  # tokens that are read at once
 
 
 def main():
@@ -46,22 +45,36 @@ def main():
         print(f"read {document[0].offset} tokens in {time.perf_counter() - started:.1f} s, saved {arguments.cache}")
     print(f"the cache holds {sum(cache.nbytes for cache in document) / 1e6:.2f} MB")
 
+    _, after = prompt_around(tokenizer, "")
     for question in arguments.questions:
         caches = copy.deepcopy(document)  # shares the packed blocks
-        prompt = f"\n\nQuestion: {question}\nAnswer:"
         print(f"\n> {question}")
-        pieces = mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=arguments.max_tokens, prompt_cache=caches)
-        for piece in pieces:
+        tokens = tokenizer.encode(question + after, add_special_tokens=False)
+        for piece in mlx_lm.stream_generate(
+            model, tokenizer, tokens, max_tokens=arguments.max_tokens, prompt_cache=caches
+        ):
             print(piece.text, end="", flush=True)
         print()
 
 
-def read(model, tokenizer, text, bits):
-    """The caches of `model` after reading `text`."""
-    # Calibrated on what it is going to hold: quality depends on that most of all.
-    _, codebook = calibrate(model, tokenizer, bits=bits, num_tokens=4096, texts=[text])
-    caches = KVCacheBuilder.build(model, KVCacheConfig(codebook=codebook))
-    tokens = mx.array(tokenizer.encode(text))
+def prompt_around(tokenizer, document):
+    """(text before a question, text after it), as the model expects them."""
+    if not tokenizer.has_chat_template:
+        return f"{document}\n\nQuestion: ", "\nAnswer:"
+    message = {"role": "user", "content": f"{document}\n\n<question>"}
+    text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    before, after = text.split("<question>")
+    return before, after
+
+
+def read(model, tokenizer, document, bits):
+    """The caches of `model` after reading `document`."""
+    before, _ = prompt_around(tokenizer, document)
+    tokens = mx.array(tokenizer.encode(before, add_special_tokens=False))
+    # Tables fitted on what they are going to hold, once so much of it was read: no calibration.
+    fit_tokens = min(2048, len(tokens) // 2)
+    config = KVCacheConfig(codebook="adaptive", bits=bits, fit_tokens=fit_tokens, fit_per="head")
+    caches = KVCacheBuilder.build(model, config)
     for start in range(0, len(tokens), CHUNK):
         model(tokens[None, start : start + CHUNK], cache=caches)
         mx.eval([cache.state for cache in caches])

@@ -14,7 +14,6 @@ import sys
 
 from mlx_lm import server
 
-from veloxquant_mlx.allocators.vecinfer import calibrate
 from veloxquant_mlx.cache.base import KVCacheConfig, install
 from veloxquant_mlx.models import model_directory
 
@@ -22,13 +21,12 @@ from veloxquant_mlx.models import model_directory
 class Provider(server.ModelProvider):
     """Loads models as mlx_lm does, then makes their caches ours."""
 
-    bits = 4.0
+    bits = 4
 
     def load(self, *arguments, **options):
         loaded = super().load(*arguments, **options)
         if "make_cache" not in self.model.__dict__:
-            _, codebook = calibrate(self.model, self.tokenizer, bits=self.bits, num_tokens=4096)
-            install(self.model, KVCacheConfig(codebook=codebook))
+            install(self.model, KVCacheConfig(method="rabitq", bits=self.bits))  # needs no calibration
         return loaded
 
 
@@ -37,7 +35,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", default="smollm2", help="smollm2, a directory, or a hub name")
-    parser.add_argument("--bits", type=float, default=4, help="of a key or value element in the cache")
+    parser.add_argument("--bits", type=int, default=4, help="1 to 4, of a key or value element in the cache")
     arguments, others = parser.parse_known_args()
     Provider.bits = arguments.bits
     server.ModelProvider = Provider
