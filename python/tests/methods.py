@@ -1,4 +1,4 @@
-"""Every cache method as the tests build it: a new one is a line here (test_every_method.py says which is missing)."""
+"""Every cache method as the tests build it: a new one that needs a codebook is a line here."""
 
 import architectures
 import numpy as np
@@ -6,6 +6,7 @@ import numpy as np
 from veloxquant_mlx.allocators.commvq import train_commvq
 from veloxquant_mlx.allocators.vecinfer import train_codebook
 from veloxquant_mlx.cache.base import KVCacheConfig
+from veloxquant_mlx.cache.codecs import METHODS as IN_THE_PACKAGE
 from veloxquant_mlx.cache.layout import model_fingerprint
 
 
@@ -42,6 +43,9 @@ METHODS = {
     "commvq": lambda model: dict(method="commvq", codebook=_commuting(model)),
     "layers that differ": lambda model: dict(codebook=_tables(256, 4), layers={-1: dict(method="fp16")}),
 }
+# Methods that need nothing are taken along unlisted.
+for _name in IN_THE_PACKAGE:
+    METHODS.setdefault(_name, lambda model, name=_name: dict(method=name))
 
 
 def config(name, model, **settings):

@@ -18,7 +18,6 @@ from mlx_lm.models.cache import trim_prompt_cache
 from veloxquant_mlx import _ext
 from veloxquant_mlx.cache import prompt_cache
 from veloxquant_mlx.cache.base import KVCacheBuilder, install
-from veloxquant_mlx.cache.codecs import METHODS as IN_THE_PACKAGE
 
 generate = sys.modules["mlx_lm.generate"]
 LEVELS = list(dict.fromkeys([_ext.simd_levels()[0], _ext.simd_levels()[-1]]))  # the widest and the narrowest
@@ -60,11 +59,6 @@ def prompt(n, seed=1):
 def say(model, caches, tokens, n):
     steps = generate.generate_step(mx.array(tokens), model, max_tokens=n, prompt_cache=caches)
     return [token for token, _ in steps]
-
-
-def test_no_method_is_left_out(loaded):
-    configs = [methods.config(name, loaded[0]) for name in methods.METHODS]
-    assert {config.method for config in configs} == set(IN_THE_PACKAGE)
 
 
 @pytest.fixture(scope="module")
