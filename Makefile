@@ -25,8 +25,8 @@ test:
 
 bench: setup
 	$(call configure,BENCHMARKS)
-	cmake --build $(BUILD) --target decode_bench
-	$(BUILD)/decode_bench
+	cmake --build $(BUILD) --target benchmarks
+	for program in $(BUILD)/*_bench; do echo "== $$program" && $$program || exit 1; done
 	$(VELOXQUANT) bench kernels
 
 # The codecs and their tests for AArch64, run under qemu.

@@ -54,10 +54,8 @@ def row(case, rounds, report=lambda what: None):
         if index == 0:
             best = min(times[name][0] for name in formulations)
             formulations = {n: f for n, f in formulations.items() if times[n][0] <= _DROP * best}
-            for name in calls:
-                times[name].clear()  # the first call warms up
-            if rounds > 1:
-                for name in formulations:
+            if rounds > 1:  # the first calls warmed up
+                for name in (*calls, *formulations):
                     times[name].clear()
     _verify(case, {name: case.formulations[name] for name in formulations})
     median = {name: statistics.median(t) for name, t in times.items() if t}

@@ -34,9 +34,8 @@ def kernels(
         raise ValueError(f"--rounds: got {rounds}, wanted at least 1")
     rows = []
     with output.progress() as report:
-        for index, case in enumerate(suite.cases(tokens)):
-            if only is None or only in case.function:
-                rows.append(measure.row(case, rounds, lambda what, i=index: report(min(0.99, i / 16), what)))
+        for index, case in enumerate(suite.cases(tokens, only or "")):
+            rows.append(measure.row(case, rounds, lambda what, i=index: report(min(0.99, i / 16), what)))
     if not rows:
         raise ValueError(f"--only: got {only!r}, wanted a part of a function's name")
     if plot:
