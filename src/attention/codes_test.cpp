@@ -4,12 +4,14 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "src/attention/attention_fixture.h"
 #include "src/math/float16.h"
+#include "veloxquant/codec_spec.h"
 #include "veloxquant/vecinfer.h"
 
 namespace veloxquant::attention {
@@ -107,6 +109,39 @@ TEST_F(AttentionOnCodes, OddNumberOfFourBitCodes) {
   Case c = decode_case();
   c.head_dim = 24;
   check_on_codes(c, Codecs(c, {8, 16}));
+}
+
+// Codecs of single dimensions: bits in planes, a factor for each token.
+TEST_F(AttentionOnCodes, ScalarCodecs) {
+  struct Method {
+    const char* name;
+    std::map<std::string, CodecOption> options;
+  };
+  const Method methods[] = {{"rabitq", {{"bits", int64_t{1}}}},
+                            {"rabitq", {{"bits", int64_t{2}}}},
+                            {"rabitq", {{"bits", int64_t{3}}}},
+                            {"rabitq", {{"bits", int64_t{4}}}},
+                            {"qjl", {{"sketch_bits", int64_t{64}}}}};
+  for (const Method& method : methods) {
+    for (int64_t n_queries : {1, 4}) {
+      Case c = decode_case();
+      c.n_queries = n_queries;
+      c.cut = 40;
+      const bool keys_only = std::string(method.name) == "qjl";
+      const CodecPtr keys =
+          make_codec({method.name, Side::keys, c.n_kv_heads, c.head_dim, method.options}, {});
+      const Codecs vecinfer(c, {4, 256});
+      const CodecPtr values =
+          keys_only
+              ? vecinfer.values
+              : make_codec({method.name, Side::values, c.n_kv_heads, c.head_dim, method.options},
+                           {});
+      SCOPED_TRACE(keys->name());
+      const Scenario p(c, keys, values);
+      ASSERT_THAT(attention_kernel_name(Backend::cpu, p.source), HasSubstr("byte look-ups)"));
+      check(p);
+    }
+  }
 }
 
 // More than 256 centroids: no form in bytes, tiles are decoded and the name says so.

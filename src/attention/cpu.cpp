@@ -278,11 +278,14 @@ void attend_few_rows(const Problem& p, const CodeUse& use, const std::vector<Seg
     return Rows{static_cast<int>(head / p.n_kv_heads), static_cast<int>(head % p.n_kv_heads), 0,
                 static_cast<int>(p.n_rows())};
   };
+  // The only packed segment of a head makes its own tables: they stay in the caches of its core.
+  const bool alone = std::count_if(segments.begin(), segments.end(),
+                                   [](const Segment& segment) { return segment.packed; }) == 1;
   for (int64_t first = 0; first < n_heads; first += wave) {
     const int64_t n = std::min(wave, n_heads - first);
     Partials partials(n * n_segments, p.n_rows(), padded_columns(p.head_dim));
     std::vector<std::unique_ptr<const CodeScores>> scores(n);
-    if (use.keys) {
+    if (use.keys && !alone) {
       parallel_for(n, [&](long i) { scores[i] = prepare_scores(p, rows_of(first + i)); });
     }
     parallel_for(n * n_segments, [&](long item) {
@@ -290,7 +293,9 @@ void attend_few_rows(const Problem& p, const CodeUse& use, const std::vector<Seg
       const Rows rows = rows_of(first + i);
       const Segment& segment = segments[item % n_segments];
       if (segment.packed && (use.keys || use.values)) {
+        if (use.keys && alone) scores[i] = prepare_scores(p, rows);
         attend_codes(p, rows, segment, use, scores[i].get(), partials[item]);
+        if (alone) scores[i].reset();
       } else {
         attend_segment(p, rows, segment, partials[item]);
       }

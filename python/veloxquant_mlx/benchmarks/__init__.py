@@ -1,1 +1,1 @@
-"""Timings of the kernels against the same operations in plain MLX: `veloxquant bench kernels`."""
+"""Timings of this machine, every output verified: `veloxquant bench kernels`, `veloxquant bench attention`."""

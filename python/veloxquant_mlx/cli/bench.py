@@ -4,9 +4,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from veloxquant_mlx.cli import options, output
+from veloxquant_mlx.cli import bench_attention, options, output
 
 app = typer.Typer(help="Measure the kernels on this machine.", rich_markup_mode=None, no_args_is_help=True)
+app.command(bench_attention.NAME, epilog=f"Example: {bench_attention.EXAMPLE}")(bench_attention.command)
 
 KERNELS_EXAMPLE = "veloxquant bench kernels --json --plot kernels.png"
 

@@ -1,5 +1,6 @@
 #include "src/codecs/lookup/buffer.h"
 
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -43,8 +44,10 @@ Buffer take_buffer(int64_t size) {
   Pool& p = pool();
   {
     std::lock_guard<std::mutex> lock(p.mutex);
-    const auto found = p.free.find(size);
-    if (found != p.free.end()) {
+    const auto next = p.free.upper_bound(size);
+    // The one that came back last: it may still be in this core's caches.
+    const auto found = next == p.free.begin() ? p.free.end() : std::prev(next);
+    if (found != p.free.end() && found->first == size) {
       float* data = found->second.release();
       p.free.erase(found);
       p.kept -= size * static_cast<int64_t>(sizeof(float));

@@ -33,7 +33,7 @@ std::vector<Panel> cut_panels(int n_rows) {
 class Table {
  public:
   explicit Table(const ByteCodes& codes)
-      : codes_(codes), data_(take_buffer(int64_t{codes.n_values} * codes.sub_dim)) {}
+      : codes_(codes), data_(take_buffer(int64_t{codes.digit_values()} * codes.sub_dim)) {}
 
   const float* of(int m) {
     if (!codes_.shared_table || !loaded_) codes_.table(m, data_.get());
@@ -48,7 +48,7 @@ class Table {
 };
 
 int64_t table_size(const ByteCodes& codes, int width) {
-  return int64_t{codes.n_codes} * codes.n_values * width;
+  return int64_t{codes.n_codes} * codes.n_values() * width;
 }
 
 // Calls body(chunk of blocks, index of its first token, factors of its tokens or null).
@@ -66,7 +66,7 @@ void for_each_chunk(const ByteCodes& codes, const uint8_t* blocks, int n_blocks,
     chunk.stride = codes.block_bytes;
     chunk.n = std::min(kChunkBlocks, n_blocks - done);
     chunk.n_codes = codes.n_codes;
-    chunk.n_values = codes.n_values;
+    chunk.n_values = codes.n_values();
     if (codes.rows) {
       uint8_t* to = reinterpret_cast<uint8_t*>(rows.get());
       for (int b = 0; b < chunk.n; ++b) {
@@ -91,6 +91,7 @@ class ByteCodeScores final : public CodeScores {
     for (const Panel& panel : panels_) {
       entries_.push_back(take_buffer(table_size(codes_, panel.width)));
     }
+    Buffer digit = take_buffer(int64_t{codes.digit_values()} * widest_panel());
     Buffer q_part = take_buffer(int64_t{codes.sub_dim} * widest_panel());
     for (int m = 0; m < codes.n_codes; ++m) {
       const float* vectors = table.of(m);
@@ -102,8 +103,8 @@ class ByteCodeScores final : public CodeScores {
             q_part[d * width + r] = q[int64_t{first + r} * head_dim + m * codes.sub_dim + d];
           }
         }
-        make_entries(vectors, codes.n_values, codes.sub_dim, q_part.get(), width,
-                     entries_[i].get() + int64_t{m} * codes_.n_values * width);
+        make_all_entries(vectors, q_part.get(), width, digit.get(),
+                         entries_[i].get() + int64_t{m} * codes_.n_values() * width);
       }
     }
   }
@@ -123,6 +124,16 @@ class ByteCodeScores final : public CodeScores {
   }
 
  private:
+  void make_all_entries(const float* vectors, const float* q, int width, float* digit,
+                        float* entries) const {
+    const int n = codes_.digit_values(), dim = codes_.digit_dim();
+    make_entries(vectors, n, dim, q, width, entries);
+    for (int i = 1, n_low = n; i < codes_.n_digits; ++i, n_low *= n) {
+      make_entries(vectors + i * n * dim, n, dim, q + i * dim * width, width, digit);
+      add_digit(entries, n_low, digit, n, width);
+    }
+  }
+
   ByteCodes codes_;
   std::vector<Panel> panels_;
   std::vector<Buffer> entries_;  // per panel [n_codes][n_values][width]
@@ -131,14 +142,12 @@ class ByteCodeScores final : public CodeScores {
 class ByteCodeSums final : public CodeSums {
  public:
   ByteCodeSums(const ByteCodes& codes, int n_rows) : codes_(codes), panels_(cut_panels(n_rows)) {
-    for (const Panel& panel : panels_) {
-      const int64_t size = table_size(codes_, panel.width);
-      sums_.push_back(take_buffer(size));
-      std::fill(sums_.back().get(), sums_.back().get() + size, 0.0f);
-    }
+    for (const Panel& panel : panels_)
+      sums_.push_back(take_buffer(table_size(codes_, panel.width)));
   }
 
   void add(const uint8_t* blocks, int n_blocks, const float* weights, int64_t stride) override {
+    clear_once();
     const int chunk_tokens = std::min(n_blocks, kChunkBlocks) * kBlockTokens;
     Buffer tokens = take_buffer(int64_t{chunk_tokens} * panels_[0].width);
     for_each_chunk(codes_, blocks, n_blocks,
@@ -153,25 +162,48 @@ class ByteCodeSums final : public CodeSums {
   }
 
   void take(float* y, int64_t y_stride) override {
+    clear_once();  // nothing was added
     Table table(codes_);
+    Buffer digit = take_buffer(int64_t{codes_.digit_values()} * panels_[0].width);
     Buffer out = take_buffer(int64_t{codes_.sub_dim} * panels_[0].width);
     for (int m = 0; m < codes_.n_codes; ++m) {
       const float* vectors = table.of(m);
       for (size_t i = 0; i < panels_.size(); ++i) {
         const auto [first, n, width] = panels_[i];
-        finish_sums(vectors, codes_.n_values, codes_.sub_dim,
-                    sums_[i].get() + int64_t{m} * codes_.n_values * width, width, out.get());
+        finish_all_sums(vectors, width, digit.get(),
+                        sums_[i].get() + int64_t{m} * codes_.n_values() * width, out.get());
         for (int r = 0; r < n; ++r) {
           float* to = y + int64_t{first + r} * y_stride + m * codes_.sub_dim;
           for (int d = 0; d < codes_.sub_dim; ++d) to[d] = out[d * width + r];
         }
       }
     }
+    is_clear_ = false;
   }
 
  private:
+  void clear_once() {
+    if (is_clear_) return;
+    for (size_t i = 0; i < panels_.size(); ++i) {
+      float* sums = sums_[i].get();
+      std::fill(sums, sums + table_size(codes_, panels_[i].width), 0.0f);
+    }
+    is_clear_ = true;
+  }
+
+  void finish_all_sums(const float* vectors, int width, float* digit, float* sums,
+                       float* out) const {
+    const int n = codes_.digit_values(), dim = codes_.digit_dim();
+    for (int i = codes_.n_digits - 1, n_low = codes_.n_values() / n; i > 0; --i, n_low /= n) {
+      split_digit(sums, n_low, digit, n, width);
+      finish_sums(vectors + i * n * dim, n, dim, digit, width, out + i * dim * width);
+    }
+    finish_sums(vectors, n, dim, sums, width, out);
+  }
+
   ByteCodes codes_;
   std::vector<Panel> panels_;
+  bool is_clear_ = false;
   std::vector<Buffer> sums_;  // per panel [n_codes][n_values][width]
 };
 

@@ -19,18 +19,23 @@
 namespace veloxquant::lookup {
 
 struct ByteCodes {
-  int n_codes = 0;     // per token
-  int sub_dim = 0;     // code m stands for dimensions [m * sub_dim, (m + 1) * sub_dim)
-  int n_values = 256;  // codes are below this; a multiple of 4
+  int n_codes = 0;  // per token
+  int sub_dim = 0;  // code m stands for dimensions [m * sub_dim, (m + 1) * sub_dim)
   int64_t block_bytes = 0;
 
-  // table(m, to): what the codes of m stand for, fp32 [n_values][sub_dim].
+  // A byte holds n_digits codes of digit_bits each, the first in the low bits, each of them for its
+  // sub_dim / n_digits dimensions: two sub-vectors of 4 bits, eight signs.
+  int n_digits = 1;
+  int digit_bits = 8;
+  int digit_values() const { return 1 << digit_bits; }
+  int digit_dim() const { return sub_dim / n_digits; }
+  int n_values() const { return 1 << (n_digits * digit_bits); }
+
+  // table(m, to): what the digits of m stand for, fp32 [n_digits][digit_values][digit_dim].
   std::function<void(int m, float* to)> table;
   bool shared_table = false;  // the same for every m
 
-  // rows(block, to): the codes as bytes, [n_codes][64]. Empty: the block starts with them. Codes of
-  // less than 8 bits are best taken several at a time: two of 4 bits are one byte of twice the
-  // dimensions.
+  // rows(block, to): the bytes, [n_codes][64]. Empty: the block starts with them.
   std::function<void(const uint8_t* block, uint8_t* to)> rows;
 
   // factors(block, to): a factor of each token's vector, fp32 [64]. Empty: 1.

@@ -20,6 +20,9 @@ void MakeEntries(const float*, int, int, const float*, int, float*) {}
 void LookUp(const Blocks&, const float*, int, float*) {}
 void AddUp(const Blocks&, const float*, int, float*) {}
 void FinishSums(const float*, int, int, float*, int, float*) {}
+void AddDigit(float*, int, const float*, int, int) {}
+void SplitDigit(float*, int, float*, int, int) {}
+void SpreadPlanes(const uint8_t*, int, int, uint8_t*) {}
 void TokensToRows(const float*, int, int, const float*, int, float*, int64_t) {}
 void RowsToTokens(const float*, int64_t, int, int, const float*, int, float*) {}
 #else
@@ -167,7 +170,15 @@ HWY_INLINE void finish_dims(const float* table, int n_values, int sub_dim, const
     HWY_UNROLL(4)
     for (int k = 0; k < 4; ++k) total[i][k] = hn::Zero(d);
   }
-  for (int code = 0; code < n_values; code += 4, table += 4 * sub_dim) {
+  const int whole = n_values / 4 * 4;
+  for (int code = whole; code < n_values; ++code) {  // two signs
+    HWY_UNROLL(4)
+    for (int i = 0; i < n_dims; ++i) {
+      total[i][0] = hn::MulAdd(hn::Set(d, table[code * sub_dim + i]),
+                               hn::Load(d, sums + code * width), total[i][0]);
+    }
+  }
+  for (int code = 0; code < whole; code += 4, table += 4 * sub_dim) {
     HWY_UNROLL(4)
     for (int k = 0; k < 4; ++k) {
       const auto sum = hn::Load(d, sums + (code + k) * width);
@@ -195,31 +206,40 @@ HWY_INLINE void finish_sums_any(const float* table, int n_values, int sub_dim, c
 }
 
 #if HWY_MAX_BYTES >= 32
-// Panels of 4 rows in vectors of 8 floats, d = 4: two codes a vector. The four table elements that
-// each needs are loaded beside it, and broadcast within 128 bits.
-HWY_INLINE void make_entries_4x4(const float* table, int n_values, const float* q, float* entries) {
+// Panels of 4 rows in vectors of 8 floats, four dimensions at a time: two codes a vector. The four
+// table elements that each needs are loaded beside it, and broadcast within 128 bits.
+HWY_INLINE hn::Vec<hn::FixedTag<float, 8> > two_rows(const float* table, int sub_dim) {
+  const hn::FixedTag<float, 8> d;
+  const hn::FixedTag<float, 4> half;
+  return hn::Combine(d, hn::LoadU(half, table + sub_dim), hn::LoadU(half, table));
+}
+
+HWY_INLINE void make_entries_4x4(const float* table, int n_values, int sub_dim, const float* q,
+                                 bool first, float* entries) {
   const hn::FixedTag<float, 8> d;
   const auto q0 = hn::LoadDup128(d, q), q1 = hn::LoadDup128(d, q + 4);
   const auto q2 = hn::LoadDup128(d, q + 8), q3 = hn::LoadDup128(d, q + 12);
-  for (int i = 0; i < 4 * n_values; i += 8) {
-    const auto row = hn::LoadU(d, table + i);
+  for (int code = 0; code < n_values; code += 2, entries += 8) {
+    const auto row = two_rows(table + int64_t{code} * sub_dim, sub_dim);
     const auto low = hn::MulAdd(hn::Broadcast<1>(row), q1, hn::Mul(hn::Broadcast<0>(row), q0));
     const auto high = hn::MulAdd(hn::Broadcast<3>(row), q3, hn::Mul(hn::Broadcast<2>(row), q2));
-    hn::Store(hn::Add(low, high), d, entries + i);
+    const auto sum = hn::Add(low, high);
+    hn::Store(first ? sum : hn::Add(sum, hn::Load(d, entries)), d, entries);
   }
 }
 
-HWY_INLINE void finish_sums_4x4(const float* table, int n_values, const float* sums, float* out) {
+HWY_INLINE void finish_sums_4x4(const float* table, int n_values, int sub_dim, const float* sums,
+                                float* out) {
   const hn::FixedTag<float, 8> d;
   const hn::FixedTag<float, 4> half;
   hn::Vec<decltype(d)> total[4][2];
   HWY_UNROLL(4)
   for (int i = 0; i < 4; ++i) total[i][0] = total[i][1] = hn::Zero(d);
-  for (int i = 0; i < 4 * n_values; i += 16) {
+  for (int code = 0; code < n_values; code += 4) {
     HWY_UNROLL(2)
     for (int k = 0; k < 2; ++k) {
-      const auto row = hn::LoadU(d, table + i + 8 * k);
-      const auto sum = hn::Load(d, sums + i + 8 * k);
+      const auto row = two_rows(table + int64_t{code + 2 * k} * sub_dim, sub_dim);
+      const auto sum = hn::Load(d, sums + 4 * (code + 2 * k));
       total[0][k] = hn::MulAdd(hn::Broadcast<0>(row), sum, total[0][k]);
       total[1][k] = hn::MulAdd(hn::Broadcast<1>(row), sum, total[1][k]);
       total[2][k] = hn::MulAdd(hn::Broadcast<2>(row), sum, total[2][k]);
@@ -232,13 +252,51 @@ HWY_INLINE void finish_sums_4x4(const float* table, int n_values, const float* s
     hn::Store(hn::Add(hn::LowerHalf(half, both), hn::UpperHalf(half, both)), half, out + 4 * i);
   }
 }
+
+// d = 2: four codes a load, the first and third beside each other, then the second and fourth.
+HWY_INLINE void make_entries_4x2(const float* table, int n_values, const float* q, float* entries) {
+  const hn::FixedTag<float, 8> d;
+  const auto q0 = hn::LoadDup128(d, q), q1 = hn::LoadDup128(d, q + 4);
+  for (int code = 0; code < n_values; code += 4) {
+    const auto row = hn::LoadU(d, table + 2 * code);
+    const auto even = hn::MulAdd(hn::Broadcast<1>(row), q1, hn::Mul(hn::Broadcast<0>(row), q0));
+    const auto odd = hn::MulAdd(hn::Broadcast<3>(row), q1, hn::Mul(hn::Broadcast<2>(row), q0));
+    hn::Store(hn::ConcatLowerLower(d, odd, even), d, entries + 4 * code);
+    hn::Store(hn::ConcatUpperUpper(d, odd, even), d, entries + 4 * code + 8);
+  }
+}
+
+HWY_INLINE void finish_sums_4x2(const float* table, int n_values, const float* sums, float* out) {
+  const hn::FixedTag<float, 8> d;
+  const hn::FixedTag<float, 4> half;
+  auto even0 = hn::Zero(d), even1 = hn::Zero(d), odd0 = hn::Zero(d), odd1 = hn::Zero(d);
+  for (int code = 0; code < n_values; code += 4) {
+    const auto row = hn::LoadU(d, table + 2 * code);
+    const auto low = hn::Load(d, sums + 4 * code), high = hn::Load(d, sums + 4 * code + 8);
+    const auto even = hn::ConcatLowerLower(d, high, low);
+    const auto odd = hn::ConcatUpperUpper(d, high, low);
+    even0 = hn::MulAdd(hn::Broadcast<0>(row), even, even0);
+    even1 = hn::MulAdd(hn::Broadcast<1>(row), even, even1);
+    odd0 = hn::MulAdd(hn::Broadcast<2>(row), odd, odd0);
+    odd1 = hn::MulAdd(hn::Broadcast<3>(row), odd, odd1);
+  }
+  const auto both0 = hn::Add(even0, odd0), both1 = hn::Add(even1, odd1);
+  hn::Store(hn::Add(hn::LowerHalf(half, both0), hn::UpperHalf(half, both0)), half, out);
+  hn::Store(hn::Add(hn::LowerHalf(half, both1), hn::UpperHalf(half, both1)), half, out + 4);
+}
 #endif
 
 void MakeEntries(const float* table, int n_values, int sub_dim, const float* q, int width,
                  float* entries) {
 #if HWY_MAX_BYTES >= 32
   if (width == 8) return make_entries_any<8>(table, n_values, sub_dim, q, entries);
-  if (sub_dim == 4) return make_entries_4x4(table, n_values, q, entries);
+  if (n_values % 4 == 0 && sub_dim % 4 == 0) {
+    for (int i = 0; i < sub_dim; i += 4) {
+      make_entries_4x4(table + i, n_values, sub_dim, q + 4 * i, i == 0, entries);
+    }
+    return;
+  }
+  if (n_values % 4 == 0 && sub_dim == 2) return make_entries_4x2(table, n_values, q, entries);
 #endif
   (void)width;
   make_entries_any<4>(table, n_values, sub_dim, q, entries);
@@ -248,14 +306,73 @@ void FinishSums(const float* table, int n_values, int sub_dim, float* sums, int 
 #if HWY_MAX_BYTES >= 32
   if (width == 8) {
     finish_sums_any<8>(table, n_values, sub_dim, sums, out);
-  } else if (sub_dim == 4) {
-    finish_sums_4x4(table, n_values, sums, out);
+  } else if (n_values % 4 == 0 && sub_dim % 4 == 0) {
+    for (int i = 0; i < sub_dim; i += 4) {
+      finish_sums_4x4(table + i, n_values, sub_dim, sums, out + 4 * i);
+    }
+  } else if (n_values % 4 == 0 && sub_dim == 2) {
+    finish_sums_4x2(table, n_values, sums, out);
   } else
 #endif
   {
     finish_sums_any<4>(table, n_values, sub_dim, sums, out);
   }
-  std::fill(sums, sums + n_values * width, 0.0f);
+}
+
+// Panels of 8 rows are two of 4 here: few vectors, and one loop.
+void AddDigit(float* entries, int n_low, const float* digit, int n_digit, int width) {
+  const hn::FixedTag<float, 4> d;
+  for (int c = n_digit - 1; c >= 0; --c) {
+    for (int part = 0; part < width; part += 4) {
+      const auto add = hn::Load(d, digit + c * width + part);
+      float* to = entries + int64_t{c} * n_low * width + part;
+      for (int v = 0; v < n_low; ++v) {
+        hn::Store(hn::Add(hn::Load(d, entries + v * width + part), add), d, to + v * width);
+      }
+    }
+  }
+}
+
+void SplitDigit(float* sums, int n_low, float* digit, int n_digit, int width) {
+  const hn::FixedTag<float, 4> d;
+  for (int c = 0; c < n_digit; ++c) {
+    for (int part = 0; part < width; part += 4) {
+      float* from = sums + int64_t{c} * n_low * width + part;
+      auto even = hn::Zero(d), odd = hn::Zero(d);
+      for (int v = 0; v < n_low; ++v) {
+        const auto sum = hn::Load(d, from + v * width);
+        (v % 2 == 0 ? even : odd) = hn::Add(v % 2 == 0 ? even : odd, sum);
+        if (c == 0) continue;
+        float* low = sums + v * width + part;
+        hn::Store(hn::Add(hn::Load(d, low), sum), d, low);
+      }
+      hn::Store(hn::Add(even, odd), d, digit + c * width + part);
+    }
+  }
+}
+
+// Each plane's bits are spread to a byte a token, its own bit there, and joined.
+void SpreadPlanes(const uint8_t* planes, int n_rows, int n_planes, uint8_t* rows) {
+  const hn::CappedTag<uint8_t, 32> d;
+  const hn::Repartition<uint64_t, decltype(d)> words;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  HWY_ALIGN uint8_t byte_of[kTokens];
+  for (int t = 0; t < kTokens; ++t) byte_of[t] = static_cast<uint8_t>(t / 8);
+  const auto own_bit = hn::BitCast(d, hn::Set(words, 0x8040201008040201ull));
+  for (int row = 0; row < n_rows; ++row, planes += 8 * n_planes, rows += kTokens) {
+    for (int t = 0; t < kTokens; t += lanes) {
+      const auto index = hn::Load(d, byte_of + t);
+      auto joined = hn::Zero(d);
+      for (int p = 0; p < n_planes; ++p) {
+        uint64_t plane;
+        std::memcpy(&plane, planes + 8 * p, 8);
+        const auto bytes = hn::TableLookupBytes(hn::BitCast(d, hn::Set(words, plane)), index);
+        const auto bit = hn::Set(d, static_cast<uint8_t>(1u << p));
+        joined = hn::Or(joined, hn::IfThenElseZero(hn::TestBit(bytes, own_bit), bit));
+      }
+      hn::StoreU(joined, d, rows + t);
+    }
+  }
 }
 
 using Four = hn::FixedTag<float, 4>;
@@ -328,6 +445,9 @@ HWY_EXPORT(MakeEntries);
 HWY_EXPORT(LookUp);
 HWY_EXPORT(AddUp);
 HWY_EXPORT(FinishSums);
+HWY_EXPORT(AddDigit);
+HWY_EXPORT(SplitDigit);
+HWY_EXPORT(SpreadPlanes);
 HWY_EXPORT(TokensToRows);
 HWY_EXPORT(RowsToTokens);
 
@@ -349,6 +469,18 @@ void add_up(const Blocks& blocks, const float* tokens, int width, float* sums) {
 void finish_sums(const float* table, int n_values, int sub_dim, float* sums, int width,
                  float* out) {
   HWY_DYNAMIC_DISPATCH(FinishSums)(table, n_values, sub_dim, sums, width, out);
+}
+
+void add_digit(float* entries, int n_low, const float* digit, int n_digit, int width) {
+  HWY_DYNAMIC_DISPATCH(AddDigit)(entries, n_low, digit, n_digit, width);
+}
+
+void split_digit(float* sums, int n_low, float* digit, int n_digit, int width) {
+  HWY_DYNAMIC_DISPATCH(SplitDigit)(sums, n_low, digit, n_digit, width);
+}
+
+void spread_planes(const uint8_t* planes, int n_rows, int n_planes, uint8_t* rows) {
+  HWY_DYNAMIC_DISPATCH(SpreadPlanes)(planes, n_rows, n_planes, rows);
 }
 
 void tokens_to_rows(const float* tokens, int width, int n, const float* factors, int n_rows,

@@ -1,9 +1,5 @@
 #include "src/codecs/vecinfer/byte_codes.h"
 
-#include <algorithm>
-#include <cstring>
-#include <vector>
-
 #include "src/backends/cpu/convert.h"
 
 namespace veloxquant::vecinfer {
@@ -44,48 +40,37 @@ void join_halves(const uint8_t* first, const uint8_t* second, uint8_t* to) {
   }
 }
 
-// [256][2 * d]: what a byte of two codes stands for.
-void join_tables(const HeadTables& head, int m, float* to) {
-  const int d = head.sub_dim;
-  std::vector<float> first(16 * d), second(16 * d);
-  widen_table(head, m, 16, first.data());
-  widen_table(head, m + 1, 16, second.data());
-  for (int value = 0; value < 256; ++value, to += 2 * d) {
-    std::copy_n(&first[(value & 15) * d], d, to);
-    std::copy_n(&second[(value >> 4) * d], d, to + d);
-  }
-}
-
 }  // namespace
 
 lookup::ByteCodes byte_codes(const HeadTables& head) {
-  lookup::ByteCodes codes;
-  codes.n_codes = head.n_subvectors;
-  codes.sub_dim = head.sub_dim;
-  codes.n_values = 1 << head.bits;
-  codes.block_bytes = head.n_subvectors * row_bytes(head.bits);
-  codes.shared_table = head.table_stride == 0;
-  codes.table = [head](int m, float* to) { widen_table(head, m, 1 << head.bits, to); };
-  if (head.bits == 8) return codes;
-
   const int64_t bytes = row_bytes(head.bits);
-  if (head.bits == 4 && head.n_subvectors % 2 == 0) {
-    codes.n_codes /= 2;
-    codes.sub_dim *= 2;
-    codes.n_values = 256;
-    codes.table = [head](int m, float* to) { join_tables(head, 2 * m, to); };
+  const bool in_pairs = head.bits == 4 && head.n_subvectors % 2 == 0;
+  lookup::ByteCodes codes;
+  codes.n_digits = in_pairs ? 2 : 1;
+  codes.digit_bits = head.bits;
+  codes.n_codes = head.n_subvectors / codes.n_digits;
+  codes.sub_dim = head.sub_dim * codes.n_digits;
+  codes.block_bytes = head.n_subvectors * bytes;
+  codes.shared_table = head.table_stride == 0;
+  codes.table = [head, n = codes.n_digits](int m, float* to) {
+    const int n_values = 1 << head.bits;
+    for (int i = 0; i < n; ++i) {
+      widen_table(head, n * m + i, n_values, to + i * n_values * head.sub_dim);
+    }
+  };
+  if (in_pairs) {
     codes.rows = [n = codes.n_codes, bytes](const uint8_t* block, uint8_t* to) {
       for (int m = 0; m < n; ++m, block += 2 * bytes, to += kBlockTokens) {
         join_halves(block, block + bytes, to);
       }
     };
-    return codes;
+  } else if (head.bits < 8) {
+    codes.rows = [head, bytes](const uint8_t* block, uint8_t* to) {
+      for (int m = 0; m < head.n_subvectors; ++m, block += bytes, to += kBlockTokens) {
+        head.bits == 4 ? expand_halves(block, to) : expand_six_bits(block, to);
+      }
+    };
   }
-  codes.rows = [head, bytes](const uint8_t* block, uint8_t* to) {
-    for (int m = 0; m < head.n_subvectors; ++m, block += bytes, to += kBlockTokens) {
-      head.bits == 4 ? expand_halves(block, to) : expand_six_bits(block, to);
-    }
-  };
   return codes;
 }
 

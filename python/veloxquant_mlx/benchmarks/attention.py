@@ -1,0 +1,227 @@
+"""Decode attention of one layer: our caches against exact and quantised attention, interleaved in one run.
+
+Keys, values and tables are random: the time does not depend on them. Every output is verified against fp32
+attention over what its own cache holds.
+"""
+
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.base import quantized_scaled_dot_product_attention
+
+from veloxquant_mlx import _ext
+from veloxquant_mlx.cache.codecs import exact, vecinfer
+
+TOLERANCE = 2e-3  # relative L2 error of an output row; fp16 arithmetic of MLX itself: ten times that
+_DROP = 4.0  # what is this many times slower than the fastest in the first round is measured once
+_CHUNK = 4096  # tokens appended at a time
+
+# Name -> (dimensions of a sub-vector, centroids); 0: our exact cache.
+METHODS = {
+    "fp16": (0, 0),
+    "vecinfer 2 bits": (4, 256),
+    "vecinfer 2 bits d2x16": (2, 16),
+    "vecinfer 4 bits": (2, 256),
+    "vecinfer 4 bits d1x16": (1, 16),
+    "vecinfer 1 bit": (8, 256),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+
+    def __str__(self):
+        return f"{self.query_heads}/{self.kv_heads} heads, d {self.head_dim}"
+
+
+@dataclass
+class Candidate:
+    """One way to attend. is_exact: nothing is quantised, hence a baseline."""
+
+    name: str
+    call: object
+    reference: object  # -> fp32 output over the same tokens
+    n_bytes: int
+    tolerance: float
+    bits: float
+    is_exact: bool = False
+    ours: bool = False
+    kernel: str = "mlx"
+
+
+def rows(shape, context, methods, rounds, report=lambda what: None):
+    """The rows of `bench attention --json` for one shape and context."""
+    q, keys, values = _random(shape, context)
+    candidates = _mlx(q, keys, values) + [_ours(name, q, keys, values, report) for name in methods]
+    for candidate in candidates:
+        report(f"{candidate.name}: checking the output")
+    errors = {c.name: _verify(c) for c in candidates}
+    times = {c.name: [] for c in candidates}
+    running = candidates
+    for index in range(rounds):
+        report(f"{shape}, {context} tokens: round {index + 1} of {rounds}")
+        for candidate in running:
+            times[candidate.name] += _time(candidate.call, least=0.02 if index else 0.0)
+        if index == 0:
+            fastest = min(times[c.name][0] for c in candidates)
+            running = [c for c in candidates if times[c.name][0] <= _DROP * fastest or c.ours]
+            if rounds > 1:
+                for candidate in running:  # the first call warms up
+                    times[candidate.name].clear()
+    bandwidth = read_bandwidth()
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    baseline = min((c.name for c in candidates if c.is_exact), key=seconds.get)
+    for candidate in candidates:
+        _verify(candidate)
+    return [
+        {
+            "method": c.name,
+            "bits": c.bits,
+            "shape": str(shape),
+            "context": context,
+            "simd": _ext.simd_level(),
+            "threads": _ext.num_threads(),
+            "kernel": c.kernel,
+            "us": round(seconds[c.name] * 1e6, 1),
+            "gbps": round(c.n_bytes / seconds[c.name] / 1e9, 3),
+            "read_gbps": round(bandwidth / 1e9, 2),
+            "roofline_us": round(c.n_bytes / bandwidth * 1e6, 1),
+            "fraction_of_read_bandwidth": round(c.n_bytes / seconds[c.name] / bandwidth, 3),
+            "baseline": baseline,
+            "baseline_us": round(seconds[baseline] * 1e6, 1),
+            "speedup": round(seconds[baseline] / seconds[c.name], 2),
+            "error": float(f"{errors[c.name]:.2g}"),
+            "n_times": len(times[c.name]),
+        }
+        for c in candidates
+    ]
+
+
+def read_bandwidth(n_bytes=1 << 28):
+    """Bytes per second that all threads read together from an array larger than the caches."""
+    parts = np.array_split(np.ones(n_bytes // 8, np.uint64), _ext.num_threads())
+    best = float("inf")
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for _ in range(4):
+            start = time.perf_counter()
+            list(pool.map(np.add.reduce, parts))
+            best = min(best, time.perf_counter() - start)
+    return n_bytes / best
+
+
+def _random(shape, context):
+    mx.random.seed(context)
+    q = mx.random.normal((1, shape.query_heads, 1, shape.head_dim))
+    keys, values = (mx.random.normal((1, shape.kv_heads, context, shape.head_dim)) for _ in range(2))
+    mx.eval(q, keys, values)
+    return q, keys, values
+
+
+def _scale(q):
+    return q.shape[-1] ** -0.5
+
+
+def _sdpa(q, keys, values):
+    return mx.fast.scaled_dot_product_attention(q, keys, values, scale=_scale(q))
+
+
+def _mlx(q, keys, values):
+    found = []
+    exact_output = _sdpa(q, keys, values)
+    mx.eval(exact_output)
+    for dtype, name, tolerance in ((mx.float32, "mlx fp32", 1e-4), (mx.float16, "mlx fp16", 10 * TOLERANCE)):
+        args = [x.astype(dtype) for x in (q, keys, values)]
+        mx.eval(args)
+        found.append(
+            Candidate(
+                name,
+                lambda args=args: _sdpa(*args),
+                lambda: exact_output,
+                args[1].nbytes + args[2].nbytes,
+                tolerance,
+                8.0 * args[1].itemsize,
+                is_exact=True,
+            )
+        )
+    packed = [mx.quantize(x, group_size=64, bits=4) for x in (keys, values)]
+    mx.eval(packed)
+    dense = [mx.dequantize(*x, group_size=64, bits=4) for x in packed]
+    output = _sdpa(q, *dense)
+    mx.eval(output)
+    n_bytes = sum(part.nbytes for x in packed for part in x)
+    # q + 0: the function scales its argument in place.
+    found.append(
+        Candidate(
+            "mlx_lm 4 bits",
+            lambda: quantized_scaled_dot_product_attention(
+                q + 0, *packed, scale=_scale(q), mask=None, group_size=64, bits=4
+            ),
+            lambda: output,
+            n_bytes,
+            TOLERANCE,
+            8.0 * n_bytes / (keys.size + values.size),
+        )
+    )
+    return found
+
+
+def _ours(name, q, keys, values, report):
+    sub_dim, n_centroids = METHODS[name]
+    heads, context, dim = keys.shape[1:]
+
+    def codec(side):
+        if not sub_dim:
+            return exact.codec(side, heads, dim, mx.float16)
+        tables = mx.random.normal((heads, dim // sub_dim, n_centroids, sub_dim))
+        return vecinfer.codec(side, tables, dim // sub_dim)
+
+    codecs = codec("keys"), codec("values")
+    cache = _ext.ArrayCache(*codecs, 64, 4, mx.float16)
+    for start in range(0, context, _CHUNK):
+        report(f"{name}: appending {context} tokens")
+        end = min(context, start + _CHUNK)
+        mx.eval([s.spans for s in cache.update(keys[:, :, start:end], values[:, :, start:end])])
+    held = cache.snapshot()
+
+    def reference():
+        return _sdpa(q, held[0].dequantize().astype(mx.float32), held[1].dequantize().astype(mx.float32))
+
+    return Candidate(
+        name,
+        lambda: _ext.attend(q, *held, scale=_scale(q))[0],
+        reference,
+        cache.nbytes,
+        TOLERANCE,
+        sum(c.bits_per_element for c in codecs) / 2,
+        is_exact=not sub_dim,
+        ours=True,
+        kernel=_ext.kernel_name(*codecs),
+    )
+
+
+def _verify(candidate):
+    """The largest relative L2 error of an output row."""
+    got, want = (x.astype(mx.float32) for x in (candidate.call(), candidate.reference()))
+    error = mx.linalg.norm(got - want, axis=-1) / mx.linalg.norm(want, axis=-1)
+    worst = mx.max(error).item()
+    if not worst <= candidate.tolerance:
+        raise RuntimeError(f"{candidate.name}: relative error {worst:.2g}, wanted at most {candidate.tolerance:.0e}")
+    return worst
+
+
+def _time(call, least):
+    """Seconds of every call made: one, and more until `least` seconds have passed."""
+    times, total = [], 0.0
+    while not times or (total < least and len(times) < 50):
+        start = time.perf_counter()
+        mx.eval(call())
+        times.append(time.perf_counter() - start)
+        total += times[-1]
+    return times
