@@ -21,6 +21,7 @@ NB_MODULE(_ext, m) {
   veloxquant::bind_calibration(m);
   veloxquant::bind_commvq(m);
   veloxquant::bind_artifacts(m);
+  veloxquant::bind_scalar(m);
   veloxquant::bind_vecinfer(m);
   veloxquant::bind_signs(m);
 }

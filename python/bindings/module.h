@@ -13,6 +13,7 @@ void bind_cache(nanobind::module_& m);        // codecs, snapshots, the cache, a
 void bind_calibration(nanobind::module_& m);  // smooth factors, codebooks
 void bind_commvq(nanobind::module_& m);       // RoPE, CommVQ's training and functions
 void bind_artifacts(nanobind::module_& m);    // the store
+void bind_scalar(nanobind::module_& m);       // turboquant, rvq, bit packing
 void bind_vecinfer(nanobind::module_& m);     // the functions of metal/_vecinfer.py
 void bind_signs(nanobind::module_& m);        // RaBitQ and QJL functions
 

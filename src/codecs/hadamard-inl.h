@@ -12,6 +12,7 @@
 
 #include <hwy/highway.h>
 
+#include "src/backends/cpu/unroll.h"
 #include "src/math/hadamard.h"
 #include "src/math/rotation.h"
 
@@ -91,97 +92,101 @@ HWY_INLINE RowVec stages_inside(RowVec v) {
 }
 
 // In place on kVectors vectors that stay in registers: strides lanes, 2 lanes, ...
-template <int kVectors>
+template <int kVectors, int kStride = 1>
 HWY_INLINE void stages_across(RowVec (&v)[kVectors]) {
-  for (int stride = 1; stride < kVectors; stride *= 2) {
-    for (int i = 0; i < kVectors; i += 2 * stride) {
-      for (int j = i; j < i + stride; ++j) {
-        const RowVec a = v[j], b = v[j + stride];
-        v[j] = hn::Add(a, b);
-        v[j + stride] = hn::Sub(a, b);
-      }
+  if constexpr (kStride < kVectors) {
+    VELOXQUANT_UNROLL
+    for (int pair = 0; pair < kVectors / 2; ++pair) {
+      const int j = pair / kStride * 2 * kStride + pair % kStride;
+      const RowVec a = v[j], b = v[j + kStride];
+      v[j] = hn::Add(a, b);
+      v[j + kStride] = hn::Sub(a, b);
     }
+    stages_across<kVectors, 2 * kStride>(v);
   }
 }
 
 // One Hadamard block of kVectors vectors, in registers. `signs` (+-1, or null) multiply the input.
-template <int kVectors>
+template <int kVectors, bool kSigned, bool kScaled>
 HWY_INLINE void hadamard_registers(float* HWY_RESTRICT x, const float* HWY_RESTRICT signs,
                                    float scale) {
   const RowF32 d;
-  const int lanes = static_cast<int>(hn::Lanes(d));
+  constexpr int kLanes = HWY_LANES(float);
+  const RowVec factor = hn::Set(d, scale);
   RowVec v[kVectors];
+  VELOXQUANT_UNROLL
   for (int i = 0; i < kVectors; ++i) {
-    v[i] = hn::LoadU(d, x + i * lanes);
-    if (signs != nullptr) v[i] = hn::Mul(v[i], hn::LoadU(d, signs + i * lanes));
+    v[i] = hn::LoadU(d, x + i * kLanes);
+    if (kSigned) v[i] = hn::Mul(v[i], hn::LoadU(d, signs + i * kLanes));
     v[i] = stages_inside(v[i]);
   }
   stages_across(v);
-  // 1 where stages follow in memory: those scale.
-  if (scale == 1.0f) {
-    for (int i = 0; i < kVectors; ++i) hn::StoreU(v[i], d, x + i * lanes);
-  } else {
-    const RowVec factor = hn::Set(d, scale);
-    for (int i = 0; i < kVectors; ++i) hn::StoreU(hn::Mul(v[i], factor), d, x + i * lanes);
+  VELOXQUANT_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    hn::StoreU(kScaled ? hn::Mul(v[i], factor) : v[i], d, x + i * kLanes);
   }
 }
 
 // Stages `stride` (and 2 * stride where kStages is 2) over memory, for blocks that exceed the
-// registers; `scale` as above.
-template <int kStages>
+// registers.
+template <int kStages, bool kScaled>
 HWY_INLINE void hadamard_memory(float* HWY_RESTRICT x, int block, int stride, float scale) {
   const RowF32 d;
-  const int lanes = static_cast<int>(hn::Lanes(d));
+  constexpr int kLanes = HWY_LANES(float), kRows = 1 << kStages;
   const RowVec factor = hn::Set(d, scale);
-  constexpr int kRows = 1 << kStages;
   for (int i = 0; i < block; i += kRows * stride) {
-    for (int j = i; j < i + stride; j += lanes) {
+    for (int j = i; j < i + stride; j += kLanes) {
       RowVec v[kRows];
+      VELOXQUANT_UNROLL
       for (int k = 0; k < kRows; ++k) v[k] = hn::LoadU(d, x + j + k * stride);
       stages_across(v);
+      VELOXQUANT_UNROLL
       for (int k = 0; k < kRows; ++k) {
-        hn::StoreU(scale == 1.0f ? v[k] : hn::Mul(v[k], factor), d, x + j + k * stride);
+        hn::StoreU(kScaled ? hn::Mul(v[k], factor) : v[k], d, x + j + k * stride);
       }
     }
   }
 }
 
-// One block of a power of two.
-HWY_INLINE void hadamard_one_block(float* HWY_RESTRICT x, int block,
-                                   const float* HWY_RESTRICT signs) {
-  const int lanes = static_cast<int>(hn::Lanes(RowF32()));
-  const float scale = hadamard_scale(block);
+// One block of a power of two, at least a vector.
+template <bool kSigned>
+HWY_INLINE void hadamard_vectors(float* HWY_RESTRICT x, int block,
+                                 const float* HWY_RESTRICT signs) {
+  constexpr int kLanes = HWY_LANES(float);
   constexpr int kHeld = 8;  // vectors: half of the 16 registers, the rest are temporaries
-  if (block < lanes) {
-    if (signs != nullptr) {
-      for (int i = 0; i < block; ++i) x[i] = mul(x[i], signs[i]);
-    }
-    return hadamard_row(x, block);
-  }
-  switch (block / lanes) {
+  const float scale = hadamard_scale(block);
+  switch (block / kLanes) {
     case 1:
-      return hadamard_registers<1>(x, signs, scale);
+      return hadamard_registers<1, kSigned, true>(x, signs, scale);
     case 2:
-      return hadamard_registers<2>(x, signs, scale);
+      return hadamard_registers<2, kSigned, true>(x, signs, scale);
     case 4:
-      return hadamard_registers<4>(x, signs, scale);
+      return hadamard_registers<4, kSigned, true>(x, signs, scale);
     case 8:
-      return hadamard_registers<8>(x, signs, scale);
+      return hadamard_registers<8, kSigned, true>(x, signs, scale);
     default:
       break;
   }
-  for (int i = 0; i < block; i += kHeld * lanes) {
-    hadamard_registers<kHeld>(x + i, signs == nullptr ? nullptr : signs + i, 1.0f);
+  for (int i = 0; i < block; i += kHeld * kLanes) {
+    hadamard_registers<kHeld, kSigned, false>(x + i, kSigned ? signs + i : nullptr, scale);
   }
-  for (int stride = kHeld * lanes; stride < block;) {
-    if (4 * stride <= block) {
-      hadamard_memory<2>(x, block, stride, 4 * stride == block ? scale : 1.0f);
-      stride *= 4;
-    } else {
-      hadamard_memory<1>(x, block, stride, scale);
-      stride *= 2;
-    }
+  int stride = kHeld * kLanes;
+  for (; 4 * stride < block; stride *= 4) hadamard_memory<2, false>(x, block, stride, scale);
+  if (4 * stride == block) {
+    hadamard_memory<2, true>(x, block, stride, scale);
+  } else {
+    hadamard_memory<1, true>(x, block, stride, scale);
   }
+}
+
+HWY_INLINE void hadamard_one_block(float* HWY_RESTRICT x, int block,
+                                   const float* HWY_RESTRICT signs) {
+  if (block < HWY_LANES(float)) {
+    for (int i = 0; signs != nullptr && i < block; ++i) x[i] = mul(x[i], signs[i]);
+    return hadamard_row(x, block);
+  }
+  return signs == nullptr ? hadamard_vectors<false>(x, block, signs)
+                          : hadamard_vectors<true>(x, block, signs);
 }
 
 // hadamard_row of src/math, after a multiplication by `signs` where they are given.

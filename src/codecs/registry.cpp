@@ -13,6 +13,8 @@ const std::map<std::string, FromSpec>& registry() {
       {"exact", exact_from_spec},
       {"qjl", qjl_from_spec},
       {"rabitq", rabitq_from_spec},
+      {"turboquant", turboquant_from_spec},
+      {"turboquant_rvq", rvq_from_spec},
       {"vecinfer", vecinfer_from_spec},
   };
   return methods;

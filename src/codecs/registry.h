@@ -39,6 +39,8 @@ CodecPtr commvq_from_spec(const CodecSpec& spec, const CodecTables& tables);
 CodecPtr exact_from_spec(const CodecSpec& spec, const CodecTables& tables);
 CodecPtr qjl_from_spec(const CodecSpec& spec, const CodecTables& tables);
 CodecPtr rabitq_from_spec(const CodecSpec& spec, const CodecTables& tables);
+CodecPtr rvq_from_spec(const CodecSpec& spec, const CodecTables& tables);
+CodecPtr turboquant_from_spec(const CodecSpec& spec, const CodecTables& tables);
 CodecPtr vecinfer_from_spec(const CodecSpec& spec, const CodecTables& tables);
 
 }  // namespace veloxquant

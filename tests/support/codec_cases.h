@@ -205,10 +205,18 @@ inline Cases commvq_cases(int head_dim) {
   return cases;
 }
 
+inline Cases turboquant_cases(int head_dim);  // scalar_cases.h
+inline Cases turboquant_rvq_cases(int head_dim);
+
 inline const std::map<std::string, CaseMaker>& case_makers() {
   static const std::map<std::string, CaseMaker> makers{
-      {"commvq", commvq_cases}, {"exact", exact_cases},       {"qjl", qjl_cases},
-      {"rabitq", rabitq_cases}, {"vecinfer", vecinfer_cases},
+      {"commvq", commvq_cases},
+      {"exact", exact_cases},
+      {"qjl", qjl_cases},
+      {"rabitq", rabitq_cases},
+      {"turboquant", turboquant_cases},
+      {"turboquant_rvq", turboquant_rvq_cases},
+      {"vecinfer", vecinfer_cases},
   };
   return makers;
 }
@@ -242,3 +250,5 @@ inline std::vector<float> case_rows(ExactRandom& random, int64_t n, int head_dim
 }
 
 }  // namespace veloxquant::test
+
+#include "tests/support/scalar_cases.h"

@@ -9,10 +9,14 @@ from veloxquant_mlx.cache.layout import flat_caches, native_caches
 METHODS = {
     "vecinfer": "packed product-quantised codes, attention on the codes",
     "adaptive": "vecinfer with tables fitted on the prompt itself; no calibration",
+    "turboquant": "rotated scalar codes, no calibration",
+    "turboquant_rvq": "rotated scalar codes in two stages of so many bits each, no calibration",
     "fp16": "VeloxQuant's exact cache, 2 bytes an element",
     "exact": "mlx_lm's own cache, in the model's dtype",
     "mlx4": "mlx_lm's QuantizedKVCache, 4 bits, groups of 64",
 }
+# These take --bits as they are; vecinfer's are those of a codebook.
+WITH_BITS = ("adaptive", "turboquant", "turboquant_rvq")
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class CacheMethod:
     """A method with everything that it needs to make caches for a model."""
 
     name: str
-    bits: tuple = (16.0, 16.0)  # of keys and values; vecinfer and adaptive
+    bits: tuple = (16.0, 16.0)  # of keys and values; of vecinfer and WITH_BITS
     window: int = 64
     sinks: int = 4
     smooth_factors: object = None
@@ -30,23 +34,19 @@ class CacheMethod:
 
     @property
     def label(self):
-        return f"{self.name} {bits_text(self.bits)} bits" if self.name in ("vecinfer", "adaptive") else self.name
+        return f"{self.name} {bits_text(self.bits)} bits" if self.name in ("vecinfer", *WITH_BITS) else self.name
 
     def build(self, model, strict=False):
         """One new cache per layer. strict: every query sees what token-by-token decoding would."""
         if self.name in ("exact", "mlx4"):
             return _mlx_lm_caches(model, quantised=self.name == "mlx4")
         options = {"window": self.window, "sinks": self.sinks, "strict": strict}
+        if self.name in ("vecinfer", *WITH_BITS):
+            options |= {"bits": self.bits[0], "value_bits": self.bits[1]}
         if self.name == "vecinfer":
-            options |= {
-                "bits": self.bits[0],
-                "value_bits": self.bits[1],
-                "codebook": self.codebook,
-                "smooth_factors": self.smooth_factors,
-            }
+            options |= {"codebook": self.codebook, "smooth_factors": self.smooth_factors}
         if self.name == "adaptive":
-            options |= {"bits": self.bits[0], "value_bits": self.bits[1], "codebook": "adaptive"}
-            options |= {"fit_tokens": self.fit_tokens, "fit_per": self.fit_per}
+            options |= {"codebook": "adaptive", "fit_tokens": self.fit_tokens, "fit_per": self.fit_per}
         method = "vecinfer" if self.name == "adaptive" else self.name
         return KVCacheBuilder.build(model, KVCacheConfig(method=method, **options))
 

@@ -1,7 +1,7 @@
 """What generate, eval and demo do first: load the model, and give every method what it needs."""
 
 from veloxquant_mlx.cli import calibration, output
-from veloxquant_mlx.cli.methods import CacheMethod
+from veloxquant_mlx.cli.methods import WITH_BITS, CacheMethod
 
 
 def open_model(name):
@@ -13,7 +13,7 @@ def open_model(name):
 
 
 def make_methods(model_name, model, tokenizer, names, bits, artifacts=None, window=64, sinks=4):
-    """The CacheMethods for `names`; vecinfer once per entry of `bits`.
+    """The CacheMethods for `names`; those that take bits once per entry of `bits`.
 
     artifacts: a directory made by calibrate (its codebook decides the bits), else calibrated and kept.
     """
@@ -29,8 +29,8 @@ def make_methods(model_name, model, tokenizer, names, bits, artifacts=None, wind
         if name == "vecinfer":
             for b, (smooth_factors, codebook) in found.items():
                 methods.append(CacheMethod(name, b, window, sinks, smooth_factors, codebook))
-        elif name == "adaptive":
-            methods.extend(CacheMethod(name, b, window, sinks) for b in bits)
+        elif name in WITH_BITS:
+            methods += [CacheMethod(name, pair, window, sinks) for pair in bits]
         else:
             methods.append(CacheMethod(name, window=window, sinks=sinks))
     return methods

@@ -9,6 +9,14 @@ import mlx.core as mx
 
 # Module -> what it exports.
 _MODULES = {
+    "_scalar_quant": (
+        "turboquant_scalar_quantize",
+        "turboquant_scalar_dequantize",
+        "turboquant_hadamard_quantize",
+        "ScalarQuantized",
+    ),
+    "_bit_packing": ("turboquant_bit_pack", "turboquant_bit_unpack"),
+    "_rvq_attend": ("turboquant_fused_rvq_decode_attend",),
     "_vecinfer": (
         "vecinfer_quantize_metal",
         "vecinfer_dequant_metal",

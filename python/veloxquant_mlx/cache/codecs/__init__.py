@@ -6,11 +6,13 @@
 layers: AttentionLayers, all or some of the model's; side: "keys" or "values".
 """
 
-from veloxquant_mlx.cache.codecs import commvq, exact, qjl, rabitq, vecinfer
+from veloxquant_mlx.cache.codecs import commvq, exact, qjl, rabitq, turboquant, turboquant_rvq, vecinfer
 
 METHODS = {
     "commvq": commvq,
     "vecinfer": vecinfer,
+    "turboquant": turboquant,
+    "turboquant_rvq": turboquant_rvq,
     "qjl": qjl,
     "rabitq": rabitq,
     "fp16": exact,

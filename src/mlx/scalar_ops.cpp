@@ -1,0 +1,348 @@
+#include "src/mlx/scalar_ops.h"
+
+#include <mlx/ops.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "src/math/lloyd_max_tables.h"
+#include "src/math/rotation.h"
+#include "src/mlx/function_op.h"
+#include "src/mlx/views.h"
+#include "veloxquant/rvq_attend.h"
+#include "veloxquant/words.h"
+
+namespace veloxquant {
+namespace mx = mlx::core;
+namespace {
+
+void require_floats(const char* name, const char* argument, const mx::array& a) {
+  require(mx::issubdtype(a.dtype(), mx::floating), "[", name, "] ", argument, ": got ",
+          shape_text(a), ", wanted floats");
+}
+
+void require_integers(const char* name, const char* argument, const mx::array& a) {
+  require(mx::issubdtype(a.dtype(), mx::integer) || a.dtype() == mx::bool_, "[", name, "] ",
+          argument, ": got ", shape_text(a), ", wanted integers");
+}
+
+void require_bits(const char* name, int bits, int least, int most) {
+  require(bits >= least && bits <= most, "[", name, "] bits: got ", bits, ", wanted ", least,
+          " to ", most);
+}
+
+mx::Shape leading(const mx::array& a, std::initializer_list<int64_t> last) {
+  mx::Shape shape(a.shape().begin(), a.shape().end() - 1);
+  for (int64_t n : last) shape.push_back(static_cast<mx::ShapeElem>(n));
+  return shape;
+}
+
+// Centroids as fp32, and how many.
+std::pair<mx::array, int> centroid_table(const char* name, const mx::array& centroids, int bits,
+                                         mx::StreamOrDevice s) {
+  require_floats(name, "centroids", centroids);
+  require(bits == 0 || static_cast<int64_t>(centroids.size()) == int64_t{1} << bits, "[", name,
+          "] centroids: got ", shape_text(centroids), ", wanted ", 1 << bits, " (2^bits)");
+  require(centroids.size() >= 1 && centroids.size() <= 256, "[", name, "] centroids: got ",
+          shape_text(centroids), ", wanted 1 to 256");
+  return {dense(centroids, mx::float32, s), static_cast<int>(centroids.size())};
+}
+
+// Any integers as uint8 codes: what exceeds a byte, and what is negative, is out of every table's
+// range and becomes 255.
+mx::array code_bytes(const mx::array& codes, mx::StreamOrDevice s) {
+  if (codes.dtype() == mx::uint8 || codes.dtype() == mx::bool_) return dense(codes, mx::uint8, s);
+  const mx::Stream stream = cpu_stream(s);
+  mx::array wide = mx::astype(codes, mx::int64, stream);
+  const mx::array top(255, mx::int64);
+  wide = mx::where(mx::less(wide, mx::array(0, mx::int64), stream), top,
+                   mx::minimum(wide, top, stream), stream);
+  return dense(wide, mx::uint8, s);
+}
+
+}  // namespace
+
+std::pair<mx::array, mx::array> scalar_quantize_op(const char* name, const mx::array& x,
+                                                   ScalarQuantParams params, mx::StreamOrDevice s) {
+  require_floats(name, "x", x);
+  require(x.ndim() >= 1 && x.shape(-1) >= 1, "[", name, "] x: got ", shape_text(x),
+          ", wanted [..., D] with D at least 1");
+  require_bits(name, params.bits, 1, kMaxScalarBits);
+  params.dim = x.shape(-1);
+  require(!params.rotate || (is_power_of_two(params.dim) && params.dim <= 1024), "[", name,
+          "] x: got ", shape_text(x), ", wanted a power of two up to 1024 as its last dimension");
+  std::vector<mx::array> out = function_op(
+      name, {dense_floats(x, s)},
+      {{leading(x, {words_per_row(params.dim, params.bits)}), mx::uint32},
+       {leading(x, {}), mx::float16}},
+      [params](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+        scalar_quantize(default_backend(), params, dtype_of(in[0].dtype()), in[0].data<uint8_t>(),
+                        row_count(in[0]), out[0].data<uint32_t>(),
+                        reinterpret_cast<uint16_t*>(out[1].data<uint8_t>()));
+      },
+      s);
+  return {out[0], out[1]};
+}
+
+mx::array scalar_dequantize_op(const mx::array& words, const mx::array& scalars,
+                               const ScalarQuantParams& params, mx::Dtype dtype,
+                               mx::StreamOrDevice s) {
+  const char* name = "turboquant_scalar_dequantize";
+  require_bits(name, params.bits, 1, kMaxScalarBits);
+  require(params.dim >= 1 && words.dtype() == mx::uint32 && words.ndim() >= 1 &&
+              words.shape(-1) == words_per_row(params.dim, params.bits),
+          "[", name, "] words: got ", shape_text(words), ", wanted uint32 [..., ",
+          words_per_row(std::max(1, params.dim), params.bits), "]");
+  require(mx::issubdtype(scalars.dtype(), mx::floating) && scalars.shape() == leading(words, {}),
+          "[", name, "] norms: got ", shape_text(scalars), ", wanted one for each row of words");
+  const bool known = dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
+  const mx::array out = function_op(
+      name, {dense(words, mx::uint32, s), dense(scalars, mx::float16, s)},
+      {{leading(words, {params.dim}), known ? dtype : mx::float32}},
+      [params](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+        scalar_dequantize(default_backend(), params, in[0].data<uint32_t>(),
+                          reinterpret_cast<const uint16_t*>(in[1].data<uint8_t>()),
+                          row_count(in[0]), dtype_of(out[0].dtype()), out[0].data<uint8_t>());
+      },
+      s)[0];
+  return mx::astype(out, dtype, cpu_stream(s));
+}
+
+mx::array nearest_scalar_op(const mx::array& x, const mx::array& centroids, int bits,
+                            mx::StreamOrDevice s) {
+  const char* name = "turboquant_scalar_quantize";
+  require_floats(name, "x", x);
+  require_bits(name, bits, 1, kMaxScalarBits);
+  const auto [table, n] = centroid_table(name, centroids, bits, s);
+  return function_op(
+      name, {dense_floats(x, s), table}, {{x.shape(), mx::uint8}},
+      [n = n](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+        nearest_scalar(default_backend(), dtype_of(in[0].dtype()), in[0].data<uint8_t>(),
+                       in[0].size(), in[1].data<float>(), n, out[0].data<uint8_t>());
+      },
+      s)[0];
+}
+
+mx::array hadamard_nearest_op(const mx::array& x, const mx::array& diag, const mx::array& centroids,
+                              int bits, mx::StreamOrDevice s) {
+  const char* name = "turboquant_hadamard_quantize";
+  require_floats(name, "x", x);
+  require(x.ndim() >= 1 && x.shape(-1) >= 1 && is_power_of_two(x.shape(-1)) && x.shape(-1) <= 1024,
+          "[", name, "] x: got ", shape_text(x),
+          ", wanted a power of two up to 1024 as its last dimension");
+  require_bits(name, bits, 1, kMaxScalarBits);
+  const int dim = x.shape(-1);
+  require(
+      (mx::issubdtype(diag.dtype(), mx::floating) || mx::issubdtype(diag.dtype(), mx::integer)) &&
+          diag.ndim() == 1 && diag.shape(0) == dim,
+      "[", name, "] diag: got ", shape_text(diag), ", wanted [", dim, "]");
+  const auto [table, n] = centroid_table(name, centroids, bits, s);
+  return function_op(
+      name, {dense_floats(x, s), dense(diag, mx::float32, s), table}, {{x.shape(), mx::uint8}},
+      [n = n, dim](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+        nearest_scalar_of_hadamard(
+            default_backend(), dtype_of(in[0].dtype()), in[0].data<uint8_t>(), row_count(in[0]),
+            dim, in[1].data<float>(), in[2].data<float>(), n, out[0].data<uint8_t>());
+      },
+      s)[0];
+}
+
+mx::array scalar_centroids_op(const mx::array& indices, const mx::array& centroids,
+                              mx::StreamOrDevice s) {
+  const char* name = "turboquant_scalar_dequantize";
+  require_integers(name, "indices", indices);
+  const auto [table, n] = centroid_table(name, centroids, 0, s);
+  return function_op(
+      name, {code_bytes(indices, s), table}, {{indices.shape(), mx::float16}},
+      [n = n](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+        scalar_centroids(in[0].data<uint8_t>(), in[0].size(), in[1].data<float>(), n,
+                         reinterpret_cast<uint16_t*>(out[0].data<uint8_t>()));
+      },
+      s)[0];
+}
+
+mx::array pack_words_op(const mx::array& indices, int bits, mx::StreamOrDevice s) {
+  const char* name = "turboquant_bit_pack";
+  require_integers(name, "indices", indices);
+  require_bits(name, bits, 1, 8);
+  require(indices.ndim() >= 1, "[", name, "] indices: got a scalar, wanted [..., n]");
+  const bool bytes = indices.dtype() == mx::uint8 || indices.dtype() == mx::bool_;
+  const int64_t n = indices.shape(-1);
+  return function_op(
+      name, {dense(indices, bytes ? mx::uint8 : mx::int32, s)},
+      {{leading(indices, {words_per_row(n, bits)}), mx::uint32}},
+      [n, bits, bytes](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+        uint32_t* words = out[0].data<uint32_t>();
+        const int64_t rows = row_count(in[0]);
+        if (bytes) {
+          pack_words(default_backend(), in[0].data<uint8_t>(), rows, n, bits, words);
+        } else {
+          pack_words(default_backend(), in[0].data<int32_t>(), rows, n, bits, words);
+        }
+      },
+      s)[0];
+}
+
+mx::array unpack_words_op(const mx::array& packed, int bits, int64_t n, mx::StreamOrDevice s) {
+  const char* name = "turboquant_bit_unpack";
+  require_bits(name, bits, 1, 8);
+  require(packed.dtype() == mx::uint32 && packed.ndim() >= 1, "[", name, "] packed: got ",
+          shape_text(packed), ", wanted uint32 [..., words]");
+  const int64_t row_words = packed.shape(-1), most = row_words * codes_per_word(bits);
+  require(n >= 0 && n <= most, "[", name, "] original_length: got ", n, ", wanted 0 to ", most,
+          " (", row_words, " words of ", codes_per_word(bits), " codes)");
+  return function_op(
+      name, {dense(packed, mx::uint32, s)}, {{leading(packed, {n}), mx::int32}},
+      [n, bits, row_words](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+        unpack_words(default_backend(), in[0].data<uint32_t>(), row_count(in[0]), row_words, n,
+                     bits, out[0].data<int32_t>());
+      },
+      s)[0];
+}
+
+// With 1, 2 or 4 bits a word holds whole bytes, so a row of words is the stream of bytes.
+mx::array pack_bytes_op(const mx::array& indices, int bits, mx::StreamOrDevice s) {
+  const char* name = "turboquant_bit_pack";
+  require_integers(name, "indices", indices);
+  require(bits == 1 || bits == 2 || bits == 4, "[", name, "] b: got ", bits, ", wanted 1, 2 or 4");
+  const int64_t n = static_cast<int64_t>(indices.size()), per_byte = 8 / bits;
+  require(n % per_byte == 0, "[", name, "] indices: got N=", n, ", wanted it divisible by ",
+          per_byte, " (= 8/b)");
+  const mx::Stream stream = cpu_stream(s);
+  const mx::array flat = mx::reshape(indices, {static_cast<mx::ShapeElem>(n)}, stream);
+  const mx::array words = pack_words_op(flat, bits, s);
+  return mx::slice(mx::view(words, mx::uint8, stream), {0},
+                   {static_cast<mx::ShapeElem>(n / per_byte)}, stream);
+}
+
+mx::array unpack_bytes_op(const mx::array& packed, int64_t n, int bits, mx::StreamOrDevice s) {
+  const char* name = "turboquant_bit_unpack";
+  require_integers(name, "packed", packed);
+  require(bits == 1 || bits == 2 || bits == 4, "[", name, "] b: got ", bits, ", wanted 1, 2 or 4");
+  require(n >= 0, "[", name, "] N: got ", n, ", wanted at least 0");
+  const int64_t needed = (n * bits + 7) / 8, size = static_cast<int64_t>(packed.size());
+  require(size >= needed, "[", name, "] packed: got ", size, " byte(s) but N=", n, " at b=", bits,
+          " needs ", needed);
+  const mx::Stream stream = cpu_stream(s);
+  mx::array bytes = mx::reshape(mx::astype(packed, mx::uint8, stream),
+                                {static_cast<mx::ShapeElem>(size)}, stream);
+  bytes = mx::pad(bytes, std::vector<std::pair<int, int>>{{0, static_cast<int>(-size & 3)}},
+                  mx::array(0, mx::uint8), "constant", stream);
+  const mx::array words = mx::view(mx::contiguous(bytes, false, stream), mx::uint32, stream);
+  return mx::astype(unpack_words_op(words, bits, n, s), mx::uint8, stream);
+}
+
+mx::array rvq_attend_op(const mx::array& q, const mx::array& keys1, const mx::array& keys2,
+                        const mx::array& centroids1, const mx::array& centroids2,
+                        const mx::array& values, const mx::array& value_table,
+                        const RvqAttendOptions& options, mx::StreamOrDevice s) {
+  const char* name = "turboquant_fused_rvq_decode_attend";
+  const mx::Stream stream = cpu_stream(s);
+  require(q.ndim() == 4 && mx::issubdtype(q.dtype(), mx::floating), "[", name, "] q: got ",
+          shape_text(q), ", wanted floats [B, H, S_q, D]");
+  require(keys1.ndim() != 4 || keys1.shape(2) != 0, "[", name, "] k_indices1: got ",
+          shape_text(keys1), ", wanted at least one token");
+  const int dim = q.shape(3);
+  require(dim >= 1 && dim <= 256, "[", name, "] q: got D = ", dim, ", wanted 1 to 256");
+  require(keys1.ndim() == 4, "[", name, "] k_indices1: got ", shape_text(keys1),
+          ", wanted [B, H_kv, S_kv, D]");
+  require_bits(name, options.b1, 1, 8);
+  require_bits(name, options.b2, 1, 8);
+  require_bits(name, options.bv, 1, 8);
+  // Codes, or words of codes.
+  auto key_codes = [&](const char* argument, const mx::array& codes, int bits) {
+    require_integers(name, argument, codes);
+    const bool words = codes.dtype() == mx::uint32 && codes.ndim() == 4 &&
+                       codes.shape(3) == words_per_row(dim, bits) && codes.shape(3) != dim;
+    return words ? dense(unpack_words_op(codes, bits, dim, s), mx::uint8, s) : code_bytes(codes, s);
+  };
+  const mx::array k1 = key_codes("k_indices1", keys1, options.b1);
+  const mx::array k2 = key_codes("k_indices2", keys2, options.b2);
+  require(k1.shape() == k2.shape(), "[", name, "] k_indices2: got ", shape_text(keys2),
+          ", wanted the shape of k_indices1 ", shape_text(keys1));
+  const int kv_heads = k1.shape(1), n_tokens = k1.shape(2);
+  require(k1.shape(0) == q.shape(0) && k1.shape(3) == dim, "[", name, "] k_indices1: got ",
+          shape_text(keys1), ", wanted [", q.shape(0), ", H_kv, S_kv, ", dim, "] as q ",
+          shape_text(q));
+  require(kv_heads >= 1 && q.shape(1) % kv_heads == 0, "[", name, "] q: got ", q.shape(1),
+          " heads, wanted a multiple of ", kv_heads);
+  require_integers(name, "v_indices", values);
+  require(values.ndim() == 4 && values.shape(0) == q.shape(0) && values.shape(1) == kv_heads &&
+              values.shape(2) == n_tokens,
+          "[", name, "] v_indices: got ", shape_text(values), ", wanted [", q.shape(0), ", ",
+          kv_heads, ", ", n_tokens, ", D / sub_v]");
+  require_floats(name, "v_codebook", value_table);
+  require(value_table.ndim() == 2 && value_table.shape(0) == 1 << options.bv &&
+              value_table.shape(1) >= 1,
+          "[", name, "] v_codebook: got ", shape_text(value_table), ", wanted [", 1 << options.bv,
+          ", sub_v] (2^bv rows)");
+  const auto [table1, n1] = centroid_table(name, centroids1, options.b1, s);
+  const auto [table2, n2] = centroid_table(name, centroids2, options.b2, s);
+  std::vector<mx::array> inputs{
+      dense(q, mx::float32, s),          k1, k2, code_bytes(values, s), table1, table2,
+      dense(value_table, mx::float32, s)};
+  if (options.key_norms) {
+    require_floats(name, "key_norms", *options.key_norms);
+    require(options.key_norms->shape() == mx::Shape({q.shape(0), kv_heads, n_tokens}), "[", name,
+            "] key_norms: got ", shape_text(*options.key_norms), ", wanted [", q.shape(0), ", ",
+            kv_heads, ", ", n_tokens, "]");
+    inputs.push_back(dense(*options.key_norms, mx::float32, s));
+  }
+  if (options.mask) {
+    const mx::array& given = *options.mask;
+    require(given.dtype() == mx::bool_ || mx::issubdtype(given.dtype(), mx::floating), "[", name,
+            "] mask: got ", shape_text(given), ", wanted bools or floats");
+    mx::array mask = given.dtype() == mx::bool_
+                         ? mx::where(given, mx::array(0.0f), mx::array(-INFINITY), stream)
+                         : mx::astype(given, mx::float32, stream);
+    const mx::Shape full{q.shape(0), q.shape(1), q.shape(2), n_tokens};
+    try {
+      mask = mx::broadcast_to(mx::contiguous(mask, false, stream), full, stream);
+    } catch (const std::invalid_argument&) {
+      fail("[", name, "] mask: got ", shape_text(given), ", wanted a shape that broadcasts to [",
+           full[0], ", ", full[1], ", ", full[2], ", ", full[3], "]");
+    }
+    inputs.push_back(mask);
+  }
+  RvqAttendProblem problem;
+  problem.batch = q.shape(0);
+  problem.heads = q.shape(1);
+  problem.kv_heads = kv_heads;
+  problem.dim = dim;
+  problem.n_queries = q.shape(2);
+  problem.n_tokens = n_tokens;
+  problem.n_subvectors = values.shape(3);
+  problem.sub_dim = value_table.shape(1);
+  problem.scale = options.scale.value_or(1.0f / std::sqrt(static_cast<float>(dim)));
+  problem.causal = options.causal;
+  problem.sliding_window = options.sliding_window;
+  const bool has_norms = options.key_norms.has_value(), has_mask = options.mask.has_value();
+  return function_op(
+      name, inputs,
+      {{mx::Shape{q.shape(0), q.shape(1), q.shape(2), problem.n_subvectors * problem.sub_dim},
+        mx::float16}},
+      [problem, has_norms, has_mask](const std::vector<mx::array>& in,
+                                     std::vector<mx::array>& out) {
+        RvqAttendProblem p = problem;
+        auto floats = [](const mx::array& a) {
+          return std::vector<float>(a.data<float>(), a.data<float>() + a.size());
+        };
+        p.q = in[0].data<float>();
+        p.keys1 = in[1].data<uint8_t>();
+        p.keys2 = in[2].data<uint8_t>();
+        p.values = in[3].data<uint8_t>();
+        p.centroids1 = floats(in[4]);
+        p.centroids2 = floats(in[5]);
+        p.value_table = floats(in[6]);
+        if (has_norms) p.norms = in[7].data<float>();
+        if (has_mask) {
+          const mx::array& mask = in.back();
+          p.mask = mask.data<float>();
+          for (int d = 0; d < 4; ++d) p.mask_stride[d] = mask.strides()[d];
+        }
+        rvq_attend(p, reinterpret_cast<uint16_t*>(out[0].data<uint8_t>()));
+      },
+      s)[0];
+}
+
+}  // namespace veloxquant
