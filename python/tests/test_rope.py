@@ -2,6 +2,7 @@
 
 import importlib
 
+import architectures
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -143,6 +144,20 @@ def test_models(name):
     more, rotary, traditional = MODELS[name]
     for rope in detect_ropes(build(name, COMMON | more)):
         assert (rope.rotary_dims, rope.traditional, rope.rotates) == (rotary, traditional, True)
+
+
+@pytest.mark.parametrize("name", [*architectures.ARCHITECTURES, *architectures.SEVERAL_SHAPES])
+def test_every_architecture_is_understood(name):
+    """Hybrid ones, caches in lists, layers of several shapes; some have no position embedding where the cache is plain."""
+    ropes = detect_ropes(architectures.build(name))
+    without = name in ("cohere2", "nemotron_h")
+    assert ropes and all(rope.rotates != without and rope.module == (None if without else "RoPE") for rope in ropes)
+
+
+@pytest.mark.parametrize("name", architectures.LATENT)
+def test_latent_attention_is_refused(name):
+    with pytest.raises(ValueError, match="latent attention"):
+        detect_ropes(architectures.build(name))
 
 
 def test_layers_without_rope_are_found_by_their_keys():

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 
 from veloxquant_mlx import _ext
-from veloxquant_mlx.cache.layout import attention_layers, native_caches
+from veloxquant_mlx.cache.layout import attention_layers, cache_of, native_caches, put_cache
 
 # Where the module and the keys are looked at. Position 0 is what the others are compared with.
 PROBE_POSITIONS = (1, 50, 1001)
@@ -77,7 +77,7 @@ def detect_ropes(model) -> list[LayerRope]:
     keys = {position: _keys_at(model, position) for position in (0, *PROBE_POSITIONS)}
     ropes = []
     for layer in layers:
-        here = {position: keys[position][layer.index] for position in keys}
+        here = {position: keys[position][layer.position] for position in keys}
         ropes.append(_detect(model, layer, here))
     object.__setattr__(model, "_veloxquant_ropes", ropes)
     return ropes
@@ -150,12 +150,14 @@ class _Probe(KVCache):
         return None
 
 
-def _keys_at(model, position) -> dict:
-    """Index of the cache -> keys [B, H, 1, D] of token 0 at `position`, for the layers with a plain cache."""
-    caches = [_Probe(position) if type(c) is KVCache else c for c in native_caches(model)]
+def _keys_at(model, position) -> list:
+    """Keys [B, H, 1, D] of token 0 at `position`, for each of attention_layers(model)."""
+    caches, layers = native_caches(model), attention_layers(model)
+    for layer in layers:
+        put_cache(caches, layer, _Probe(position))
     model(mx.array([[0]]), cache=caches)
-    seen = {i: c.seen for i, c in enumerate(caches) if isinstance(c, _Probe) and c.seen is not None}
-    mx.eval(list(seen.values()))
+    seen = [cache_of(caches, layer).seen for layer in layers]
+    mx.eval(seen)
     return seen
 
 
