@@ -305,12 +305,7 @@ TEST_P(FuzzCodec, EncodesAndDecodesWhatever) {
   });
 }
 
-std::vector<std::string> methods_with_cases() {
-  std::vector<std::string> names;
-  for (const auto& maker : test::case_makers()) names.push_back(maker.first);
-  return names;
-}
-INSTANTIATE_TEST_SUITE_P(Codecs, FuzzCodec, ::testing::ValuesIn(methods_with_cases()),
+INSTANTIATE_TEST_SUITE_P(Codecs, FuzzCodec, ::testing::ValuesIn(codec_methods()),
                          [](const auto& info) { return info.param; });
 
 }  // namespace
