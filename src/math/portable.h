@@ -5,10 +5,11 @@
 #error "VeloxQuant's codes are exact: -ffast-math is not supported"
 #endif
 
+#include <stdint.h>
+
 #if defined(__CUDACC__)
 #define VQ_FN static __host__ __device__ __forceinline__
 #else
-#include <stdint.h>
 #define VQ_FN static inline
 #endif
 
