@@ -1,0 +1,32 @@
+// What the CUDA functions are in a library built without CUDA: one clear Error.
+#ifndef VELOXQUANT_HAVE_CUDA
+
+#include "veloxquant/cuda.h"
+
+namespace veloxquant::cuda {
+namespace {
+
+[[noreturn]] void absent(const char* what) {
+  fail("[", what,
+       "] CUDA: got a library built without it, wanted one configured with -DVELOXQUANT_CUDA=ON "
+       "and nvcc");
+}
+
+}  // namespace
+
+bool built() { return false; }
+std::string device_name() { absent("device_name"); }
+int64_t decode_workspace_bytes(const DecodeArgs&) { absent("decode_workspace_bytes"); }
+void decode_attention(const DecodeArgs&, Stream) { absent("decode_attention"); }
+void pack_blocks(const SideFormat&, const uint8_t*, int64_t, int, uint8_t*, int64_t, Stream) {
+  absent("pack_blocks");
+}
+void unpack_blocks(const SideFormat&, const uint8_t*, int64_t, int, int64_t, uint8_t*, Stream) {
+  absent("unpack_blocks");
+}
+void encode_blocks(const PackedSide&, uint8_t*, int, const ExactSide&, DType, int, int, Stream) {
+  absent("encode_blocks");
+}
+
+}  // namespace veloxquant::cuda
+#endif
