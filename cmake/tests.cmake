@@ -38,3 +38,11 @@ add_test(NAME install_and_use COMMAND ${CMAKE_COMMAND}
   -DGENERATOR=${CMAKE_GENERATOR} -DSANITIZE=${VELOXQUANT_SANITIZE}
   -P ${PROJECT_SOURCE_DIR}/tests/install/install_and_use.cmake)
 set_tests_properties(install_and_use PROPERTIES TIMEOUT 300)
+
+# Continuous integration has no GPU and little time: where nvcc is, it compiles a kernel of each kind.
+find_program(VELOXQUANT_NVCC nvcc PATHS /usr/local/cuda/bin)
+if(VELOXQUANT_NVCC)
+  add_test(NAME cuda_compiles COMMAND ${PROJECT_SOURCE_DIR}/tools/gpu/compile.sh ${VELOXQUANT_NVCC}
+    ${PROJECT_BINARY_DIR}/cuda_compiles)
+  set_tests_properties(cuda_compiles PROPERTIES TIMEOUT 1200)
+endif()
