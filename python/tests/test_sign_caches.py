@@ -57,6 +57,17 @@ def test_more_bits_are_nearer_to_the_exact_cache(tiny_model, tokens, method):
     assert 0 < errors[2] < errors[1] < errors[0] < 1
 
 
+def test_values_go_to_turboquant_unless_the_config_says_otherwise(tiny_model, tokens):
+    for options, values in (
+        ({"method": "rabitq", "bits": 2, "codec_options": {"scale": "norm"}}, "turboquant"),
+        ({"method": "qjl", "bits": 2, "value_bits": 3, "codec_options": {"outliers": 2}}, "turboquant"),
+        ({"method": "rabitq", "value_method": "rabitq", "bits": 4}, "rabitq"),
+        ({"method": "fp16", "value_method": "rabitq", "bits": 4}, "rabitq"),
+    ):
+        cache = filled(tiny_model, tokens, **options)[0]
+        assert values in cache.kernel, options
+
+
 def test_attention_runs_on_the_codes(tiny_model, tokens):
     before = _ext.dequantize_calls()
     for method in ("rabitq", "qjl"):

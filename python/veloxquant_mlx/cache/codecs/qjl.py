@@ -24,7 +24,7 @@ def check(config, side):
 
 def side_codecs(model, config, layers, side):
     if side == "values":
-        return rabitq.side_codecs(model, config, layers, side)
+        return rabitq.default_values(model, config, layers)
     bits = rabitq.side_bits(config, side)
     options = dict(config.codec_options or {}) | {"seed": config.seed}
 

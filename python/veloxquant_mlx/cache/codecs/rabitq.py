@@ -7,10 +7,13 @@ Values go to turboquant at value_bits unless value_method says otherwise; value_
 them here with scale "reconstruction".
 """
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 
 from veloxquant_mlx import _ext
+from veloxquant_mlx.cache.codecs import turboquant
 from veloxquant_mlx.cache.layout import attention_layers
 
 BITS = (1, 2, 3, 4)
@@ -46,7 +49,15 @@ def check(config, side):
         raise ValueError(f"codec_options['scale']: got {options['scale']!r}, wanted one of {', '.join(SCALES)}")
 
 
+def default_values(model, config, layers):
+    """The values of a method that says nothing about them: turboquant, with its own default options."""
+    config = replace(config, method="turboquant", value_method=None, codec_options=None, layers=None)
+    return turboquant.side_codecs(model, config, layers, "values")
+
+
 def side_codecs(model, config, layers, side):
+    if side == "values" and config.value_method is None:
+        return default_values(model, config, layers)
     bits = side_bits(config, side)
     options = {"bits": bits, "seed": config.seed}
     if side == "values":
