@@ -5,6 +5,7 @@
 #include <nanobind/stl/function.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
@@ -13,6 +14,7 @@
 #include "src/mlx/function_op.h"
 #include "src/mlx/views.h"
 #include "veloxquant/commvq.h"
+#include "veloxquant/vecinfer_rope.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -86,6 +88,32 @@ std::pair<mx::array, std::vector<std::vector<double>>> train(
   return {book, report.relative_error};
 }
 
+std::tuple<mx::array, mx::array, std::vector<double>> train_pairs(
+    mx::array x, const mx::array& positions, const Rope& rope, const mx::array& weight,
+    int n_subvectors, int n_centroids, uint64_t seed) {
+  mx::eval(x);
+  require(x.ndim() == 3, "[train_vecinfer_rope] x: got ", x.ndim(),
+          " dimensions, wanted [H, N, D]");
+  require(n_subvectors >= 1 && x.shape(2) % (2 * n_subvectors) == 0,
+          "[train_vecinfer_rope] n_subvectors: got ", n_subvectors, ", wanted a divisor of the ",
+          x.shape(2) / 2, " pairs");
+  const std::vector<int64_t> at = positions_of(positions, x.shape(1));
+  const mx::array weights = evaluated(weight, mx::float32);
+  mx::array order = allocate({x.shape(0), x.shape(2) / 2}, mx::int32);
+  mx::array tables =
+      allocate({x.shape(0), n_subvectors, n_centroids, x.shape(2) / n_subvectors}, mx::float16);
+  KMeansParams params;
+  params.n_centroids = n_centroids;
+  params.seed = seed;
+  TableReport report;
+  {
+    nb::gil_scoped_release release;
+    report = train_vecinfer_rope(view_of(x), at, rope, view_of(weights), n_subvectors, params,
+                                 mutable_view_of(order), mutable_view_of(tables));
+  }
+  return {tables, order, report.relative_error};
+}
+
 mx::array weight_of(const mx::array& query_moments, const Rope& rope) {
   const mx::array moments = evaluated(query_moments, mx::float32);
   require(moments.ndim() == 2, "[commvq_weight] query_moments: got ", shape_text(moments),
@@ -137,6 +165,10 @@ void bind_commvq(nb::module_& m) {
         "progress"_a = nb::none(),
         "x: keys [H, N, D], RoPE applied -> (codebook fp16 [H, n_stages, n_entries, 2, D / 2], "
         "relative squared error per head after every stage).");
+  m.def("train_vecinfer_rope", &train_pairs, "x"_a, "positions"_a, "rope"_a, "weight"_a,
+        nb::kw_only(), "n_subvectors"_a, "n_centroids"_a, "seed"_a = 0,
+        "x: keys [H, N, D], RoPE applied -> (tables fp16 [H, n_subvectors, C, d], order int32 "
+        "[H, D / 2], relative squared error per head).");
   m.def(
       "comm_vq_decode",
       [](const mx::array& indices, const mx::array& codebook, const mx::array& positions,

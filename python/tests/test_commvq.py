@@ -8,9 +8,10 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from veloxquant_mlx.allocators.commvq import train_commvq
+from veloxquant_mlx.allocators.vecinfer_rope import train_vecinfer_rope
 from veloxquant_mlx.artifacts.npy_store import NpyArtifactStore
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
-from veloxquant_mlx.cache.commvq_codebook import CommVQCodebook
+from veloxquant_mlx.cache.pre_rope import CommVQCodebook, RopePairCodebook
 from veloxquant_mlx.metal._comm_vq import comm_vq_decode_metal
 from veloxquant_mlx.models.rope import detect_ropes
 
@@ -223,3 +224,31 @@ def test_errors_name_the_field(tiny_model, codebook):
 
 def test_the_tiny_model_turns_its_keys(tiny_model):
     assert all(rope.rotates and rope.rotary_dims == 64 for rope in detect_ropes(tiny_model))
+
+
+@pytest.fixture
+def pairs(tiny_model):
+    return train_vecinfer_rope(tiny_model, Letters(), num_tokens=600, texts=TEXT)
+
+
+def test_pairs_before_rope_in_a_cache(tmp_path, tiny_model, pairs, tokens):
+    assert pairs.keys.shape == (3, 2, 16, 256, 4) and pairs.order.dtype == np.int32
+    assert np.array_equal(np.sort(pairs.order, axis=-1), np.broadcast_to(np.arange(32), (3, 2, 32)))
+    store = NpyArtifactStore(tmp_path)
+    store.save("pairs", pairs)
+    again = store.load("pairs")
+    assert isinstance(again, RopePairCodebook)
+    for name, array in pairs.arrays.items():
+        assert np.array_equal(getattr(again, name), array) and getattr(again, name).dtype == array.dtype
+    exact = KVCacheBuilder.build(tiny_model, KVCacheConfig(method="fp16"))
+    caches = KVCacheBuilder.build(tiny_model, KVCacheConfig(method="vecinfer_rope", codebook=again))
+    tiny_model(tokens[None], cache=exact)
+    tiny_model(tokens[None], cache=caches)
+    assert [c.bits_per_element for c in caches[0].codecs] == [2.0, 2.0]
+    got, wanted = (c[0].fetch()[0].dequantize().astype(mx.float32)[:, :, 4:580] for c in (caches, exact))
+    error = mx.square(got - wanted).sum() / mx.square(wanted).sum()
+    assert error.item() < 0.02
+    with pytest.raises(ValueError, match="wanted the result of train_vecinfer_rope"):
+        KVCacheConfig(method="vecinfer_rope", codebook=np.zeros((256, 4)))
+    with pytest.raises(ValueError, match="bits: got 8"):
+        train_vecinfer_rope(tiny_model, Letters(), bits=8, texts=TEXT)

@@ -16,6 +16,7 @@ const std::map<std::string, FromSpec>& registry() {
       {"turboquant", turboquant_from_spec},
       {"turboquant_rvq", rvq_from_spec},
       {"vecinfer", vecinfer_from_spec},
+      {"vecinfer_rope", vecinfer_rope_from_spec},
   };
   return methods;
 }
@@ -122,6 +123,18 @@ TensorView SpecReader::table(const std::string& name, DType dtype,
   require(fits, "[", spec_.method, "] ", name, ": got ", dtype_name(view.dtype), " ",
           shape_text(view.shape.data(), view.ndim), ", wanted ", wanted);
   return view;
+}
+
+RopeSpec rope_from_spec(const CodecSpec& spec, SpecReader& reader) {
+  const TensorView inv_freq = reader.table("inv_freq", DType::float32, {-1});
+  RopeSpec rope;
+  rope.head_dim = spec.head_dim;
+  rope.traditional = reader.integer_or("traditional", 0, 0, 1) != 0;
+  rope.position_scale = static_cast<float>(reader.number_or("position_scale", 1.0));
+  rope.attention_factor = static_cast<float>(reader.number_or("attention_factor", 1.0));
+  const auto* frequencies = static_cast<const float*>(inv_freq.data);
+  rope.inv_freq.assign(frequencies, frequencies + inv_freq.size());
+  return rope;
 }
 
 void SpecReader::finish() const {

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "veloxquant/codec_spec.h"
+#include "veloxquant/rope.h"
 
 namespace veloxquant {
 
@@ -34,6 +35,10 @@ class SpecReader {
   std::map<std::string, bool> used_;
 };
 
+// The model's rotary embedding, for codecs of pre-RoPE keys: table inv_freq fp32 [pairs], options
+// traditional (0, 1), position_scale, attention_factor.
+RopeSpec rope_from_spec(const CodecSpec& spec, SpecReader& reader);
+
 // Adding a codec: its line here and one in registry.cpp.
 CodecPtr commvq_from_spec(const CodecSpec& spec, const CodecTables& tables);
 CodecPtr exact_from_spec(const CodecSpec& spec, const CodecTables& tables);
@@ -42,5 +47,6 @@ CodecPtr rabitq_from_spec(const CodecSpec& spec, const CodecTables& tables);
 CodecPtr rvq_from_spec(const CodecSpec& spec, const CodecTables& tables);
 CodecPtr turboquant_from_spec(const CodecSpec& spec, const CodecTables& tables);
 CodecPtr vecinfer_from_spec(const CodecSpec& spec, const CodecTables& tables);
+CodecPtr vecinfer_rope_from_spec(const CodecSpec& spec, const CodecTables& tables);
 
 }  // namespace veloxquant

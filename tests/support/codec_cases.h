@@ -205,6 +205,39 @@ inline Cases commvq_cases(int head_dim) {
   return cases;
 }
 
+inline Cases vecinfer_rope_cases(int head_dim) {
+  Cases cases;
+  for (int sub_dim : {2, 4}) {
+    ExactRandom random(static_cast<uint64_t>(head_dim * 1000 + sub_dim));
+    const int pairs = head_dim / 2, m = head_dim / sub_dim, n_centroids = sub_dim == 2 ? 16 : 100;
+    auto one = std::make_shared<CodecCase>(
+        "d" + std::to_string(sub_dim) + "x" + std::to_string(n_centroids), "vecinfer_rope",
+        Side::keys, head_dim);
+    one->option("n_subvectors", int64_t{m}).option("traditional", int64_t{sub_dim == 2});
+    one->table("tables", random.halves(int64_t{kCaseHeads} * m * n_centroids * sub_dim),
+               {kCaseHeads, m, n_centroids, sub_dim});
+    std::vector<int32_t> order;
+    std::vector<float> weight, frequencies;
+    for (int h = 0; h < kCaseHeads; ++h) {
+      for (int j = 0; j < pairs; ++j) {
+        order.push_back((j * 3 + h) % pairs);  // a permutation: no head_dim here has 3 | pairs ...
+        weight.push_back(random.scale());
+      }
+      if (pairs % 3 == 0) {  // ... but 48 and 96
+        for (int j = 0; j < pairs; ++j) order[h * pairs + j] = pairs - 1 - j;
+      }
+    }
+    for (int j = 0; j < head_dim / 4; ++j) {  // half of the dimensions turn
+      frequencies.push_back(1.0f / static_cast<float>(1 + 3 * j * j));
+    }
+    one->table("order", order, {kCaseHeads, pairs}).table("weight", weight, {kCaseHeads, pairs});
+    one->table("inv_freq", frequencies, {head_dim / 4});
+    one->make();
+    cases.push_back(one);
+  }
+  return cases;
+}
+
 inline Cases turboquant_cases(int head_dim);  // scalar_cases.h
 inline Cases turboquant_rvq_cases(int head_dim);
 
@@ -217,6 +250,7 @@ inline const std::map<std::string, CaseMaker>& case_makers() {
       {"turboquant", turboquant_cases},
       {"turboquant_rvq", turboquant_rvq_cases},
       {"vecinfer", vecinfer_cases},
+      {"vecinfer_rope", vecinfer_rope_cases},
   };
   return makers;
 }

@@ -10,7 +10,7 @@ import numpy as np
 
 from veloxquant_mlx import _ext
 from veloxquant_mlx.cache.codebook import Codebook, Rotations, SmoothFactors
-from veloxquant_mlx.cache.commvq_codebook import CommVQCodebook
+from veloxquant_mlx.cache.pre_rope import CommVQCodebook, PreRopeCodebook, RopePairCodebook
 
 _NUMPY_DTYPES = {
     "float32": np.float32,
@@ -24,7 +24,8 @@ _NUMPY_DTYPES = {
 
 # Field of Rotations -> array in the file.
 _ROTATIONS = {"keys": "key_rotation", "values": "value_rotation", "key_weights": "key_weight"}
-_COMMVQ = ("keys", "weights", "values", "value_rotations")
+# Kind -> class; the arrays have the names of its fields.
+_PRE_ROPE = {"commvq_codebook": CommVQCodebook, "rope_pair_codebook": RopePairCodebook}
 
 
 class NpyArtifactStore:
@@ -35,7 +36,7 @@ class NpyArtifactStore:
         self._store = _ext.ArtifactStore(self.directory)
 
     def save(self, name: str, obj) -> None:
-        """obj: an array (numpy, MLX, anything numpy takes), SmoothFactors, a Codebook or a CommVQCodebook."""
+        """obj: an array (numpy, MLX, anything numpy takes), SmoothFactors, a Codebook or one of cache/pre_rope.py."""
         kind, attributes, arrays = _describe(obj)
         self._store.save(name, kind, json.dumps(attributes), {k: _raw(k, v) for k, v in arrays.items()})
 
@@ -62,9 +63,9 @@ class NpyArtifactStore:
                 relative_error=attributes["relative_error"],
                 rotations=rotations,
             )
-        if kind == "commvq_codebook":
-            return CommVQCodebook(
-                **{field: _numpy_array(*raw[field]) for field in _COMMVQ},
+        if kind in _PRE_ROPE:
+            return _PRE_ROPE[kind](
+                **{field: _numpy_array(*array) for field, array in raw.items()},
                 fingerprint=attributes["model"],
                 relative_error=attributes["relative_error"],
             )
@@ -90,9 +91,9 @@ def _describe(obj):
         if obj.rotations is not None:
             arrays |= {name: getattr(obj.rotations, field) for field, name in _ROTATIONS.items()}
         return "vecinfer_codebook", attributes, arrays
-    if isinstance(obj, CommVQCodebook):
-        attributes = {"model": obj.fingerprint, "relative_error": obj.relative_error}
-        return "commvq_codebook", attributes, {field: getattr(obj, field) for field in _COMMVQ}
+    if isinstance(obj, PreRopeCodebook):
+        kind = next(kind for kind, made in _PRE_ROPE.items() if type(obj) is made)
+        return kind, {"model": obj.fingerprint, "relative_error": obj.relative_error}, obj.arrays
     if isinstance(obj, SmoothFactors):
         arrays = {"factors": obj}
         if obj.query_moments is not None:

@@ -176,16 +176,9 @@ CodecPtr commvq_from_spec(const CodecSpec& spec, const CodecTables& tables) {
   SpecReader reader(spec, tables);
   const TensorView codebook = reader.table_or_empty("codebook");
   const TensorView weight = reader.table_or_empty("weight");
-  const TensorView inv_freq = reader.table("inv_freq", DType::float32, {-1});
-  RopeSpec rope;
-  rope.head_dim = spec.head_dim;
-  rope.traditional = reader.integer_or("traditional", 0, 0, 1) != 0;
-  rope.position_scale = static_cast<float>(reader.number_or("position_scale", 1.0));
-  rope.attention_factor = static_cast<float>(reader.number_or("attention_factor", 1.0));
-  const auto* frequencies = static_cast<const float*>(inv_freq.data);
-  rope.inv_freq.assign(frequencies, frequencies + inv_freq.size());
+  const Rope rope(rope_from_spec(spec, reader));
   reader.finish();
-  return make_commvq_codec(spec.n_kv_heads, Rope(rope), codebook, weight);
+  return make_commvq_codec(spec.n_kv_heads, rope, codebook, weight);
 }
 
 int commvq_stages(int head_dim, double bits) {

@@ -6,11 +6,21 @@
 layers: AttentionLayers, all or some of the model's; side: "keys" or "values".
 """
 
-from veloxquant_mlx.cache.codecs import commvq, exact, qjl, rabitq, turboquant, turboquant_rvq, vecinfer
+from veloxquant_mlx.cache.codecs import (
+    commvq,
+    exact,
+    qjl,
+    rabitq,
+    turboquant,
+    turboquant_rvq,
+    vecinfer,
+    vecinfer_rope,
+)
 
 METHODS = {
     "commvq": commvq,
     "vecinfer": vecinfer,
+    "vecinfer_rope": vecinfer_rope,
     "turboquant": turboquant,
     "turboquant_rvq": turboquant_rvq,
     "qjl": qjl,
