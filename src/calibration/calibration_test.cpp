@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <numeric>
 #include <set>
 
 #include "src/calibration/lloyd.h"
@@ -419,9 +420,9 @@ TEST(Tables, BadArgumentsAreErrors) {
   Transform no_matrix;
   no_matrix.kind = TransformKind::dense;
   expect_error(run(view, 4, false, tables.view, no_matrix), "encode_matrix");
-  params.n_centroids = 512;
-  Tables large(2, 4, 512, 4);
-  expect_error(run(view, 4, false, large.view), "n_centroids: got 512");
+  params.n_centroids = 4097;
+  Tables large(2, 4, 4097, 4);
+  expect_error(run(view, 4, false, large.view), "n_centroids: got 4097");
 }
 
 // --------------------------------------------------------------------------- smooth factors
