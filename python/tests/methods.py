@@ -5,6 +5,7 @@ import numpy as np
 
 from veloxquant_mlx.allocators.commvq import train_commvq
 from veloxquant_mlx.allocators.vecinfer import train_codebook
+from veloxquant_mlx.allocators.vecinfer_rope import train_vecinfer_rope
 from veloxquant_mlx.cache.base import KVCacheConfig
 from veloxquant_mlx.cache.codecs import METHODS as IN_THE_PACKAGE
 from veloxquant_mlx.cache.layout import model_fingerprint
@@ -30,6 +31,10 @@ def _commuting(model):
     return _trained(model, train_commvq, bits=2, num_tokens=512, max_steps=3)
 
 
+def _pairs(model):
+    return _trained(model, train_vecinfer_rope, num_tokens=512)
+
+
 # Name -> what KVCacheConfig is given for a model.
 METHODS = {
     "fp16": lambda model: dict(method="fp16"),
@@ -41,6 +46,7 @@ METHODS = {
     "rabitq, rabitq values": lambda model: dict(method="rabitq", bits=1, value_bits=4, value_method="rabitq"),
     "qjl": lambda model: dict(method="qjl", bits=2, codec_options=dict(outliers=2)),
     "commvq": lambda model: dict(method="commvq", codebook=_commuting(model)),
+    "vecinfer_rope": lambda model: dict(method="vecinfer_rope", codebook=_pairs(model)),
     "layers that differ": lambda model: dict(codebook=_tables(256, 4), layers={-1: dict(method="fp16")}),
 }
 # Methods that need nothing are taken along unlisted.
