@@ -36,6 +36,17 @@ def filled(model, config, n=300):
 TABLES = np.random.default_rng(0).standard_normal((256, 4)).astype(np.float32)
 
 
+def test_scalars_of_a_token_are_told_apart_from_its_codes(run, tmp_path):
+    file = str(tmp_path / "a.safetensors")
+    prompt_cache.save(file, filled(models.build("llama"), KVCacheConfig(method="turboquant", bits=2)))
+    code, out, err = run("inspect", file, "--json")
+    assert code == 0, err
+    (found,) = json.loads(out)["prompt_caches"]
+    for layer in found["layers"]:  # 2 KV heads, 3 blocks of 64 tokens of 64 dimensions
+        assert layer["bytes"]["key_codes"] == layer["bytes"]["value_codes"] == 2 * 3 * 64 * 64 // 4
+        assert layer["bytes"]["scalars"] == 2 * (2 * 3 * 64 * 2)
+
+
 def test_a_prompt_cache_byte_by_byte(run, tmp_path):
     model = models.build("llama")  # 2 layers of 2 KV heads of 64
     file = str(tmp_path / "a.safetensors")

@@ -60,6 +60,7 @@ class ScalarCodec final : public Codec {
   int head_dim() const override { return params_.head_dim; }
   int64_t block_bytes() const override { return shape_.block_bytes(); }
   int64_t token_bytes() const override { return shape_.token_bytes(); }
+  int64_t scalar_bytes() const override { return 2 * shape_.n_scalars; }
 
   void encode_block(Backend backend, const BlockPlace&, const float* x, int n_tokens,
                     uint8_t* block) const override {
