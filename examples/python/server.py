@@ -38,6 +38,7 @@ def main():
     parser.add_argument("--bits", type=int, default=4, help="1 to 4, of a key or value element in the cache")
     arguments, others = parser.parse_known_args()
     Provider.bits = arguments.bits
+    server.ThreadingHTTPServer.request_queue_size = 64  # Python's default of 5 resets what comes beyond
     server.ModelProvider = Provider
     sys.argv[1:] = ["--model", str(model_directory(arguments.model)), *others]
     server.main()

@@ -36,6 +36,7 @@ class Kept(server.LRUPromptCache):
         super().trim_to(n_bytes=n_bytes, **kwargs)
         print("budget", n_bytes, before, self.nbytes, flush=True)
 
+server.ThreadingHTTPServer.request_queue_size = 64  # Python's default of 5 resets what comes beyond
 server.ModelProvider = Provider
 server.LRUPromptCache = Kept
 directory, port, budget = sys.argv[1:]
