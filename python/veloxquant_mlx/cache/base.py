@@ -26,7 +26,8 @@ accept_kv_cache()
 class KVCacheConfig:
     """How the KV cache is kept.
 
-    method: "vecinfer" (packed codes; needs a codebook) or "fp16" (exact, 2 bytes an element).
+    method: one of cache/codecs: "vecinfer", "vecinfer_rope" and "commvq" need a codebook; "turboquant",
+    "turboquant_rvq", "rabitq", "qjl" and "fp16" (exact, 2 bytes an element) need nothing.
     value_method: of the values; None: that of the keys.
     bits, value_bits: with a codebook the codebook decides, and one log line states the true bits.
     codebook: what train_codebook returned, or arrays [C, d] ... [L, H, M, C, d] for both sides.
