@@ -15,6 +15,11 @@ include(GoogleTest)
 
 file(GLOB test_sources CONFIGURE_DEPENDS src/*/*_test.cpp src/*/*/*_test.cpp tests/*_test.cpp)
 list(FILTER test_sources EXCLUDE REGEX "/src/mlx/")
+# Tests of Metal kernels run on the MSL machine.
+file(GLOB msl_test_sources CONFIGURE_DEPENDS tests/msl/*_test.cpp src/*/*_metal_test.cpp src/*/*/*_metal_test.cpp)
+list(FILTER test_sources EXCLUDE REGEX "_metal_test\\.cpp$")
+include(cmake/msl.cmake)
+veloxquant_add_msl_tests(${msl_test_sources})
 foreach(source ${test_sources})
   get_filename_component(name ${source} NAME_WE)
   add_executable(${name} ${source})

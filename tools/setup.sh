@@ -70,7 +70,8 @@ system_packages_debian() {
   local wanted="cmake ninja-build g++ libhwy-dev libtbb-dev libeigen3-dev nlohmann-json3-dev
     zlib1g-dev libopenblas0-pthread"
   [[ -n "$(find_python)" ]] || wanted="$wanted python3 python3-venv python3-dev"
-  if wants test; then wanted="$wanted libgtest-dev libgmock-dev librapidcheck-dev"; fi
+  # clang 19 compiles the Metal kernels for the machine that runs them on a CPU (tests/msl).
+  if wants test; then wanted="$wanted libgtest-dev libgmock-dev librapidcheck-dev clang-19"; fi
   local package missing=()
   for package in $wanted; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' ||

@@ -1,0 +1,35 @@
+# The MSL machine: Metal kernels compiled by clang and run on the CPU (tests/msl). Only for tests,
+# only where clang 16 or later is (half, bfloat) and the stacks can be switched (x86-64 Linux).
+
+function(veloxquant_add_msl_tests)
+  find_program(VELOXQUANT_MSL_CLANG NAMES clang++-19 clang++-18 clang++-17 clang++-16)
+  if(NOT CMAKE_SYSTEM_NAME STREQUAL "Linux" OR NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64"
+      OR VELOXQUANT_SANITIZE)
+    message(STATUS "Metal kernels are not tested here: the machine runs on x86-64 Linux, unsanitised")
+    return()
+  endif()
+  if(NOT VELOXQUANT_MSL_CLANG)
+    message(WARNING "Metal kernels are not tested: no clang++-16..19 was found (tools/setup.sh --test)")
+    return()
+  endif()
+  file(GLOB machine_sources CONFIGURE_DEPENDS tests/msl/*.cpp)
+  list(FILTER machine_sources EXCLUDE REGEX "_test\\.cpp$")
+  add_library(msl_machine STATIC ${machine_sources})
+  veloxquant_compile_options(msl_machine)
+  target_include_directories(msl_machine PUBLIC ${PROJECT_SOURCE_DIR})
+  target_compile_definitions(msl_machine PRIVATE
+    VELOXQUANT_MSL_CLANG="${VELOXQUANT_MSL_CLANG}"
+    VELOXQUANT_MSL_SHIM="${PROJECT_SOURCE_DIR}/tests/msl/shim"
+    VELOXQUANT_MSL_CACHE="${PROJECT_SOURCE_DIR}/build/msl")
+  target_link_libraries(msl_machine PUBLIC veloxquant ${CMAKE_DL_LIBS})
+  foreach(source ${ARGN})
+    get_filename_component(name ${source} NAME_WE)
+    add_executable(${name} ${source})
+    veloxquant_compile_options(${name})
+    # Compiled kernels call the machine in the program that loads them.
+    set_target_properties(${name} PROPERTIES ENABLE_EXPORTS ON)
+    target_link_libraries(${name} PRIVATE -Wl,--whole-archive msl_machine -Wl,--no-whole-archive
+      GTest::gtest_main GTest::gmock rapidcheck rapidcheck_gtest)
+    gtest_discover_tests(${name} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
+  endforeach()
+endfunction()
