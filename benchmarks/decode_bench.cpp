@@ -1,18 +1,28 @@
-// One decode step over caches of several widths and lengths: time, bytes, and the share of what a
-// plain copy of memory reaches on this machine. Every output is held against the fp64 oracle
-// before it is timed. Run by `make bench`; exits with 1 if an output is wrong.
+// Decode steps of the C++ cache: every codec beside the exact cache, interleaved in one run,
+// medians. Every output is held against the fp64 oracle before it is timed; exits with 1 if one is
+// wrong.
+//
+//   decode_bench [--shapes 32/8x128,9/3x64] [--contexts 1024,8192,32768] [--rounds 7] [--only TEXT]
+//
+// --only keeps the caches whose name contains TEXT (or one of several, with commas), and fp16.
+// VELOXQUANT_SIMD and VELOXQUANT_THREADS choose what is measured.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <memory>
 #include <random>
+#include <sstream>
 #include <string>
 #include <vector>
 
 #include "src/math/float16.h"
 #include "veloxquant/cache.h"
+#include "veloxquant/codec_spec.h"
 #include "veloxquant/exact.h"
 #include "veloxquant/vecinfer.h"
 
@@ -20,14 +30,13 @@ namespace vq = veloxquant;
 
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr double kTolerance = 2e-3;  // relative L2 error of a query row, fast path (DESIGN.md)
 
-struct Shape {
-  const char* name;
-  int kv_heads, query_heads, head_dim;
-};
-constexpr Shape kShapes[] = {{"SmolLM2-135M layer", 3, 9, 64}, {"Llama-3-8B layer", 8, 32, 128}};
-constexpr int kLengths[] = {1024, 8192, 32768};
+double since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 std::vector<float> random_values(int64_t n, uint32_t seed) {
   std::mt19937 generator(seed);
@@ -37,47 +46,126 @@ std::vector<float> random_values(int64_t n, uint32_t seed) {
   return x;
 }
 
-// Median seconds of one call: at least 5 calls and 0.3 s.
-double seconds(const std::function<void()>& call) {
-  using Clock = std::chrono::steady_clock;
-  std::vector<double> times;
-  double total = 0;
-  while (times.size() < 5 || total < 0.3) {
-    auto start = Clock::now();
-    call();
-    times.push_back(std::chrono::duration<double>(Clock::now() - start).count());
-    total += times.back();
-  }
+double median(std::vector<double> times) {
   std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
   return times[times.size() / 2];
 }
 
-// Bytes read and written per second by a copy that is larger than any cache, on all threads.
-double copy_bandwidth() {
-  constexpr int64_t kBytes = int64_t{256} << 20;
-  std::vector<char> from(kBytes, 1), to(kBytes, 2);
-  int64_t parts = 4 * vq::num_threads(), part = kBytes / parts;
-  double time = seconds([&] {
-    vq::parallel_for(
-        parts, [&](long i) { std::memcpy(to.data() + i * part, from.data() + i * part, part); });
-  });
-  return 2.0 * static_cast<double>(part * parts) / time;
+// Bytes per second that all threads read together from an array larger than the caches.
+double read_bandwidth() {
+  constexpr int64_t kWords = int64_t{32} << 20;
+  const std::vector<uint64_t> words(kWords, 1);
+  const int64_t parts = 4 * vq::num_threads(), part = kWords / parts;
+  std::vector<uint64_t> sums(parts);
+  double best = INFINITY;
+  for (int round = 0; round < 5; ++round) {
+    const auto start = Clock::now();
+    vq::parallel_for(parts, [&](long i) {
+      const uint64_t* from = words.data() + i * part;
+      uint64_t sum[8] = {};
+      for (int64_t k = 0; k + 8 <= part; k += 8) {
+        for (int j = 0; j < 8; ++j) sum[j] += from[k + j];
+      }
+      for (uint64_t s : sum) sums[i] += s;
+    });
+    best = std::min(best, since(start));
+  }
+  return static_cast<double>(parts * part) * 8 / best;
 }
 
-struct Tables {
-  std::vector<uint16_t> data;
-  vq::TensorView view;
+struct Shape {
+  int query_heads, kv_heads, head_dim;
 };
 
-// Random centroids: the speed does not depend on their values.
-Tables random_tables(const Shape& shape, int sub_dim) {
-  int n_sub = shape.head_dim / sub_dim;
-  Tables tables;
-  for (float v : random_values(int64_t{shape.kv_heads} * shape.head_dim * 256, 7))
-    tables.data.push_back(vq::f32_to_f16(v));
-  tables.view = {tables.data.data(), vq::DType::float16, {shape.kv_heads, n_sub, 256, sub_dim}};
-  return tables;
+// A side of a method: a codec of the registry, or VecInfer with random tables (the speed does not
+// depend on their values).
+struct SideOf {
+  std::string codec;  // "fp16", "vecinfer", or a name of the registry
+  int sub_dim = 0, n_centroids = 0;
+  int bits = 0;
+};
+struct Method {
+  std::string name;
+  SideOf keys, values;
+};
+
+std::vector<Method> methods() {
+  std::vector<Method> all = {{"fp16", {"fp16"}, {"fp16"}}};
+  auto add = [&](const std::string& name, const SideOf& keys, const SideOf& values) {
+    all.push_back({name, keys, values});
+  };
+  const SideOf d2{"vecinfer", 2, 256}, d4{"vecinfer", 4, 256}, d8{"vecinfer", 8, 256};
+  const SideOf d1x16{"vecinfer", 1, 16}, d2x16{"vecinfer", 2, 16};
+  add("vecinfer d2x256", d2, d2);
+  add("vecinfer d1x16", d1x16, d1x16);
+  add("vecinfer d4x256", d4, d4);
+  add("vecinfer d2x16", d2x16, d2x16);
+  add("vecinfer d8x256", d8, d8);
+  add("vecinfer d8x256/d4x256", d8, d4);
+  const SideOf sign{"rabitq", 0, 0, 1};
+  add("rabitq 1/vecinfer d4x256", sign, d4);
+  for (int bits : {1, 4}) {
+    const SideOf side{"rabitq", 0, 0, bits};
+    add("rabitq " + std::to_string(bits), side, side);
+  }
+  for (int bits = 1; bits <= 4; ++bits) {
+    const SideOf side{"turboquant", 0, 0, bits};
+    add("turboquant " + std::to_string(bits), side, side);
+  }
+  const SideOf rvq{"turboquant_rvq", 0, 0, 1};
+  add("turboquant_rvq 1+1", rvq, rvq);
+  return all;
 }
+
+class Candidate {
+ public:
+  Candidate(const Method& method, const Shape& shape, int64_t length) : name(method.name) {
+    vq::KvCacheConfig config;
+    config.n_kv_heads = shape.kv_heads;
+    config.head_dim = shape.head_dim;
+    config.key_codec = codec(vq::Side::keys, method.keys, shape, config.exact_dtype);
+    config.value_codec = codec(vq::Side::values, method.values, shape, config.exact_dtype);
+    bits = (config.key_codec->bits_per_element() + config.value_codec->bits_per_element()) / 2;
+    cache = std::make_unique<vq::KvCache>(config);
+    const int64_t size = shape.kv_heads * length * shape.head_dim;
+    const std::vector<float> keys = random_values(size, 1), values = random_values(size, 2);
+    auto view = [&](const std::vector<float>& x) {
+      return vq::TensorView(x.data(), vq::DType::float32,
+                            {1, shape.kv_heads, length, shape.head_dim});
+    };
+    const auto start = Clock::now();
+    cache->append(view(keys), view(values));
+    append_seconds = since(start);
+  }
+
+  std::string name;
+  double bits = 0, append_seconds = 0, error = 0;
+  std::unique_ptr<vq::KvCache> cache;
+  std::vector<double> times;
+
+ private:
+  vq::CodecPtr codec(vq::Side side, const SideOf& of, const Shape& shape, vq::DType exact) {
+    if (of.codec == "fp16")
+      return vq::make_exact_codec(side, shape.kv_heads, shape.head_dim, exact);
+    if (of.codec != "vecinfer") {
+      const std::map<std::string, vq::CodecOption> options = {{"bits", int64_t{of.bits}}};
+      return vq::make_codec({of.codec, side, shape.kv_heads, shape.head_dim, options}, {});
+    }
+    tables_.emplace_back();
+    const int n_sub = shape.head_dim / of.sub_dim;
+    for (float v : random_values(int64_t{shape.kv_heads} * shape.head_dim * of.n_centroids, 7)) {
+      tables_.back().push_back(vq::f32_to_f16(v));
+    }
+    vq::Transform hadamard;
+    hadamard.kind = vq::TransformKind::hadamard;
+    return vq::make_vecinfer_codec(side, shape.kv_heads, shape.head_dim, n_sub,
+                                   {tables_.back().data(),
+                                    vq::DType::float16,
+                                    {shape.kv_heads, n_sub, of.n_centroids, of.sub_dim}},
+                                   hadamard);
+  }
+  std::vector<std::vector<uint16_t>> tables_;
+};
 
 double worst_row_error(const std::vector<float>& got, const std::vector<float>& wanted, int dim) {
   double worst = 0;
@@ -87,80 +175,136 @@ double worst_row_error(const std::vector<float>& got, const std::vector<float>& 
       error += std::pow(static_cast<double>(got[row + i]) - wanted[row + i], 2);
       norm += std::pow(static_cast<double>(wanted[row + i]), 2);
     }
-    double relative = std::sqrt(error / norm);
+    const double relative = std::sqrt(error / norm);
     if (!(relative <= worst)) worst = relative;  // NaN counts as an error, too
   }
   return worst;
 }
 
-// One line of the table; false if the output is wrong.
-bool measure(const Shape& shape, int length, int sub_dim, double copy) {
-  Tables tables;
-  vq::KvCacheConfig config;
-  config.n_kv_heads = shape.kv_heads;
-  config.head_dim = shape.head_dim;
-  auto codec = [&](vq::Side side) {
-    if (sub_dim == 0)
-      return vq::make_exact_codec(side, shape.kv_heads, shape.head_dim, config.exact_dtype);
-    vq::Transform hadamard;
-    hadamard.kind = vq::TransformKind::hadamard;
-    return vq::make_vecinfer_codec(side, shape.kv_heads, shape.head_dim, shape.head_dim / sub_dim,
-                                   tables.view, hadamard);
-  };
-  if (sub_dim != 0) tables = random_tables(shape, sub_dim);
-  config.key_codec = codec(vq::Side::keys);
-  config.value_codec = codec(vq::Side::values);
-  std::string label = config.key_codec->name();
-  vq::KvCache cache(config);
-  std::vector<float> keys = random_values(int64_t{shape.kv_heads} * length * shape.head_dim, 1);
-  std::vector<float> values = random_values(int64_t{shape.kv_heads} * length * shape.head_dim, 2);
-  vq::TensorView k(keys.data(), vq::DType::float32, {1, shape.kv_heads, length, shape.head_dim});
-  vq::TensorView v(values.data(), vq::DType::float32, {1, shape.kv_heads, length, shape.head_dim});
-  auto start = std::chrono::steady_clock::now();
-  cache.append(k, v);
-  double append = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+struct Options {
+  std::vector<Shape> shapes = {{9, 3, 64}, {32, 8, 128}};
+  std::vector<int64_t> contexts = {1024, 8192, 32768};
+  int rounds = 7;
+  std::vector<std::string> only;
+};
 
-  std::vector<float> query = random_values(shape.query_heads * shape.head_dim, 3);
-  std::vector<float> out(query.size(), NAN), wanted(query.size(), NAN);
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> parts;
+  std::stringstream stream(text);
+  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  return parts;
+}
+
+bool parse(int argc, char** argv, Options& options) {
+  for (int i = 1; i + 1 < argc; i += 2) {
+    const std::string name = argv[i];
+    const std::vector<std::string> parts = split(argv[i + 1]);
+    if (name == "--rounds") {
+      options.rounds = std::atoi(argv[i + 1]);
+    } else if (name == "--only") {
+      options.only = parts;
+    } else if (name == "--contexts") {
+      options.contexts.clear();
+      for (const std::string& part : parts) options.contexts.push_back(std::atoll(part.c_str()));
+    } else if (name == "--shapes") {
+      options.shapes.clear();
+      for (const std::string& part : parts) {
+        Shape shape{};
+        std::sscanf(part.c_str(), "%d/%dx%d", &shape.query_heads, &shape.kv_heads, &shape.head_dim);
+        options.shapes.push_back(shape);
+      }
+    } else {
+      return false;
+    }
+  }
+  bool good = argc % 2 == 1 && options.rounds >= 1;
+  for (const Shape& s : options.shapes) {
+    good &= s.kv_heads > 0 && s.head_dim > 0 && s.head_dim % 8 == 0 && s.query_heads > 0 &&
+            s.query_heads % s.kv_heads == 0;
+  }
+  for (int64_t context : options.contexts) good &= context >= 1;
+  return good;
+}
+
+bool wanted(const Options& options, const std::string& name) {
+  if (options.only.empty() || name == "fp16") return true;
+  return std::any_of(options.only.begin(), options.only.end(),
+                     [&](const std::string& text) { return name.find(text) != std::string::npos; });
+}
+
+// The rows of one shape and context; false if an output is wrong.
+bool measure(const Shape& shape, int64_t length, const Options& options, double bandwidth) {
+  std::vector<Candidate> candidates;
+  for (const Method& method : methods()) {
+    if (wanted(options, method.name)) candidates.emplace_back(method, shape, length);
+  }
+  const std::vector<float> query = random_values(shape.query_heads * shape.head_dim, 3);
+  std::vector<float> out(query.size()), expected(query.size());
+  const std::array<int64_t, 4> dims = {1, shape.query_heads, 1, shape.head_dim};
+  const vq::TensorView q(query.data(), vq::DType::float32, {dims[0], dims[1], dims[2], dims[3]});
   auto view = [&](std::vector<float>& x) {
+    std::fill(x.begin(), x.end(), NAN);
     return vq::MutableTensorView(x.data(), vq::DType::float32,
-                                 {1, shape.query_heads, 1, shape.head_dim});
+                                 {dims[0], dims[1], dims[2], dims[3]});
   };
-  vq::TensorView q = vq::read_only(view(query));
   vq::AttentionParams params;
   params.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
-  vq::attend_oracle(q, cache.source(), params, view(wanted), {});
-  cache.attend(q, params, view(out), {});
-  double error = worst_row_error(out, wanted, shape.head_dim);
-  if (!(error <= kTolerance)) {
-    std::printf("  %-16s %6d  WRONG: relative error %.2g, wanted at most %.0e\n", label.c_str(),
-                length, error, kTolerance);
-    return false;
+  for (Candidate& c : candidates) {
+    vq::attend_oracle(q, c.cache->source(), params, view(expected), {});
+    c.cache->attend(q, params, view(out), {});
+    c.error = worst_row_error(out, expected, shape.head_dim);
+    if (!(c.error <= kTolerance)) {
+      std::printf("  %-24s %6d  WRONG: relative error %.2g, wanted at most %.0e\n", c.name.c_str(),
+                  static_cast<int>(length), c.error, kTolerance);
+      return false;
+    }
   }
-  double time = seconds([&] { cache.attend(q, params, view(out), {}); });
-  double rate = static_cast<double>(cache.nbytes()) / time;
-  std::printf("  %-16s %6d %9.1f %10.3f %8.2f %7.0f %%  %9.2f   %.1e\n", label.c_str(), length,
-              static_cast<double>(cache.nbytes()) / 1024, time * 1e3, rate / 1e9, 100 * rate / copy,
-              append * 1e6 / length, error);
+  const vq::MutableTensorView target = view(out);
+  for (int round = 0; round < options.rounds; ++round) {
+    for (Candidate& c : candidates) {  // short calls are repeated: all see the same weather
+      double total = 0;
+      do {
+        const auto start = Clock::now();
+        c.cache->attend(q, params, target, {});
+        c.times.push_back(since(start));
+        total += c.times.back();
+      } while (total < 0.02);
+    }
+  }
+  const double exact = median(candidates[0].times);
+  for (const Candidate& c : candidates) {
+    const double time = median(c.times), rate = static_cast<double>(c.cache->nbytes()) / time;
+    std::printf("  %-24s %6d %5.2f %9.3f %6.2f %7.1f %6.2f %4.0f %% %9.2f  %.1e\n", c.name.c_str(),
+                static_cast<int>(length), c.bits, time * 1e3, exact / time,
+                time * 1e9 / static_cast<double>(length * shape.kv_heads), rate / 1e9,
+                100 * rate / bandwidth, c.append_seconds * 1e6 / static_cast<double>(length),
+                c.error);
+  }
+  std::fflush(stdout);
   return true;
 }
 
 }  // namespace
 
-int main() {
-  double copy = copy_bandwidth();
-  std::printf("backend %s, SIMD %s, %d threads; copy %.1f GB/s (read + written)\n",
+int main(int argc, char** argv) {
+  Options options;
+  if (!parse(argc, argv, options)) {
+    std::fprintf(stderr,
+                 "decode_bench: got arguments it does not know, wanted [--shapes 32/8x128,...] "
+                 "[--contexts 1024,...] [--rounds 7] [--only TEXT,...]\n");
+    return 2;
+  }
+  const double bandwidth = read_bandwidth();
+  std::printf("backend %s, SIMD %s, %d threads; reads %.1f GB/s\n",
               vq::backend_name(vq::default_backend()), vq::simd_level().c_str(), vq::num_threads(),
-              copy / 1e9);
+              bandwidth / 1e9);
   bool right = true;
-  for (const Shape& shape : kShapes) {
-    std::printf("\n%s: %d KV heads, %d query heads, head_dim %d, one query token\n", shape.name,
-                shape.kv_heads, shape.query_heads, shape.head_dim);
-    std::printf("  %-16s %6s %9s %10s %8s %9s  %9s   %s\n", "cache", "tokens", "KiB", "ms/step",
-                "GB/s", "of copy", "us/append", "error");
-    for (int length : kLengths) {
-      for (int sub_dim : {0, 2, 4}) right &= measure(shape, length, sub_dim, copy);
-    }
+  for (const Shape& shape : options.shapes) {
+    std::printf("\n%d query heads, %d KV heads, head_dim %d, one query token\n", shape.query_heads,
+                shape.kv_heads, shape.head_dim);
+    std::printf("  %-24s %6s %5s %9s %6s %7s %6s %6s %9s  %s\n", "cache", "tokens", "bits",
+                "ms/step", "times", "ns/t/h", "GB/s", "read", "us/append", "error");
+    for (int64_t length : options.contexts) right &= measure(shape, length, options, bandwidth);
   }
   return right ? 0 : 1;
 }

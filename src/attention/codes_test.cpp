@@ -121,6 +121,14 @@ TEST_F(AttentionOnCodes, ScalarCodecs) {
                             {"rabitq", {{"bits", int64_t{2}}}},
                             {"rabitq", {{"bits", int64_t{3}}}},
                             {"rabitq", {{"bits", int64_t{4}}}},
+                            {"turboquant", {{"bits", int64_t{1}}}},
+                            {"turboquant", {{"bits", int64_t{2}}}},
+                            {"turboquant", {{"bits", int64_t{3}}}},
+                            {"turboquant", {{"bits", int64_t{4}}}},
+                            {"turboquant", {{"bits", int64_t{1}}, {"prod", int64_t{1}}}},
+                            {"turboquant", {{"bits", int64_t{3}}, {"prod", int64_t{1}}}},
+                            {"turboquant_rvq", {{"bits", int64_t{1}}}},
+                            {"turboquant_rvq", {{"bits", int64_t{3}}}},
                             {"qjl", {{"sketch_bits", int64_t{64}}}}};
   for (const Method& method : methods) {
     for (int64_t n_queries : {1, 4}) {
@@ -162,12 +170,14 @@ TEST_F(AttentionOnCodes, QueryRows) {
       c.group = group;
       c.n_queries = n_queries;
       check_on_codes(c, Codecs(c, {4, 256}));
+      check_on_codes(c, Codecs(c, {2, 256}));
     }
   }
   Case c = decode_case();
   c.group = 4;
   c.n_queries = 16;
   check_on_codes(c, Codecs(c, {4, 256}));
+  check_on_codes(c, Codecs(c, {1, 16}));
 }
 
 TEST_F(AttentionOnCodes, HeadDims) {

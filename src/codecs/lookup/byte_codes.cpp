@@ -4,8 +4,8 @@
 #include <cstring>
 #include <vector>
 
-#include "src/codecs/lookup/buffer.h"
-#include "src/codecs/lookup/byte_kernels.h"
+#include "src/codecs/lookup/chunks.h"
+#include "src/codecs/lookup/pair_codes.h"
 
 namespace veloxquant::lookup {
 namespace {
@@ -29,21 +29,19 @@ std::vector<Panel> cut_panels(int n_rows) {
   return panels;
 }
 
-// The table of one m at a time.
+// The table of one m at a time, in ascending order.
 class Table {
  public:
   explicit Table(const ByteCodes& codes)
       : codes_(codes), data_(take_buffer(int64_t{codes.digit_values()} * codes.sub_dim)) {}
 
   const float* of(int m) {
-    if (!codes_.shared_table || !loaded_) codes_.table(m, data_.get());
-    loaded_ = true;
+    if (!codes_.shared_table || m % codes_.codes_a_part() == 0) codes_.table(m, data_.get());
     return data_.get();
   }
 
  private:
   const ByteCodes& codes_;
-  bool loaded_ = false;
   Buffer data_;
 };
 
@@ -51,42 +49,11 @@ int64_t table_size(const ByteCodes& codes, int width) {
   return int64_t{codes.n_codes} * codes.n_values() * width;
 }
 
-// Calls body(chunk of blocks, index of its first token, factors of its tokens or null).
-template <class Body>
-void for_each_chunk(const ByteCodes& codes, const uint8_t* blocks, int n_blocks, const Body& body) {
-  const int most = std::min(n_blocks, kChunkBlocks);
-  const int64_t row_bytes = int64_t{codes.n_codes} * kBlockTokens;
-  Buffer factors, rows;
-  if (codes.factors) factors = take_buffer(int64_t{most} * kBlockTokens);
-  if (codes.rows) rows = take_buffer(most * row_bytes / static_cast<int64_t>(sizeof(float)));
-  for (int done = 0; done < n_blocks; done += kChunkBlocks) {
-    const uint8_t* first = blocks + done * codes.block_bytes;
-    Blocks chunk;
-    chunk.data = first;
-    chunk.stride = codes.block_bytes;
-    chunk.n = std::min(kChunkBlocks, n_blocks - done);
-    chunk.n_codes = codes.n_codes;
-    chunk.n_values = codes.n_values();
-    if (codes.rows) {
-      uint8_t* to = reinterpret_cast<uint8_t*>(rows.get());
-      for (int b = 0; b < chunk.n; ++b) {
-        codes.rows(first + b * codes.block_bytes, to + b * row_bytes);
-      }
-      chunk.data = to;
-      chunk.stride = row_bytes;
-    }
-    for (int b = 0; codes.factors && b < chunk.n; ++b) {
-      codes.factors(first + b * codes.block_bytes, factors.get() + b * kBlockTokens);
-    }
-    body(chunk, int64_t{done} * kBlockTokens, factors.get());
-  }
-}
-
 class ByteCodeScores final : public CodeScores {
  public:
   ByteCodeScores(const ByteCodes& codes, const float* q, int n_rows)
       : codes_(codes), panels_(cut_panels(n_rows)) {
-    const int head_dim = codes.n_codes * codes.sub_dim;
+    const int head_dim = codes.head_dim();
     Table table(codes_);
     for (const Panel& panel : panels_) {
       entries_.push_back(take_buffer(table_size(codes_, panel.width)));
@@ -100,7 +67,7 @@ class ByteCodeScores final : public CodeScores {
         std::fill(q_part.get(), q_part.get() + codes.sub_dim * width, 0.0f);
         for (int d = 0; d < codes.sub_dim; ++d) {
           for (int r = 0; r < n; ++r) {
-            q_part[d * width + r] = q[int64_t{first + r} * head_dim + m * codes.sub_dim + d];
+            q_part[d * width + r] = q[int64_t{first + r} * head_dim + codes.first_dim(m) + d];
           }
         }
         make_all_entries(vectors, q_part.get(), width, digit.get(),
@@ -112,7 +79,7 @@ class ByteCodeScores final : public CodeScores {
   void score(const uint8_t* blocks, int n_blocks, float* scores, int64_t stride) const override {
     const int chunk_tokens = std::min(n_blocks, kChunkBlocks) * kBlockTokens;
     Buffer tokens = take_buffer(int64_t{chunk_tokens} * panels_[0].width);
-    for_each_chunk(codes_, blocks, n_blocks,
+    for_each_chunk(codes_, blocks, n_blocks, kChunkBlocks,
                    [&](const Blocks& chunk, int64_t token, const float* factors) {
                      for (size_t i = 0; i < panels_.size(); ++i) {
                        const auto [first, n, width] = panels_[i];
@@ -150,7 +117,7 @@ class ByteCodeSums final : public CodeSums {
     clear_once();
     const int chunk_tokens = std::min(n_blocks, kChunkBlocks) * kBlockTokens;
     Buffer tokens = take_buffer(int64_t{chunk_tokens} * panels_[0].width);
-    for_each_chunk(codes_, blocks, n_blocks,
+    for_each_chunk(codes_, blocks, n_blocks, kChunkBlocks,
                    [&](const Blocks& chunk, int64_t token, const float* factors) {
                      for (size_t i = 0; i < panels_.size(); ++i) {
                        const auto [first, n, width] = panels_[i];
@@ -173,8 +140,10 @@ class ByteCodeSums final : public CodeSums {
         finish_all_sums(vectors, width, digit.get(),
                         sums_[i].get() + int64_t{m} * codes_.n_values() * width, out.get());
         for (int r = 0; r < n; ++r) {
-          float* to = y + int64_t{first + r} * y_stride + m * codes_.sub_dim;
-          for (int d = 0; d < codes_.sub_dim; ++d) to[d] = out[d * width + r];
+          float* to = y + int64_t{first + r} * y_stride + codes_.first_dim(m);
+          for (int d = 0; d < codes_.sub_dim; ++d) {
+            to[d] = m < codes_.codes_a_part() ? out[d * width + r] : to[d] + out[d * width + r];
+          }
         }
       }
     }
@@ -213,10 +182,12 @@ std::string byte_code_kernel() { return widest_panel() > 0 ? "byte look-ups" : "
 
 std::unique_ptr<const CodeScores> byte_code_scores(const ByteCodes& codes, const float* q,
                                                    int n_rows) {
+  if (codes.sub_dim == 2) return pair_code_scores(codes, q, n_rows);
   return std::make_unique<ByteCodeScores>(codes, q, n_rows);
 }
 
 std::unique_ptr<CodeSums> byte_code_sums(const ByteCodes& codes, int n_rows) {
+  if (codes.sub_dim == 2) return pair_code_sums(codes, n_rows);
   return std::make_unique<ByteCodeSums>(codes, n_rows);
 }
 

@@ -20,8 +20,15 @@ namespace veloxquant::lookup {
 
 struct ByteCodes {
   int n_codes = 0;  // per token
-  int sub_dim = 0;  // code m stands for dimensions [m * sub_dim, (m + 1) * sub_dim)
+  int sub_dim = 0;  // code m stands for dimensions [first_dim(m), first_dim(m) + sub_dim)
   int64_t block_bytes = 0;
+
+  // What stands for all dimensions, n_parts times over, is added up: the stages of a residual
+  // quantiser, one after the other.
+  int n_parts = 1;
+  int codes_a_part() const { return n_codes / n_parts; }
+  int first_dim(int m) const { return m % codes_a_part() * sub_dim; }
+  int head_dim() const { return codes_a_part() * sub_dim; }
 
   // A byte holds n_digits codes of digit_bits each, the first in the low bits, each of them for its
   // sub_dim / n_digits dimensions: two sub-vectors of 4 bits, eight signs.
@@ -33,7 +40,7 @@ struct ByteCodes {
 
   // table(m, to): what the digits of m stand for, fp32 [n_digits][digit_values][digit_dim].
   std::function<void(int m, float* to)> table;
-  bool shared_table = false;  // the same for every m
+  bool shared_table = false;  // the same for every m of a part
 
   // rows(block, to): the bytes, [n_codes][64]. Empty: the block starts with them.
   std::function<void(const uint8_t* block, uint8_t* to)> rows;

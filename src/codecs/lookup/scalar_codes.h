@@ -12,14 +12,13 @@ namespace veloxquant::lookup {
 // Dimensions that share a byte; divides any head_dim (a multiple of 8). bits: 1..8.
 int dimensions_a_byte(int bits);
 
-// A code c of a dimension stands for levels[c], 2^bits of them, the same for all dimensions.
-// Without `rows` and `factors`, which are the codec's to set.
-ByteCodes scalar_codes(int head_dim, int bits, const std::vector<float>& levels,
+// A code c of a dimension stands for levels[c], 2^bits of them, the same for all dimensions; one
+// list for each part (ByteCodes::n_parts). Without `rows` and `factors`, which are the codec's.
+ByteCodes scalar_codes(int head_dim, int bits, const std::vector<std::vector<float>>& levels,
                        int64_t block_bytes);
 
-// What `rows` writes, from codes [head_dim][64], a byte each.
-void join_codes(const uint8_t* codes, int head_dim, int bits, uint8_t* rows);
-// From bit planes [head_dim][bits][8 bytes], bit t of the 8 bytes is token t.
+// What `rows` writes (for streams of codes: stream_kernels.h)
+// from bit planes [head_dim][bits][8 bytes], bit t of the 8 bytes is token t.
 void join_planes(const uint8_t* planes, int head_dim, int bits, uint8_t* rows);
 
 }  // namespace veloxquant::lookup

@@ -4,8 +4,10 @@
 #include <cstring>
 #include <vector>
 
+#include "src/codecs/lookup/byte_codes.h"
 #include "src/codecs/registry.h"
 #include "src/codecs/rotation.h"
+#include "src/codecs/turboquant/byte_codes.h"
 #include "src/codecs/turboquant/scalar_codec.h"
 #include "src/codecs/turboquant/sketch.h"
 #include "src/math/row_sums.h"
@@ -129,6 +131,17 @@ class ScalarCodec final : public Codec {
       add_sketch(backend, block, n_tokens,
                  [&](int t, int d) -> float& { return y_t[d * kBlockTokens + t]; });
     }
+  }
+
+  std::string code_kernel(Backend backend) const override {
+    return backend == Backend::reference ? "" : lookup::byte_code_kernel();
+  }
+  std::unique_ptr<const CodeScores> code_scores(const BlockPlace&, const float* q,
+                                                int n_rows) const override {
+    return turboquant::code_scores({shape_, &encoder_, sketch_.get()}, q, n_rows);
+  }
+  std::unique_ptr<CodeSums> code_sums(const BlockPlace&, int n_rows) const override {
+    return turboquant::code_sums({shape_, &encoder_, sketch_.get()}, n_rows);
   }
 
   void transform_query(int, float* q, int64_t n) const override {

@@ -1,6 +1,7 @@
 #include "src/codecs/vecinfer/byte_codes.h"
 
 #include "src/backends/cpu/convert.h"
+#include "src/codecs/lookup/stream_kernels.h"
 
 namespace veloxquant::vecinfer {
 namespace {
@@ -32,14 +33,6 @@ void expand_six_bits(const uint8_t* row, uint8_t* to) {
   }
 }
 
-// Two rows of 4 bits as one of 8, the first in the low bits.
-void join_halves(const uint8_t* first, const uint8_t* second, uint8_t* to) {
-  for (int t = 0; t < kHalf; ++t) {
-    to[t] = static_cast<uint8_t>((first[t] & 15) | (second[t] << 4));
-    to[t + kHalf] = static_cast<uint8_t>((first[t] >> 4) | (second[t] & 0xf0));
-  }
-}
-
 }  // namespace
 
 lookup::ByteCodes byte_codes(const HeadTables& head) {
@@ -59,10 +52,8 @@ lookup::ByteCodes byte_codes(const HeadTables& head) {
     }
   };
   if (in_pairs) {
-    codes.rows = [n = codes.n_codes, bytes](const uint8_t* block, uint8_t* to) {
-      for (int m = 0; m < n; ++m, block += 2 * bytes, to += kBlockTokens) {
-        join_halves(block, block + bytes, to);
-      }
+    codes.rows = [n = codes.n_codes](const uint8_t* block, uint8_t* to) {
+      lookup::join_folded(block, n, to);  // two rows as one, the first in the low bits
     };
   } else if (head.bits < 8) {
     codes.rows = [head, bytes](const uint8_t* block, uint8_t* to) {

@@ -1,12 +1,16 @@
-// Attention's kernels on the codes of the sign codecs, on every SIMD level, against decoded tokens.
+// Attention's kernels on the codes of single dimensions, on every SIMD level, against decoded
+// tokens: sign codecs and scalar codecs. (VecInfer's: src/attention/codes_test.cpp.)
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "tests/support/random.h"
 #include "veloxquant/qjl.h"
 #include "veloxquant/rabitq.h"
+#include "veloxquant/turboquant.h"
 
 namespace veloxquant {
 namespace {
@@ -36,6 +40,27 @@ std::vector<Named> codecs_with_kernels(int dim, const std::vector<float>& sketch
   return codecs;
 }
 
+// Keys in streams by dimension, values by token.
+std::vector<Named> scalar_codecs(int dim) {
+  std::vector<Named> codecs;
+  for (Side side : {Side::keys, Side::values}) {
+    const std::string label = side == Side::keys ? "keys" : "values";
+    for (int bits = 1; bits <= 4; ++bits) {
+      TurboQuantOptions options;
+      options.bits = bits;
+      options.seed = 5;
+      codecs.push_back({label, make_turboquant_codec(side, 2, dim, options)});
+      options.prod = true;
+      options.scale = ScalarScale::raw;
+      codecs.push_back({label, make_turboquant_codec(side, 2, dim, options)});
+      RvqOptions two_stages;
+      two_stages.bits = bits;
+      codecs.push_back({label, make_rvq_codec(side, 2, dim, two_stages)});
+    }
+  }
+  return codecs;
+}
+
 class CodeKernels : public ::testing::TestWithParam<std::string> {
  protected:
   void SetUp() override { set_simd_level(GetParam()); }
@@ -47,7 +72,9 @@ TEST_P(CodeKernels, ScoresAndSumsAreThoseOfDecodedTokens) {
   const int n_blocks = 19, n_tokens = 64 * n_blocks;  // more than one chunk of 16
   for (int dim : {8, 48, 64, 80, 128}) {
     const std::vector<float> sketch = random.normal(40 * dim);
-    for (const Named& named : codecs_with_kernels(dim, sketch)) {
+    std::vector<Named> codecs = codecs_with_kernels(dim, sketch);
+    for (Named& scalar : scalar_codecs(dim)) codecs.push_back(std::move(scalar));
+    for (const Named& named : codecs) {
       SCOPED_TRACE(named.label + " " + named.codec->name() + " dim " + std::to_string(dim));
       const Codec& codec = *named.codec;
       if (codec.code_kernel(Backend::cpu).empty()) continue;  // no vectors of four floats
