@@ -67,6 +67,10 @@ struct TableReport {
 // ranges, by seed. For 256 centroids, 16k vectors lose 2 % to 65k, and 200k gain less than 1 %.
 constexpr int64_t kMaxTrainingVectors = 65536;
 
+// What the entries of a table may be. int8: integers of -127 to 127 times one power of two a
+// table, which fp16 holds exactly; GPUs look such tables up fastest.
+enum class TableEntries { fp16, int8 };
+
 // Trains the tables of one side of one layer on x: [H, N, D] (original coordinates; transformed
 // here; tokens with NaN or infinity are left out). per_head: one table for all sub-vectors of a
 // head. tables: fp16 [H, per_head ? 1 : n_subvectors, C, D / n_subvectors]. `progress` (may be
@@ -74,6 +78,7 @@ constexpr int64_t kMaxTrainingVectors = 65536;
 TableReport train_vecinfer_tables(const TensorView& x, const Transform& transform, int n_subvectors,
                                   bool per_head, const KMeansParams& params,
                                   const MutableTensorView& tables,
-                                  const std::function<void(double)>& progress = {});
+                                  const std::function<void(double)>& progress = {},
+                                  TableEntries entries = TableEntries::fp16);
 
 }  // namespace veloxquant

@@ -64,7 +64,8 @@ std::pair<mx::array, mx::array> matrices(const mx::array& rotation, const mx::ar
 std::pair<mx::array, std::vector<double>> tables(
     mx::array x, bool hadamard, std::optional<mx::array> scale,
     std::optional<mx::array> encode_matrix, std::optional<mx::array> query_matrix, int n_subvectors,
-    int n_centroids, bool per_head, int max_iterations, uint64_t seed, const std::string& start) {
+    int n_centroids, bool per_head, int max_iterations, uint64_t seed, const std::string& start,
+    const std::string& entries) {
   mx::eval(x);
   require(x.ndim() == 3, "[train_tables] x: got ", x.ndim(), " dimensions, wanted [H, N, D]");
   require(n_subvectors >= 1 && x.shape(2) % n_subvectors == 0, "[train_tables] num_subspaces: got ",
@@ -93,11 +94,14 @@ std::pair<mx::array, std::vector<double>> tables(
   require(start == "plus_plus" || start == "normal", "[train_tables] start: got '", start,
           "', wanted plus_plus or normal");
   params.start = start == "normal" ? KMeansStart::normal : KMeansStart::plus_plus;
+  require(entries == "fp16" || entries == "int8", "[train_tables] entries: got '", entries,
+          "', wanted fp16 or int8");
   mx::array out =
       allocate({x.shape(0), per_head ? 1 : n_subvectors, n_centroids, x.shape(2) / n_subvectors},
                mx::float16);
-  const TableReport report = train_vecinfer_tables(view_of(x), transform, n_subvectors, per_head,
-                                                   params, mutable_view_of(out));
+  const TableReport report = train_vecinfer_tables(
+      view_of(x), transform, n_subvectors, per_head, params, mutable_view_of(out), {},
+      entries == "int8" ? TableEntries::int8 : TableEntries::fp16);
   return {out, report.relative_error};
 }
 
@@ -115,7 +119,7 @@ void bind_calibration(nb::module_& m) {
   m.def("train_tables", &tables, "x"_a, nb::kw_only(), "hadamard"_a = true, "scale"_a = nb::none(),
         "encode_matrix"_a = nb::none(), "query_matrix"_a = nb::none(), "n_subvectors"_a,
         "n_centroids"_a, "per_head"_a = false, "max_iterations"_a = 30, "seed"_a = 0,
-        "start"_a = "plus_plus", WithoutGil(),
+        "start"_a = "plus_plus", "entries"_a = "fp16", WithoutGil(),
         "x: floats [H, N, D] -> (tables fp16 [H, n_subvectors or 1, C, d], relative squared error "
         "per head).");
 }

@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import tiny_model
 
-from veloxquant_mlx.cli import main
+from veloxquant_mlx.cli import calibration, main
 
 GENERATE_FIELDS = {
     "text": str,
@@ -21,6 +22,7 @@ GENERATE_FIELDS = {
     "dequantize_calls": int,
 }
 EVAL_FIELDS = {
+    "label": str,
     "method": str,
     "bits_per_element": float,
     "tokens": int,
@@ -28,10 +30,13 @@ EVAL_FIELDS = {
     "sinks": int,
     "ppl": float,
     "ppl_fp16": float,
+    "ppl_increase": float,
     "kl": float,
     "top1": float,
     "cache_bytes_per_token": float,
     "shared_bytes": int,
+    "bits_with_everything": dict,
+    "layers": list,
 }
 
 
@@ -142,6 +147,12 @@ def test_eval_of_several_methods_with_a_plot(run, model, text, tmp_path):
         check_fields(fields, EVAL_FIELDS)
     assert results[2]["kl"] == 0 and results[2]["ppl"] == results[2]["ppl_fp16"]
     assert 0 < results[0]["kl"] < results[1]["kl"]
+    for four, two in zip(results[0]["layers"], results[1]["layers"], strict=True):
+        assert 0 < four["score"] < two["score"] and four["value"] > 0 and two["value"] > 0
+    assert [r["layers"] for r in results[2:]] == [[], []]
+    bits = [r["bits_with_everything"] for r in results]
+    assert [b["8192"] for b in bits[2:]] == [32, 5]
+    assert 2 < bits[1]["8192"] < bits[1]["2048"] and bits[1]["8192"] < bits[0]["8192"] < bits[0]["2048"]
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -173,6 +184,90 @@ def test_calibrate_then_inspect_then_generate(run, model, text, tmp_path, transf
     assert code == 0, err
     assert json.loads(out)["bits_per_element"] == 4.0
     assert json.loads(out)["shared_bytes"] == calibrated["shared_bytes"]
+
+
+@pytest.mark.parametrize("method, bits", [("commvq", 1.9375), ("vecinfer_rope", 2.0), ("pre_rope", 2.0)])
+def test_methods_before_rope_from_calibration_to_text(run, model, text, tmp_path, method, bits):
+    artifacts = str(tmp_path / "artifacts")
+    arguments = ["--method", method, "--text", text, "--tokens", "512", "-o", artifacts]
+    code, out, err = run("calibrate", model, *arguments, "--json")
+    assert code == 0, err
+    assert json.loads(out)["bits_per_element"] == (bits + 2) / 2
+    (found,) = [a for a in json.loads(run("inspect", artifacts, "--json")[1])["artifacts"] if "codebook" in a["name"]]
+    assert found["state"] == "whole" and found["bits_per_element"] == (bits + 2) / 2
+
+    arguments = ["--method", method, "--artifacts", artifacts, "--text", text, "--windows", "1", "--length", "400"]
+    code, out, err = run("eval", model, *arguments, "--json")
+    assert code == 0, err
+    fields = json.loads(out)
+    assert fields["method"] == method and 0 < fields["kl"] < 1 and fields["bits_with_everything"]["8192"] > bits
+
+    code, out, err = run(
+        "generate", model, "--method", method, "--artifacts", artifacts, "--prompt", "b" * 200, "--json"
+    )
+    if method == "pre_rope":
+        assert code == 2 and "which eval alone has" in err
+    else:
+        assert code == 0, err
+        assert json.loads(out)["shared_bytes"] == fields["shared_bytes"]
+
+
+def test_tables_of_integers_for_whole_heads(run, model, text, tmp_path):
+    sizes = {}
+    for per, entries in (("subvector", "fp16"), ("head", "int8")):
+        artifacts = str(tmp_path / per)
+        arguments = ["--text", text, "--tokens", "1024", "--codebook-per", per, "--entries", entries, "-o", artifacts]
+        code, out, err = run("calibrate", model, *arguments, "--json")
+        assert code == 0, err
+        sizes[per] = json.loads(out)["shared_bytes"]
+    assert sizes["head"] < 0.6 * sizes["subvector"]
+    tables = calibration.load(tmp_path / "head").codebook.keys.astype(np.float32)
+    assert tables.shape[2] == 1
+    for table in tables.reshape(-1, *tables.shape[-2:]):
+        steps = table / 2.0 ** (np.ceil(np.log2(np.abs(table).max() / 127.5)))
+        assert np.array_equal(steps, np.round(steps)) and np.abs(steps).max() <= 127
+
+    arguments = [
+        "--compare",
+        "vecinfer2",
+        "--artifacts",
+        str(tmp_path / "subvector"),
+        "--artifacts",
+        str(tmp_path / "head"),
+    ]
+    code, out, err = run("eval", model, *arguments, "--text", text, "--windows", "1", "--length", "400", "--json")
+    assert code == 0, err
+    assert [r["label"] for r in json.loads(out)["results"]] == ["vecinfer 2 bits, subvector", "vecinfer 2 bits, head"]
+
+
+def test_eval_compares_what_is_listed(run, model, text):
+    wanted = "fp16,mlx4,mlx4:64/4,vecinfer2,vecinfer2:0/0,vecinfer4/2,adaptive2,turboquant3/2"
+    arguments = [
+        "--compare",
+        wanted,
+        "--fit-tokens",
+        "200",
+        "--score-from",
+        "200",
+        "--text",
+        text,
+        "--windows",
+        "1",
+        "--length",
+        "600",
+    ]
+    code, out, err = run("eval", model, *arguments, "--json")
+    assert code == 0, err
+    results = json.loads(out)["results"]
+    assert [r["label"] for r in results] == [
+        "fp16", "mlx4", "mlx4, window 64, sinks 4", "vecinfer 2 bits, window 64, sinks 4",
+        "vecinfer 2 bits, window 0, sinks 0", "vecinfer 4/2 bits", "adaptive 2 bits", "turboquant 3/2 bits",
+    ]  # fmt: skip
+    kl = [r["kl"] for r in results]
+    assert kl[0] < kl[2] < kl[1]  # what is exact near the query helps mlx_lm's codes too
+    assert kl[3] < kl[4]
+    assert [(r["window"], r["sinks"]) for r in results[2:5]] == [(64, 4), (64, 4), (0, 0)]
+    assert results[2]["bits_per_element"] == 4.5
 
 
 def test_inspect_finds_a_changed_byte(run, model, text, tmp_path):
@@ -232,6 +327,15 @@ MISTAKES = [
     (["eval", "{model}", "--text", "{text}", "--method", "exact", "--windows", "9"], "tokens, wanted at least 18432"),
     (["eval", "{model}", "--text", "{text}", "--plot", "/no/where/plot.png"], "--plot: got '/no/where/plot.png'"),
     (["eval", "{model}", "--text", "{text}", "--bits", "4,2", "--artifacts", "/"], "--bits: got several values"),
+    (["eval", "{model}", "--text", "{text}", "--compare", "fp17"], "--compare: got 'fp17', wanted one of"),
+    (["eval", "{model}", "--text", "{text}", "--compare", "exact:1/1"], "--compare: got 'exact:1/1', wanted one of"),
+    (["eval", "{model}", "--text", "{text}", "--compare", "vecinfer5"], "--compare: got '5', wanted one of 1, 1.5"),
+    (["eval", "{model}", "--text", "{text}", "--compare", "fp16", "--bits", "4"], "--compare: got it with --method"),
+    (["eval", "{model}", "--text", "{text}", "--compare", "adaptive2"], "--score-from: got 0, wanted at least --fit"),
+    (["calibrate", "{model}", "--own-text", "2", "-o", "out"], "--own-text: got 2, wanted a share"),
+    (["eval", "{model}", "--text", "{text}", "--codebook-per", "layer"], "--codebook-per: got 'layer', wanted one of"),
+    (["calibrate", "{model}", "--method", "qjl", "-o", "out"], "--method: got 'qjl', wanted one of vecinfer"),
+    (["calibrate", "{model}", "--method", "commvq", "--entries", "int8", "-o", "out"], "--method: got 'commvq' with"),
     (["calibrate", "{model}"], "Missing option '-o'"),
     (["calibrate", "{model}", "--text", "/no/file", "-o", "out"], "--text: got '/no/file'"),
     (["calibrate", "{model}", "--transform", "dct", "-o", "out"], "--transform: got 'dct', wanted one of hadamard"),

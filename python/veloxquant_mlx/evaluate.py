@@ -7,15 +7,20 @@ bounded by two windows of logits.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
 from veloxquant_mlx.cache.kv_cache import VeloxQuantKVCache, shared_nbytes
 from veloxquant_mlx.cache.layout import flat_caches, native_caches
+from veloxquant_mlx.cache.reference import ReferenceCache
+from veloxquant_mlx.layer_errors import errors_of, observed
 
 _CHUNK = 256  # positions turned into log-probabilities at a time
+_PROMPT_CHUNK = 2048  # tokens of a prompt read at a time: attention without a fused kernel holds all its scores
+_OURS = (VeloxQuantKVCache, ReferenceCache)
+LENGTHS = (2048, 8192)  # that bits_with_everything is stated at
 
 
 @dataclass
@@ -30,6 +35,9 @@ class Score:
     cache_bytes_per_token: float
     shared_bytes: int  # codebooks and transforms, once per model
     bits_per_element: float
+    # Length of a sequence -> bits of an element with scalars, tables, rotations, window and sinks counted.
+    bits_with_everything: dict = field(default_factory=dict)
+    layers: list = field(default_factory=list)  # LayerErrors on the first window, of our caches
 
     @property
     def ppl_increase(self):
@@ -67,9 +75,12 @@ def evaluate(model, windows, methods, progress=lambda fraction, text: None, scor
         for label, make_caches in methods.items():
             progress(done / steps, f"window {number + 1}/{len(windows)}: {label}")
             caches = make_caches()
-            sums[label].add(exact, LogProbs(model, window, caches, score_from), caches)
+            run_with = observed(caches) if number == 0 else caches
+            sums[label].add(exact, LogProbs(model, window, run_with, score_from), caches)
+            if number == 0:
+                sums[label].layers = errors_of(run_with)
             done += 1
-            del caches
+            del caches, run_with
             mx.clear_cache()
     progress(1.0, "scored")
     scored = windows.shape[0] * (windows.shape[1] - 1 - score_from)
@@ -90,8 +101,8 @@ class LogProbs:
 
     def __init__(self, model, tokens, caches, start=0):
         tokens = np.asarray(tokens, np.int32)
-        if start > 0:
-            model(mx.array(tokens[None, :start]), cache=caches)
+        for first, last in _chunks(start, _PROMPT_CHUNK):
+            model(mx.array(tokens[None, first:last]), cache=caches)
             mx.eval([c.state for c in caches])
         logits = mx.contiguous(model(mx.array(tokens[None, start:]), cache=caches)[0, :-1])
         mx.eval(logits)
@@ -115,9 +126,9 @@ class LogProbs:
         return sum(_nll(self.rows(start, stop)[1], self.targets[start:stop]) for start, stop in _chunks(self.n_scored))
 
 
-def _chunks(n):
-    for first in range(0, n, _CHUNK):
-        yield first, min(first + _CHUNK, n)
+def _chunks(n, size=_CHUNK):
+    for first in range(0, n, size):
+        yield first, min(first + size, n)
 
 
 def _nll(log_p, targets):
@@ -141,6 +152,7 @@ class _Sums:
     def __init__(self):
         self.nll = self.kl = 0.0
         self.same = self.cache_bytes = 0
+        self.layers = []
 
     def add(self, exact, other, caches):
         kl, same, nll = _divergence(exact, other)
@@ -150,6 +162,7 @@ class _Sums:
         self.cache_bytes += cache_bytes(caches)
         self.shared_bytes = shared_nbytes(caches)
         self.bits_per_element = bits_per_element(caches)
+        self.bits_with_everything = {n: bits_with_everything(caches, n) for n in LENGTHS}
 
     def score(self, scored, tokens, exact_nll):
         return Score(
@@ -161,6 +174,8 @@ class _Sums:
             cache_bytes_per_token=self.cache_bytes / tokens,
             shared_bytes=self.shared_bytes,
             bits_per_element=self.bits_per_element,
+            bits_with_everything=self.bits_with_everything,
+            layers=self.layers,
         )
 
 
@@ -171,7 +186,7 @@ def cache_bytes(caches):
 
 def bits_per_element(caches):
     """Bits that one stored key or value element takes in the codes (mlx_lm's caches: in their arrays)."""
-    ours = [cache.bits_per_element for cache in flat_caches(caches) if isinstance(cache, VeloxQuantKVCache)]
+    ours = [cache.bits_per_element for cache in flat_caches(caches) if isinstance(cache, _OURS)]
     if ours:
         return sum(ours) / len(ours)
     plain = next(cache for cache in flat_caches(caches) if hasattr(cache, "keys"))
@@ -180,3 +195,20 @@ def bits_per_element(caches):
         elements = keys[0].size * 32 / plain.bits
         return 8 * sum(part.nbytes for part in keys) / elements
     return 8.0 * keys.itemsize
+
+
+def bits_with_everything(caches, n):
+    """Bits of a key or value element in a sequence of n tokens, everything that is held for it counted: codes,
+    scalars, tables and rotations, exact tokens. caches: used at least once; those of other kinds are left out."""
+    elements, total = 0, shared_nbytes(caches)
+    for cache in flat_caches(caches):
+        if isinstance(cache, _OURS):
+            elements += n * cache.elements_per_token
+            total += cache.nbytes_at(n)
+        elif getattr(cache, "keys", None) is not None:
+            quantised = isinstance(cache.keys, tuple)
+            codes = cache.keys[0] if quantised else cache.keys
+            own = 2 * n * codes.shape[1] * codes.shape[3] * (32 // cache.bits if quantised else 1)
+            elements += own
+            total += own * bits_per_element([cache]) / 8
+    return 8 * total / max(elements, 1)

@@ -27,7 +27,7 @@ def layer_errors(model, tokens, caches) -> list[LayerError]:
 
     ValueError where no token became codes, or where a layer's attention hides its queries.
     """
-    observers = [_Observer(c) if isinstance(c, VeloxQuantKVCache) and c.fused else c for c in caches]
+    observers = observed(caches)
     mx.eval(model(mx.array(np.asarray(tokens, np.int32))[None], cache=observers))
     seen = [o for o in observers if isinstance(o, _Observer) and o.queries is not None]
     if not seen:
@@ -35,18 +35,30 @@ def layer_errors(model, tokens, caches) -> list[LayerError]:
     return [observer.error() for observer in seen]
 
 
+def observed(caches) -> list:
+    """Caches to run a model with that keep what passes through them; errors_of() compares it with `caches`."""
+    return [_Observer(c) if isinstance(c, VeloxQuantKVCache) and c.fused else c for c in caches]
+
+
+def errors_of(observers) -> list[LayerError]:
+    """Of the layers among observed() that hold codes and saw their queries; may be none."""
+    seen = [o for o in observers if isinstance(o, _Observer) and o.queries is not None]
+    return [o.error() for o in seen if o.packed_range[0] < o.packed_range[1]]
+
+
 class _Observer:
     """Stands in for a cache and keeps the keys and values that it was given, and the last queries."""
 
     def __init__(self, cache):
         self._cache = cache
-        self.keys = self.values = self.queries = None
+        self.keys, self.values, self.queries = [], [], None
 
     def __getattr__(self, name):
         return getattr(self._cache, name)
 
     def update_and_fetch(self, keys, values):
-        self.keys, self.values = keys, values
+        self.keys.append(keys)
+        self.values.append(values)
         return self._cache.update_and_fetch(keys, values)
 
     def observe_queries(self, queries):
@@ -54,7 +66,7 @@ class _Observer:
         self.queries = queries[:, :, -N_QUERIES:]
 
     def error(self):
-        keys, values = (_rows(x) for x in (self.keys, self.values))
+        keys, values = (_rows(mx.concatenate(x, axis=2)) for x in (self.keys, self.values))
         held = [_rows(side.dequantize()) for side in self._cache.fetch()]
         coded = slice(*self._cache.packed_range)
         if coded.start >= coded.stop:

@@ -13,6 +13,7 @@
 #include "src/calibration/random.h"
 #include "src/math/float16.h"
 #include "veloxquant/backend.h"
+#include "veloxquant/cuda.h"
 
 namespace veloxquant {
 namespace {
@@ -382,6 +383,27 @@ TEST(Tables, LargeCentroidsStayFiniteInHalf) {
   train_vecinfer_tables(TensorView(x.data(), DType::float32, {1, 100, 8}), {}, 2, false, params,
                         tables.view);
   for (uint16_t half : tables.bits) EXPECT_EQ(f16_to_f32(half), 65504.0f);
+}
+
+// The report is that of the rounded entries, and GPUs take the tables as they are.
+TEST(Tables, Int8EntriesAreTheFormatAndCostLittle) {
+  const int64_t n = 4096, dims = 16;
+  const auto x = gaussian(n * dims, 11);
+  const TensorView view(x.data(), DType::float32, {1, n, dims});
+  KMeansParams params;
+  params.n_centroids = 64;
+  for (bool per_head : {false, true}) {
+    Tables fp16(1, per_head ? 1 : 4, 64, 4), int8(1, per_head ? 1 : 4, 64, 4);
+    const double before =
+        train_vecinfer_tables(view, {}, 4, per_head, params, fp16.view).relative_error[0];
+    const double after =
+        train_vecinfer_tables(view, {}, 4, per_head, params, int8.view, {}, TableEntries::int8)
+            .relative_error[0];
+    EXPECT_NE(int8.bits, fp16.bits);
+    EXPECT_NE(after, before);
+    EXPECT_LT(std::abs(after - before), 0.01 * before);
+    EXPECT_EQ(cuda::round_tables_to_int8(int8.view), 0.0);  // nothing is left to round
+  }
 }
 
 TEST(Tables, MoreTokensThanTheLimitAreSubsampled) {

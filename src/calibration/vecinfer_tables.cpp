@@ -1,4 +1,4 @@
-// Codebooks of VecInfer: transform, cut into sub-vectors, one k-means each, round to fp16.
+// Codebooks of VecInfer: transform, cut into sub-vectors, one k-means each, round the entries.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -8,6 +8,7 @@
 #include "src/calibration/sampling.h"
 #include "veloxquant/backend.h"
 #include "veloxquant/calibration.h"
+#include "veloxquant/cuda.h"
 
 namespace veloxquant {
 namespace {
@@ -56,16 +57,23 @@ struct SquaredSums {
 
 // One k-means; writes table (h, m) and returns its error with the centroids as rounded.
 SquaredSums train_one(const float* y, int64_t stride, int64_t n, const KMeansParams& params,
-                      int64_t h, int64_t m, const MutableTensorView& tables) {
+                      TableEntries entries, int64_t h, int64_t m, const MutableTensorView& tables) {
   constexpr float kLargestHalf = 65504.0f;
   const int sub_dim = static_cast<int>(tables.shape[3]);
   std::vector<float> centroids = kmeans(y, stride, n, sub_dim, params).centroids;
+  std::vector<uint16_t> rounded(centroids.size());
+  for (size_t i = 0; i < centroids.size(); ++i) {
+    rounded[i] = f32_to_f16(std::clamp(centroids[i], -kLargestHalf, kLargestHalf));
+  }
+  if (entries == TableEntries::int8) {
+    cuda::round_tables_to_int8(
+        MutableTensorView(rounded.data(), DType::float16, {params.n_centroids, sub_dim}));
+  }
   for (int c = 0; c < params.n_centroids; ++c) {
     for (int i = 0; i < sub_dim; ++i) {
-      float& value = centroids[static_cast<size_t>(c) * sub_dim + i];
-      const uint16_t half = f32_to_f16(std::clamp(value, -kLargestHalf, kLargestHalf));
-      *static_cast<uint16_t*>(tables.at(h, m, c, i)) = half;
-      value = f16_to_f32(half);
+      const size_t at = static_cast<size_t>(c) * sub_dim + i;
+      *static_cast<uint16_t*>(tables.at(h, m, c, i)) = rounded[at];
+      centroids[at] = f16_to_f32(rounded[at]);
     }
   }
   std::vector<uint16_t> codes(n);
@@ -88,7 +96,8 @@ SquaredSums train_one(const float* y, int64_t stride, int64_t n, const KMeansPar
 TableReport train_vecinfer_tables(const TensorView& x, const Transform& transform, int n_subvectors,
                                   bool per_head, const KMeansParams& params,
                                   const MutableTensorView& tables,
-                                  const std::function<void(double)>& progress) {
+                                  const std::function<void(double)>& progress,
+                                  TableEntries entries) {
   require_float_rows(x, "train_vecinfer_tables");
   const int64_t heads = x.shape[0], dims = x.shape[2];
   require(n_subvectors >= 1 && dims % n_subvectors == 0,
@@ -125,7 +134,7 @@ TableReport train_vecinfer_tables(const TensorView& x, const Transform& transfor
     const auto train = [&](int64_t m, const float* from, int64_t count) {
       KMeansParams own = params;
       own.seed = SplitMix64(params.seed, h * per + m).next();
-      errors[h * per + m] = train_one(from, count, count, own, h, m, tables);
+      errors[h * per + m] = train_one(from, count, count, own, entries, h, m, tables);
       if (progress) progress(static_cast<double>(++done) / static_cast<double>(heads * per));
     };
     if (per_head) {

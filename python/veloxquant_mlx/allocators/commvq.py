@@ -6,7 +6,7 @@ from veloxquant_mlx.allocators.pre_rope import (
     check_integer,
     check_positive,
     train_pre_rope,
-    value_shape,
+    value_fitting,
 )
 from veloxquant_mlx.cache.layout import one_shape
 from veloxquant_mlx.cache.pre_rope import CommVQCodebook
@@ -44,7 +44,7 @@ def train_commvq(
         )
         return {"keys": table}, [head[-1] for head in error]
 
-    values = value_shape(dim, bits, value_bits)
+    values = value_fitting(dim, bits, value_bits, seed)
     return train_pre_rope(
         CommVQCodebook,
         train_keys,
@@ -53,6 +53,5 @@ def train_commvq(
         values,
         num_tokens=num_tokens,
         texts=texts,
-        seed=seed,
         progress=progress,
     )

@@ -4,7 +4,9 @@ import mlx.core as mx
 import numpy as np
 
 from veloxquant_mlx import _ext
-from veloxquant_mlx.allocators.vecinfer import TABLE_SHAPES, collect, sample_positions
+from veloxquant_mlx.allocators.vecinfer import collect, sample_positions
+from veloxquant_mlx.cache.codebook import TABLE_SHAPES
+from veloxquant_mlx.cache.fitting import Fitting, fit_learned
 from veloxquant_mlx.cache.layout import model_fingerprint
 from veloxquant_mlx.models.rope import detect_ropes
 
@@ -13,11 +15,11 @@ NUM_TOKENS = 8192
 _COLLECTING = 0.3  # of the progress
 
 
-def train_pre_rope(kind, train_keys, model, tokenizer, values, *, num_tokens, texts, seed, progress):
+def train_pre_rope(kind, train_keys, model, tokenizer, values, *, num_tokens, texts, progress):
     """A codebook of class `kind`, layer by layer.
 
     train_keys(x, positions, rope, weight, progress) -> (field -> array, error of each head); x: [H, N, D] with RoPE
-    applied. values: (dimensions of a sub-vector, centroids).
+    applied. values: their Fitting.
     """
     check_integer("num_tokens", num_tokens, 1, 2**31)
     ropes = detect_ropes(model)  # before the long part
@@ -35,8 +37,9 @@ def train_pre_rope(kind, train_keys, model, tokenizer, values, *, num_tokens, te
         made, error = train_keys(data.keys[i], positions, rope.core(), weight, step)
         errors["keys"].append([round(e, 6) for e in error])
         made["weights"] = weight
-        made["values"], made["value_rotations"], error = _train_values(data.values[i], values, rope.head_dim, seed)
-        errors["values"].append([round(e, 6) for e in error])
+        transform, made["values"], error = fit_learned(data.values[i], values)
+        made["value_rotations"] = transform.rotation
+        errors["values"].append(error)
         arrays.append({name: np.array(array) for name, array in made.items()})
     report(1.0, "trained")
     return kind(
@@ -46,14 +49,14 @@ def train_pre_rope(kind, train_keys, model, tokenizer, values, *, num_tokens, te
     )
 
 
-def value_shape(dim, bits, value_bits):
-    """(dimensions of a sub-vector, centroids) of the values."""
+def value_fitting(dim, bits, value_bits, seed):
+    """The Fitting of the values."""
     if value_bits is None:
         value_bits = bits if bits in TABLE_SHAPES else 2
     check_positive("value_bits", value_bits)
     if value_bits not in TABLE_SHAPES or dim % TABLE_SHAPES[value_bits][0]:
         raise ValueError(f"value_bits: got {value_bits!r}, wanted one of {', '.join(f'{b:g}' for b in TABLE_SHAPES)}")
-    return TABLE_SHAPES[value_bits]
+    return Fitting.of_bits(value_bits, dim, seed=seed)
 
 
 def check_positive(name, value):
@@ -71,17 +74,3 @@ def _weight(data, layer, rope):
     if data.query_moments is None:
         return mx.ones((data.keys[layer].shape[0], rope.head_dim // 2))
     return _ext.commvq_weight(mx.array(data.query_moments[layer]), rope.core())
-
-
-def _train_values(x, shape, dim, seed):
-    sub_dim, n_centroids = shape
-    rotation, _ = _ext.learned_rotation(x, n_subvectors=dim // sub_dim)
-    table, error = _ext.train_tables(
-        x,
-        encode_matrix=rotation,
-        query_matrix=rotation,
-        n_subvectors=dim // sub_dim,
-        n_centroids=n_centroids,
-        seed=seed,
-    )
-    return table, rotation, error

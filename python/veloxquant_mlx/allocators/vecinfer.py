@@ -1,6 +1,6 @@
 """Calibration of VecInfer: smooth factors, learned rotations and product codebooks from a model and some text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -8,7 +8,6 @@ import numpy as np
 from veloxquant_mlx import _ext
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
 from veloxquant_mlx.cache.codebook import (
-    TABLE_SHAPES,
     TRANSFORMS,
     Codebook,
     Rotations,
@@ -16,7 +15,10 @@ from veloxquant_mlx.cache.codebook import (
     code_bits,
     key_and_value_bits,
 )
+from veloxquant_mlx.cache.fitting import Fitting, fit_learned, fit_tables
 from veloxquant_mlx.cache.layout import attention_layers, cache_of, model_fingerprint, one_shape, put_cache
+from veloxquant_mlx.generated import OWN_SHARE, built_in_texts
+from veloxquant_mlx.models.rope import detect_ropes
 from veloxquant_mlx.text import read_texts
 
 SAMPLE_TOKENS = 128  # tokens of one calibration sample
@@ -51,6 +53,7 @@ def train_codebook(
     value_num_centroids=None,
     value_num_subspaces=None,
     codebook_per="subvector",
+    entries="fp16",
     transform="hadamard",
     seed=0,
     progress=None,
@@ -60,23 +63,25 @@ def train_codebook(
 
     num_subspaces: sub-vectors of a head; None: 2 bits per element. value_num_centroids,
     value_num_subspaces: of the values; None: as the keys. codebook_per: "subvector" (one
-    table each) or "head" (one for all sub-vectors of a head). smooth_factors: what
-    calibrate_smooth_factors returned (None: measured on the same text). transform: "hadamard"
-    (keys smoothed, both sides rotated alike everywhere) or "learned" (a rotation per head, in the
-    metric of the queries: better, and two more matrices a head to hold).
+    table each) or "head" (one for all sub-vectors of a head). entries: "fp16" or "int8" (integers
+    times one power of two a table, held in fp16: the form that GPUs look up fastest).
+    smooth_factors: what calibrate_smooth_factors returned (None: measured on the same text).
+    transform: "hadamard" (keys smoothed, both sides rotated alike everywhere) or "learned" (a rotation
+    per head, in the metric of the queries: better, and two more matrices a head to hold).
     """
     layers, (_, dim) = attention_layers(model), one_shape(model)
-    keys = _table_shape(dim, num_centroids, num_subspaces)
+    _check_transform(transform)
+    how = {"per": codebook_per, "entries": entries, "seed": seed}
+    keys = _fitting(dim, num_centroids, num_subspaces, how)
     values = keys
     if (value_num_centroids, value_num_subspaces) != (None, None):
-        values = _table_shape(dim, value_num_centroids or num_centroids, value_num_subspaces, "value_")
-    shapes = _Shapes(keys, values, codebook_per, transform)
+        values = _fitting(dim, value_num_centroids or num_centroids, value_num_subspaces, how, "value_")
     _check_factors(model, smooth_factors, layers)
     steps = _Steps(progress, collecting=0.5)
     data = collect(model, tokenizer, num_samples * SAMPLE_TOKENS, texts, steps.collecting)
     if smooth_factors is None:
         smooth_factors = _smooth_factors(model, data)
-    return _train(model, data, smooth_factors, shapes, seed, steps.training)
+    return _train(model, data, smooth_factors, transform, (keys, values), steps.training)
 
 
 def calibrate(
@@ -87,7 +92,10 @@ def calibrate(
     texts=None,
     num_tokens=8192,
     codebook_per="subvector",
+    entries="fp16",
     transform="hadamard",
+    before_rope=False,
+    own_share=OWN_SHARE,
     seed=0,
     progress=None,
 ):
@@ -95,27 +103,29 @@ def calibrate(
 
     bits: per element, 1, 1.5, 2, 2.5, 3, 4, 6 or 8, or a pair (keys, values); a list of such: then
     (SmoothFactors, [Codebook, ...]).
-    codebook_per, transform: as in train_codebook.
+    codebook_per, entries, transform: as in train_codebook. before_rope: of keys before RoPE, which no
+    cache takes: for cache/reference.py alone. own_share: of the built-in text, what the model writes.
     """
+    _check_transform(transform)
     several = isinstance(bits, list)
     pairs = [key_and_value_bits(b) for b in (bits if several else [bits])]
     if num_tokens < 1:
         raise ValueError(f"num_tokens: got {num_tokens}, wanted at least 1")
     steps = _Steps(progress, collecting=0.5)
     _, dim = one_shape(model)
-    shapes = []
-    for pair in pairs:
-        sides = [_TableShape(dim // TABLE_SHAPES[b][0], TABLE_SHAPES[b][1]) for b in pair]
-        shapes.append(_Shapes(*sides, codebook_per, transform))
-    data = collect(model, tokenizer, num_tokens, texts, steps.collecting)
+    how = {"per": codebook_per, "entries": entries, "seed": seed}
+    fittings = [tuple(Fitting.of_bits(b, dim, **how) for b in pair) for pair in pairs]
+    data = collect(model, tokenizer, num_tokens, texts, steps.collecting, own_share)
+    if before_rope:
+        data = undo_rope(model, data)
     factors = _smooth_factors(model, data)
     codebooks = []
-    for i, shape in enumerate(shapes):
+    for i, sides in enumerate(fittings):
 
         def step(fraction, text, i=i):
             steps.training((i + fraction) / len(pairs), text)
 
-        codebooks.append(_train(model, data, factors, shape, seed, step))
+        codebooks.append(_train(model, data, factors, transform, sides, step))
     return factors, codebooks if several else codebooks[0]
 
 
@@ -147,8 +157,19 @@ def sample_positions(window_lengths) -> np.ndarray:
     return np.concatenate([np.arange(min(SINK_TOKENS, n - 1), n, dtype=np.int32) for n in window_lengths])
 
 
-def collect(model, tokenizer, num_tokens, texts=None, progress=None):
-    """CalibrationData over `num_tokens` tokens of text. The language head is not run."""
+def collect(model, tokenizer, num_tokens, texts=None, progress=None, own_share=OWN_SHARE):
+    """CalibrationData over `num_tokens` tokens of text. The language head is not run.
+
+    texts: None: generated.built_in_texts, own_share of them written by the model.
+    """
+    report, writing = progress or (lambda fraction, text: None), 0.0
+    if texts is None and own_share > 0:
+        writing = 0.5  # of the progress
+
+        def wrote(fraction):
+            report(writing * fraction, "the model writes calibration text")
+
+        texts = built_in_texts(model, tokenizer, num_tokens, own_share, wrote)
     tokens = _tokens(tokenizer, num_tokens, texts)
     layers = attention_layers(model)
     inner = getattr(model, "model", model)  # without the language head
@@ -161,8 +182,7 @@ def collect(model, tokenizer, num_tokens, texts=None, progress=None):
             put_cache(caches, layer, recorder)
         inner(mx.array(tokens[start : start + WINDOW_TOKENS])[None], cache=caches)
         mx.eval([(r.keys[-1], r.values[-1], r.query_squares) for r in recorders])
-        if progress:
-            progress(min(1.0, (start + WINDOW_TOKENS) / len(tokens)), "running the model")
+        report(writing + (1 - writing) * min(1.0, (start + WINDOW_TOKENS) / len(tokens)), "running the model")
     moments = [r.query_moments() for r in recorders]
     return CalibrationData(
         keys=[mx.concatenate(r.keys, axis=1) for r in recorders],
@@ -170,6 +190,18 @@ def collect(model, tokenizer, num_tokens, texts=None, progress=None):
         query_moments=None if any(m is None for m in moments) else np.stack(moments),
         window_lengths=[min(WINDOW_TOKENS, len(tokens) - i) for i in range(0, len(tokens), WINDOW_TOKENS)],
     )
+
+
+def undo_rope(model, data) -> CalibrationData:
+    """`data` with its keys before RoPE. Such keys meet queries turned by every angle: both channels of a pair
+    get the mean of their moments."""
+    positions = mx.array(sample_positions(data.window_lengths))
+    keys, moments = [], data.query_moments
+    for i, rope in enumerate(detect_ropes(model)):
+        keys.append(rope.core().unrotate(data.keys[i], positions).astype(mx.float16))
+        if moments is not None:
+            moments[i] = (moments[i] + moments[i][:, rope.partners()]) / 2
+    return replace(data, keys=keys)
 
 
 class _Recorder:
@@ -220,88 +252,56 @@ def _smooth_factors(model, data):
     return SmoothFactors(factors, model_fingerprint(model), data.query_moments)
 
 
-@dataclass(frozen=True)
-class _TableShape:
-    n_subvectors: int
-    n_centroids: int
+def _check_transform(transform):
+    if transform not in TRANSFORMS:
+        raise ValueError(f"transform: got {transform!r}, wanted 'hadamard' or 'learned'")
 
 
-def _table_shape(head_dim, num_centroids, num_subspaces, prefix=""):
-    """prefix: of the arguments' names in errors."""
+def _fitting(head_dim, num_centroids, num_subspaces, how, prefix=""):
+    """how: further fields of the Fitting. prefix: of the arguments' names in errors."""
     if not (isinstance(num_centroids, int) and 2 <= num_centroids <= 4096):
         raise ValueError(f"{prefix}num_centroids: got {num_centroids!r}, wanted 2..4096")
     if num_subspaces is None:
         num_subspaces = head_dim * 2 // code_bits(num_centroids)
     if not (isinstance(num_subspaces, int) and num_subspaces >= 1 and head_dim % num_subspaces == 0):
         raise ValueError(f"{prefix}num_subspaces: got {num_subspaces!r}, wanted a divisor of head_dim = {head_dim}")
-    return _TableShape(num_subspaces, num_centroids)
+    return Fitting(num_subspaces, num_centroids, **how)
 
 
-@dataclass(frozen=True)
-class _Shapes:
-    keys: _TableShape
-    values: _TableShape
-    codebook_per: str
-    transform: str
-
-    def __post_init__(self):
-        if self.codebook_per not in ("subvector", "head"):
-            raise ValueError(f"codebook_per: got {self.codebook_per!r}, wanted 'subvector' or 'head'")
-        if self.transform not in TRANSFORMS:
-            raise ValueError(f"transform: got {self.transform!r}, wanted 'hadamard' or 'learned'")
-
-
-def _train(model, data, factors, shapes, seed, progress):
-    tables = {"keys": [], "values": []}
-    errors = {"keys": [], "values": []}
-    rotations = None
-    if shapes.transform == "learned":
-        moments = getattr(factors, "query_moments", None)
-        moments = data.query_moments if moments is None else moments
-        rotations = _rotations(data, moments, shapes)
-    for i, (k, v) in enumerate(zip(data.keys, data.values)):
-        if rotations is None:
-            maps = {"scale": mx.array(factors[i])}, {}
-        else:
-            maps = rotations.key_matrices(i), rotations.value_matrices(i)
-        for side, x, shape, transform in (("keys", k, shapes.keys, maps[0]), ("values", v, shapes.values, maps[1])):
-            table, error = _ext.train_tables(
-                x,
-                **transform,
-                n_subvectors=shape.n_subvectors,
-                n_centroids=shape.n_centroids,
-                per_head=shapes.codebook_per == "head",
-                seed=seed,
-            )
+def _train(model, data, factors, transform, fittings, progress):
+    """fittings: of keys and of values."""
+    moments = getattr(factors, "query_moments", None)
+    moments = data.query_moments if moments is None else moments
+    if transform == "learned" and moments is None:
+        raise ValueError(
+            "transform: got 'learned' for a model whose attention does not show its queries, wanted 'hadamard'"
+        )
+    tables, errors, learned = ({"keys": [], "values": []} for _ in range(3))
+    for i, sides in enumerate(zip(data.keys, data.values)):
+        for side, x, fitting in zip(("keys", "values"), sides, fittings):
+            if transform == "learned":
+                queries = mx.array(moments[i]) if side == "keys" else None
+                rotated, table, error = fit_learned(x, fitting, queries)
+                learned[side].append([None if a is None else np.array(a) for a in rotated])
+            else:
+                scale = {"scale": mx.array(factors[i])} if side == "keys" else {}
+                table, error = fit_tables(x, fitting, **scale)
             tables[side].append(np.array(table))
-            errors[side].append([round(e, 6) for e in error])
+            errors[side].append(error)
         if progress:
             progress((i + 1) / len(data.keys), "training codebooks")
+    rotations = None
+    if transform == "learned":
+        (keys, weights), (values, _) = zip(*learned["keys"]), zip(*learned["values"])
+        rotations = Rotations(keys=np.stack(keys), values=np.stack(values), key_weights=np.stack(weights))
     return Codebook(
         keys=np.stack(tables["keys"]),
         values=np.stack(tables["values"]),
         smooth_factors=np.array(factors, dtype=np.float32),
         fingerprint=model_fingerprint(model),
-        transform=shapes.transform,
+        transform=transform,
         relative_error=errors,
         rotations=rotations,
-    )
-
-
-def _rotations(data, query_moments, shapes):
-    if query_moments is None:
-        raise ValueError(
-            "transform: got 'learned' for a model whose attention does not show its queries, wanted 'hadamard'"
-        )
-    keys = [
-        _ext.learned_rotation(k, mx.array(m), n_subvectors=shapes.keys.n_subvectors)
-        for k, m in zip(data.keys, query_moments)
-    ]
-    values = [_ext.learned_rotation(v, n_subvectors=shapes.values.n_subvectors) for v in data.values]
-    return Rotations(
-        keys=np.stack([np.array(rotation) for rotation, _ in keys]),
-        values=np.stack([np.array(rotation) for rotation, _ in values]),
-        key_weights=np.stack([np.array(weight) for _, weight in keys]),
     )
 
 

@@ -1,8 +1,8 @@
 """Training of VecInfer on keys before RoPE: product codebooks of whole RoPE pairs."""
 
 from veloxquant_mlx import _ext
-from veloxquant_mlx.allocators.pre_rope import check_positive, train_pre_rope, value_shape
-from veloxquant_mlx.allocators.vecinfer import TABLE_SHAPES
+from veloxquant_mlx.allocators.pre_rope import check_positive, train_pre_rope, value_fitting
+from veloxquant_mlx.cache.codebook import TABLE_SHAPES
 from veloxquant_mlx.cache.layout import one_shape
 from veloxquant_mlx.cache.pre_rope import RopePairCodebook
 
@@ -30,7 +30,7 @@ def train_vecinfer_rope(
         )
         return {"keys": tables, "order": order}, error
 
-    values = value_shape(dim, bits, value_bits)
+    values = value_fitting(dim, bits, value_bits, seed)
     return train_pre_rope(
         RopePairCodebook,
         train_keys,
@@ -39,6 +39,5 @@ def train_vecinfer_rope(
         values,
         num_tokens=num_tokens,
         texts=texts,
-        seed=seed,
         progress=progress,
     )

@@ -14,6 +14,7 @@ import numpy as np
 from veloxquant_mlx import _ext
 from veloxquant_mlx.cache.codebook import TABLE_SHAPES, key_and_value_bits
 from veloxquant_mlx.cache.codecs import exact, vecinfer
+from veloxquant_mlx.cache.fitting import PER, Fitting, fit_learned
 
 # From centroids of a normal distribution (C++: KMeansStart::normal) more iterations only over-fit.
 ITERATIONS = 6
@@ -27,7 +28,7 @@ def check(config) -> None:
     """ValueError naming the field of the KVCacheConfig that does not go with codebook="adaptive"."""
     if not isinstance(config.fit_tokens, int) or isinstance(config.fit_tokens, bool) or config.fit_tokens < 1:
         raise ValueError(f"fit_tokens: got {config.fit_tokens!r}, wanted an integer of at least 1")
-    if config.fit_per not in ("subvector", "head"):
+    if config.fit_per not in PER:
         raise ValueError(f"fit_per: got {config.fit_per!r}, wanted 'subvector' or 'head'")
     if not wanted(config):
         return
@@ -112,32 +113,15 @@ def fit(core, plan, moments, window, sinks, dtype):
     sides = exact_history(core, sinks, dtype)
     codecs, errors = [], {}
     for side, x, bits, queries in zip(("keys", "values"), sides, plan.bits, (moments.mean(), None)):
-        codec, errors[side] = _fit_side(side, x[0, :, min(sinks, x.shape[2] - 1) :], bits, queries, plan.per_head)
-        codecs.append(codec)
+        how = Fitting.of_bits(
+            bits, x.shape[3], per="head" if plan.per_head else "subvector", start="normal", max_iterations=ITERATIONS
+        )
+        transform, tables, errors[side] = fit_learned(x[0, :, min(sinks, x.shape[2] - 1) :], how, queries)
+        codecs.append(vecinfer.codec(side, tables, how.n_subvectors, **transform.matrices()))
     packed = _ext.ArrayCache(*codecs, window, sinks, dtype)
     packed.update(*sides)
     mx.eval(packed.arrays())
     return tuple(codecs), packed, FitReport(core.length, time.perf_counter() - started, errors)
-
-
-def _fit_side(side, x, bits, query_moments, per_head):
-    """x: 16-bit [H_kv, n, D]."""
-    sub_dim, n_centroids = TABLE_SHAPES[bits]
-    n_subvectors = x.shape[2] // sub_dim
-    rotation, weight = _ext.learned_rotation(x, query_moments, n_subvectors=n_subvectors)
-    encode, query = _ext.rotation_matrices(rotation, weight) if query_moments is not None else (rotation, rotation)
-    tables, error = _ext.train_tables(
-        x,
-        encode_matrix=encode,
-        query_matrix=query,
-        n_subvectors=n_subvectors,
-        n_centroids=n_centroids,
-        per_head=per_head,
-        max_iterations=ITERATIONS,
-        start="normal",
-    )
-    codec = vecinfer.codec(side, tables, n_subvectors, encode_matrix=encode, query_matrix=query)
-    return codec, [round(e, 6) for e in error]
 
 
 def exact_history(core, sinks, dtype):

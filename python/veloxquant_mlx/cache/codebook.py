@@ -99,7 +99,7 @@ class Codebook:
     @property
     def bits_per_element(self) -> tuple[float, float]:
         """(keys, values): bits of the codes per element; the tables are counted as shared_nbytes."""
-        return _bits(self.keys), _bits(self.values)
+        return table_bits(self.keys), table_bits(self.values)
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +127,8 @@ def code_bits(n_centroids) -> int:
     return next(bits for bits in (4, 6, 8, 10, 12) if n_centroids <= 1 << bits)
 
 
-def _bits(tables) -> float:
+def table_bits(tables) -> float:
+    """Bits of a code per element, tables [..., C, d]."""
     n_centroids, sub_dim = tables.shape[-2:]
     return code_bits(n_centroids) / sub_dim
 

@@ -193,6 +193,18 @@ class VeloxQuantKVCache:
         return tables + (0 if self._core is None else self._core.nbytes)
 
     @property
+    def elements_per_token(self) -> int:
+        """Of keys and values; known once the cache was used."""
+        return sum(codec.n_kv_heads * codec.head_dim for codec in self._codecs)
+
+    def nbytes_at(self, n) -> int:
+        """nbytes of a sequence of n tokens in this cache, which has been used."""
+        exact = sum(array.nbytes for array in self._core.arrays()[:2])
+        blocks = max(0, n - self._sinks - self._window) // 64
+        packed = sum(blocks * codec.n_kv_heads * codec.block_bytes for codec in self._codecs)
+        return exact + packed + (sum(codec.nbytes for codec in self._codecs) if self.owns_tables else 0)
+
+    @property
     def shared_nbytes(self) -> int:
         """Bytes of the tables and transforms: once per model, however many sequences."""
         return shared_nbytes([self])

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
+from veloxquant_mlx.cache.codebook import table_bits
+
 
 @dataclass
 class PreRopeCodebook:
@@ -33,6 +35,11 @@ class PreRopeCodebook:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
 
+    @property
+    def bits_per_element(self) -> tuple[float, float]:
+        """(keys, values): bits of the codes per element, the scalars of tokens included."""
+        return self.key_bits, table_bits(self.values)
+
 
 @dataclass
 class CommVQCodebook(PreRopeCodebook):
@@ -45,6 +52,11 @@ class CommVQCodebook(PreRopeCodebook):
     @property
     def head_dim(self) -> int:
         return 2 * self.keys.shape[-1]
+
+    @property
+    def key_bits(self) -> float:
+        """12 bits a stage, and 16 of the scalar (src/codecs/commvq/README.md)."""
+        return (12 * self.n_stages + 16) / self.head_dim
 
 
 @dataclass
@@ -59,3 +71,7 @@ class RopePairCodebook(PreRopeCodebook):
     @property
     def head_dim(self) -> int:
         return self.keys.shape[2] * self.keys.shape[4]
+
+    @property
+    def key_bits(self) -> float:
+        return table_bits(self.keys)

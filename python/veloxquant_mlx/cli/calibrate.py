@@ -1,13 +1,13 @@
-"""veloxquant calibrate: fit smooth factors and codebooks to a model, and save them."""
+"""veloxquant calibrate: fit codebooks to a model, and save them."""
 
 from typing import Annotated, Optional
 
 import typer
 
-from veloxquant_mlx.cache.codebook import TRANSFORMS
 from veloxquant_mlx.cli import calibration, options, output
-from veloxquant_mlx.cli.methods import check_at_least, check_bits, only
+from veloxquant_mlx.cli.methods import bits_text, check_at_least, check_bits, only
 from veloxquant_mlx.cli.setup import open_model
+from veloxquant_mlx.generated import OWN_SHARE
 
 NAME = "calibrate"
 EXAMPLE = "veloxquant calibrate smollm2 --text my_domain.txt --bits 2 -o artifacts"
@@ -19,24 +19,29 @@ def command(
     text: Annotated[
         Optional[str], typer.Option(metavar="FILE", help="Calibration text; left out: built-in text.")
     ] = None,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(calibration.CODEBOOKS)}.")] = "vecinfer",
     bits: Annotated[
         str, typer.Option(help="Bits per element: 1, 1.5, 2, 2.5, 3, 4, 6, 8, or 4/2 for keys/values.")
     ] = "2",
     tokens: Annotated[int, typer.Option(help="Calibration tokens; fewer are used if the text is shorter.")] = (
         calibration.FULL_TOKENS
     ),
-    transform: Annotated[
-        str, typer.Option(help="hadamard, or learned: better quality, larger transforms (shared bytes).")
-    ] = "hadamard",
+    own_text: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of the built-in text, what the model writes itself (0 to 1).")
+    ] = OWN_SHARE,
+    transform: options.Transform = None,
+    codebook_per: options.CodebookPer = "subvector",
+    entries: options.Entries = "fp16",
     json: options.Json = False,
 ):
     """Fit codebooks to a model and save them.
 
-    Smooth factors or learned rotations, and for keys and values one codebook per head and sub-vector."""
+    Rotations or smooth factors, and tables of keys and of values for each head and sub-vector."""
+    recipe = calibration.Recipe(method, transform, codebook_per, entries)
     width = only("--bits", check_bits(bits))
     check_at_least("--tokens", tokens, 256)
-    if transform not in TRANSFORMS:
-        raise ValueError(f"--transform: got {transform!r}, wanted one of {', '.join(TRANSFORMS)}")
+    if not 0 <= own_text <= 1:
+        raise ValueError(f"--own-text: got {own_text:g}, wanted a share of 0 to 1")
     if text is not None:
         from veloxquant_mlx.text import read_file
 
@@ -44,14 +49,14 @@ def command(
 
     loaded, tokenizer = open_model(model)
     with output.progress() as report:
-        made = calibration.calibrate(loaded, tokenizer, [width], text, tokens, report, transform)
-    smooth_factors, codebook = made[width]
-    calibration.save(out, smooth_factors, codebook)
-    key_bits, value_bits = codebook.bits_per_element
+        made = calibration.calibrate(loaded, tokenizer, [width], text, tokens, report, recipe, own_text)
+    trained = made[width]
+    calibration.save(out, trained)
+    codebook = trained.codebook
     if json:
-        bits_per_element = calibration.bits_of(codebook)
-        fields = {"artifacts": out, "bits_per_element": bits_per_element, "transform": transform}
-        output.emit_json(fields | {"shared_bytes": codebook.nbytes})
+        fields = {"artifacts": out, "method": method, "bits_per_element": calibration.bits_of(codebook)}
+        fields |= {"transform": getattr(codebook, "transform", "learned"), "shared_bytes": codebook.nbytes}
+        output.emit_json(fields)
     else:
-        size = output.megabytes(codebook.nbytes)
-        output.note(f"saved in {out}: {key_bits:g} bits per key element, {value_bits:g} per value element, {size}")
+        text = bits_text(codebook.bits_per_element)
+        output.note(f"saved in {out}: {method} at {text} bits per element, {output.megabytes(codebook.nbytes)}")

@@ -3,6 +3,7 @@
 from veloxquant_mlx.cli import options, output
 from veloxquant_mlx.cli.demo_prompt import PROMPT, QUESTION
 from veloxquant_mlx.cli.generate import chat_tokens, run
+from veloxquant_mlx.cli.methods import methods_with_bits
 from veloxquant_mlx.cli.setup import make_methods, open_model
 from veloxquant_mlx.models import smollm2
 
@@ -16,7 +17,7 @@ _MAX_TOKENS = 80
 def command(json: options.Json = False):
     """Compare the exact cache with VecInfer at 4 and 2 bits."""
     model, tokenizer = open_model(smollm2.NAME)
-    methods = make_methods(smollm2.NAME, model, tokenizer, ["exact", "vecinfer"], _BITS)
+    methods = make_methods(smollm2.NAME, model, tokenizer, methods_with_bits(["exact", "vecinfer"], _BITS))
     prompt = chat_tokens(tokenizer, PROMPT)
     results = []
     for method in methods:

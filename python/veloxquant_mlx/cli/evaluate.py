@@ -5,25 +5,44 @@ from typing import Annotated, Optional
 
 import typer
 
-from veloxquant_mlx.cli import options, output
+from veloxquant_mlx.cli import options, output, plots
 from veloxquant_mlx.cli import scores as recorded
-from veloxquant_mlx.cli.methods import METHODS, check_at_least, check_bits, check_methods
-from veloxquant_mlx.cli.setup import make_methods, open_model
+from veloxquant_mlx.cli.methods import (
+    CODEBOOKS,
+    METHODS,
+    Wanted,
+    check_at_least,
+    check_bits,
+    check_compare,
+    check_directories,
+    check_methods,
+    labels,
+    methods_with_bits,
+)
+from veloxquant_mlx.cli.setup import Settings, make_methods, open_model
 
 NAME = "eval"
-EXAMPLE = "veloxquant eval smollm2 --method vecinfer,mlx4 --bits 4,2 --text wikitext2-test.txt --windows 8"
+EXAMPLE = "veloxquant eval smollm2 --compare fp16,mlx4,vecinfer4,vecinfer2 --text wikitext2-test.txt --plot out.png"
 
 
 def command(
     model: options.Model,
     text: Annotated[str, typer.Option(metavar="FILE", help="UTF-8 text to score; its first tokens are used.")],
     method: Annotated[
-        list[str], typer.Option(help=f"One of {', '.join(METHODS)}; repeated or comma separated for several.")
-    ] = ["vecinfer"],
+        Optional[list[str]], typer.Option(help=f"One of {', '.join(METHODS)}; repeated or comma separated for several.")
+    ] = None,
     bits: Annotated[
         str,
-        typer.Option(help="Bits per element (vecinfer), e.g. 2 or 4/2 for keys/values; comma separated for several."),
+        typer.Option(help="Bits per element, e.g. 2 or 4/2 for keys/values; comma separated for several."),
     ] = "2",
+    compare: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="LIST",
+            help="Instead of --method and --bits: methods with their bits, e.g. fp16,mlx4,vecinfer2,vecinfer4/2; a "
+            "window and sinks of its own after a colon: vecinfer4:0/0, mlx4:64/4.",
+        ),
+    ] = None,
     artifacts: options.Artifacts = None,
     windows: Annotated[int, typer.Option(help="How many windows of the text to score.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
@@ -32,26 +51,37 @@ def command(
     ] = 0,
     window: options.Window = 64,
     sinks: options.Sinks = 4,
+    transform: options.Transform = None,
+    codebook_per: options.CodebookPer = "subvector",
+    entries: options.Entries = "fp16",
+    fit_tokens: Annotated[int, typer.Option(help="adaptive: tokens that are read before tables are fitted.")] = 1024,
     plot: Annotated[
-        Optional[str], typer.Option(metavar="PNG", help="Draw perplexity increase over bytes per token.")
+        Optional[str], typer.Option(metavar="PNG", help="Draw quality against bytes, and the errors by layer.")
     ] = None,
     json: options.Json = False,
 ):
     """Score caches against the exact one.
 
-    Perplexity, mean KL, top-1 agreement and bytes per token."""
-    names, widths = check_methods(",".join(method)), check_bits(bits)
+    Perplexity, mean KL, top-1 agreement, bytes with everything counted, and the error in each layer."""
+    artifacts = check_directories(artifacts)
+    wanted = _wanted(method, bits, compare, artifacts)
     for option, value, least in (
-        ("--windows", windows, 1), ("--length", length, 2), ("--window", window, 1), ("--sinks", sinks, 0),
-        ("--score-from", score_from, 0),
+        ("--windows", windows, 1), ("--length", length, 2), ("--window", window, 0), ("--sinks", sinks, 0),
+        ("--score-from", score_from, 0), ("--fit-tokens", fit_tokens, 1),
     ):  # fmt: skip
         check_at_least(option, value, least)
     if score_from > length - 2:
         raise ValueError(f"--score-from: got {score_from}, wanted at most {length - 2} (--length less 2)")
-    if artifacts is not None and len(widths) > 1:
-        raise ValueError("--bits: got several values with --artifacts, whose codebook decides the bits; wanted one")
+    fitted = any(one.name == "adaptive" for one in wanted)
+    if fitted and score_from < fit_tokens:
+        raise ValueError(
+            f"--score-from: got {score_from}, wanted at least --fit-tokens = {fit_tokens}: adaptive codebooks are "
+            "fitted on the prompt"
+        )
     if plot is not None and not Path(plot).absolute().parent.is_dir():
         raise FileNotFoundError(f"--plot: got {plot!r}, wanted a file in an existing directory")
+    settings = Settings(window, sinks, artifacts, transform, codebook_per, entries, fit_tokens)
+    settings.recipe("vecinfer")  # which checks the values
 
     from veloxquant_mlx.evaluate import evaluate, read_windows
     from veloxquant_mlx.text import read_file
@@ -59,23 +89,38 @@ def command(
     contents = read_file(text, "--text")
     loaded, tokenizer = open_model(model)
     tokens = read_windows(tokenizer, contents, windows, length)
-    chosen = make_methods(model, loaded, tokenizer, names, widths, artifacts, window, sinks)
+    chosen = make_methods(model, loaded, tokenizer, wanted, settings)
+    named = dict(zip(labels(chosen), chosen))
     with output.progress() as report:
-        builders = {m.label: (lambda m=m: m.build(loaded, strict=True)) for m in chosen}
+        builders = {label: (lambda m=m: m.build(loaded, strict=True)) for label, m in named.items()}
         scores = evaluate(loaded, tokens, builders, report, score_from)
-    for m in chosen:
-        recorded.record(loaded, m, scores[m.label])
+    for label, m in named.items():
+        recorded.record(loaded, m, scores[label])
     if plot is not None:
-        draw(scores, plot)
+        plots.draw(scores, plot)
     if json:
-        results = [_fields(m, scores[m.label]) for m in chosen]
+        results = [_fields(label, m, scores[label]) for label, m in named.items()]
         output.emit_json(results[0] if len(results) == 1 else {"results": results})
     else:
         _print(scores)
 
 
-def _fields(method, score):
+def _wanted(method, bits, compare, artifacts):
+    if compare is not None:
+        if method is not None or bits != "2":
+            raise ValueError("--compare: got it with --method or --bits, wanted the bits in its list: vecinfer2")
+        return check_compare(compare)
+    names, widths = check_methods(",".join(method or ["vecinfer"])), check_bits(bits)
+    if not artifacts or not set(names) & set(CODEBOOKS):
+        return methods_with_bits(names, widths)
+    if len(widths) > 1:
+        raise ValueError("--bits: got several values with --artifacts, whose codebook decides the bits; wanted one")
+    return [Wanted(one.name) if one.name in CODEBOOKS else one for one in methods_with_bits(names, widths)]
+
+
+def _fields(label, method, score):
     return {
+        "label": label,
         "method": method.name,
         "bits_per_element": score.bits_per_element,
         "tokens": score.tokens,
@@ -83,18 +128,22 @@ def _fields(method, score):
         "sinks": method.sinks,
         "ppl": score.ppl,
         "ppl_fp16": score.ppl_exact,
+        "ppl_increase": score.ppl_increase,
         "kl": score.kl,
         "top1": score.top1,
         "cache_bytes_per_token": score.cache_bytes_per_token,
         "shared_bytes": score.shared_bytes,
+        "bits_with_everything": {str(n): bits for n, bits in score.bits_with_everything.items()},
+        "layers": [vars(error) for error in score.layers],
     }
 
 
 def _print(scores):
     any_score = next(iter(scores.values()))
+    lengths = list(any_score.bits_with_everything)
     output.table(
         f"{any_score.tokens} tokens scored; exact cache: perplexity {any_score.ppl_exact:.3f}",
-        ["method", "ppl", "increase", "KL", "top-1", "bytes/token", "codebooks"],
+        ["method", "ppl", "increase", "KL", "top-1", "bytes/token", "tables", *(f"bits at {n}" for n in lengths)],
         [
             [
                 label,
@@ -104,23 +153,19 @@ def _print(scores):
                 f"{100 * score.top1:.1f} %",
                 f"{score.cache_bytes_per_token:.0f}",
                 output.megabytes(score.shared_bytes),
+                *(f"{score.bits_with_everything[n]:.2f}" for n in lengths),
             ]
             for label, score in scores.items()
         ],
     )
+    with_layers = {label: score.layers for label, score in scores.items() if score.layers}
+    if with_layers:
+        n = max(len(layers) for layers in with_layers.values())
+        rows = [[str(i), *(_layer(layers, i) for layers in with_layers.values())] for i in range(n)]
+        output.table(
+            "Error by layer on the first window: of scores (nats) / of values (relative)", ["layer", *with_layers], rows
+        )
 
 
-def draw(scores, path):
-    """Perplexity increase (%) over cache bytes per token, one labelled point per method, as a PNG file."""
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for label, score in scores.items():
-        point = (score.cache_bytes_per_token, 100 * score.ppl_increase)
-        axes.plot(*point, "o")
-        axes.annotate(label, point, textcoords="offset points", xytext=(6, 6))
-    axes.set(xlabel="cache bytes per token", ylabel="perplexity increase (%)", xscale="log")
-    axes.margins(0.2)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150, format="png")
+def _layer(layers, i):
+    return f"{layers[i].score:.4f} / {layers[i].value:.4f}" if i < len(layers) else ""

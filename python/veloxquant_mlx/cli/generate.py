@@ -7,8 +7,19 @@ from typing import Annotated
 import typer
 
 from veloxquant_mlx.cli import options, output
-from veloxquant_mlx.cli.methods import METHODS, check_at_least, check_bits, check_methods, kernel, only
-from veloxquant_mlx.cli.setup import make_methods, open_model
+from veloxquant_mlx.cli.methods import (
+    CODEBOOKS,
+    METHODS,
+    REFERENCES,
+    Wanted,
+    check_at_least,
+    check_bits,
+    check_directories,
+    check_methods,
+    kernel,
+    only,
+)
+from veloxquant_mlx.cli.setup import Settings, make_methods, open_model
 
 NAME = "generate"
 EXAMPLE = 'veloxquant generate smollm2 --bits 2 --prompt "What is the capital of France?"'
@@ -17,8 +28,10 @@ EXAMPLE = 'veloxquant generate smollm2 --bits 2 --prompt "What is the capital of
 def command(
     model: options.Model,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to answer; '-' reads it from stdin.")],
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "vecinfer",
-    bits: Annotated[str, typer.Option(help="Bits per element (vecinfer), e.g. 2, 2.5, or 4/2 for keys/values.")] = "2",
+    method: Annotated[
+        str, typer.Option(help=f"One of {', '.join(name for name in METHODS if name not in REFERENCES)}.")
+    ] = "vecinfer",
+    bits: Annotated[str, typer.Option(help="Bits per element, e.g. 2, 2.5, or 4/2 for keys/values.")] = "2",
     artifacts: options.Artifacts = None,
     max_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
     window: options.Window = 64,
@@ -29,7 +42,10 @@ def command(
 
     Greedy. The prompt becomes a chat message where the model has a chat template."""
     name, width = only("--method", check_methods(method)), only("--bits", check_bits(bits))
-    for option, value, least in (("--max-tokens", max_tokens, 1), ("--window", window, 1), ("--sinks", sinks, 0)):
+    if name in REFERENCES:
+        raise ValueError(f"--method: got {name!r}, which eval alone has, wanted another")
+    artifacts = check_directories(artifacts)
+    for option, value, least in (("--max-tokens", max_tokens, 1), ("--window", window, 0), ("--sinks", sinks, 0)):
         check_at_least(option, value, least)
     if prompt == "-":
         prompt = sys.stdin.read()
@@ -37,7 +53,9 @@ def command(
         raise ValueError("--prompt: got an empty text, wanted at least one character")
 
     loaded, tokenizer = open_model(model)
-    (chosen,) = make_methods(model, loaded, tokenizer, [name], [width], artifacts, window, sinks)
+    wanted = Wanted(name, None if artifacts and name in CODEBOOKS else width)
+    settings = Settings(window, sinks, artifacts)
+    chosen = only("--artifacts", make_methods(model, loaded, tokenizer, [wanted], settings))
     on_text = (lambda piece: None) if json else (lambda piece: output.text(piece, end=""))
     fields = run(loaded, tokenizer, chat_tokens(tokenizer, prompt), chosen, max_tokens, on_text)
     if json:

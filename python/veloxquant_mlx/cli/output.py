@@ -64,21 +64,32 @@ def progress():
 
     columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda fraction, what: bar.update(task, completed=fraction, description=what)
+        task, started = bar.add_task("", total=1.0), time.monotonic()
+        yield lambda fraction, what: bar.update(
+            task, completed=fraction, description=what + time_left(time.monotonic() - started, fraction)
+        )
+
+
+def time_left(elapsed, fraction):
+    """ ", 40 s left", once enough was done to tell."""
+    if not (fraction >= 0.02 and elapsed >= 2.0) or fraction >= 1.0:
+        return ""
+    left = elapsed / fraction * (1.0 - fraction)
+    return f", {left / 60:.0f} min left" if left >= 90 else f", {left:.0f} s left"
 
 
 class _Lines:
     """Progress for a log file; nothing is printed for what takes less than two seconds."""
 
     def __init__(self):
-        self._next = time.monotonic() + 2.0
+        self._started = time.monotonic()
+        self._next = self._started + 2.0
 
     def __call__(self, fraction, what):
         now = time.monotonic()
         if now >= self._next:
             self._next = now + _LINE_EVERY_S
-            note(f"[{100 * fraction:3.0f} %] {what}")
+            note(f"[{100 * fraction:3.0f} %] {what}{time_left(now - self._started, fraction)}")
 
 
 def megabytes(n_bytes):

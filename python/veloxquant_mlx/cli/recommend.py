@@ -120,17 +120,14 @@ def measured(model_name, model, tokenizer, found, window, sinks):
 
     chosen = [c for c in found if c.fits and c.bits != (16.0, 16.0)][:MEASURED]
     with output.progress() as report:
-        made = calibration.calibrate(
-            model, tokenizer, [c.bits for c in chosen], None, calibration.QUICK_TOKENS, report, "learned"
-        )
+        made = calibration.calibrate(model, tokenizer, [c.bits for c in chosen], None, calibration.QUICK_TOKENS, report)
         # The end of the text, which calibration did not reach.
         trial = "\n".join(list(read_texts(None))[-20:])
         tokens = tokenizer.encode(trial, add_special_tokens=False)[-_TRIAL_TOKENS:]
         errors = {}
         for i, c in enumerate(chosen):
             report(i / len(chosen), f"trying {c.label}")
-            factors, codebook = made[c.bits]
-            method = CacheMethod("vecinfer", c.bits, window, sinks, factors, codebook)
+            method = CacheMethod("vecinfer", c.bits, window, sinks, made[c.bits])
             layers = layer_errors(model, tokens, method.build(model, strict=True))
             errors[c.bits] = sum(e.score**2 / 2 + e.value for e in layers) / len(layers)
     return [
@@ -181,4 +178,4 @@ def _print(model, context, memory, found, choice, estimated):
         output.note(f"nothing fits {memory:g} GB: use a shorter context or more memory")
     else:
         basis = "estimated from the error in each layer" if estimated else "by evaluations on record"
-        output.note(f"{choice.label}, {basis}; calibrate MODEL --bits B --transform learned makes its tables")
+        output.note(f"{choice.label}, {basis}; calibrate MODEL --bits B makes its tables")

@@ -21,7 +21,7 @@ def known(model):
 
 def record(model, method, score):
     """Keeps the score of a learned vecinfer setting, the newest of each."""
-    codebook = getattr(method, "codebook", None)
+    codebook = getattr(method.trained, "codebook", None)
     if method.name != "vecinfer" or getattr(codebook, "transform", None) != "learned":
         return
     scores = {f"{k:g}/{v:g}": s for (k, v), s in known(model).items()}

@@ -6,6 +6,7 @@ import threading
 
 from veloxquant_mlx import _ext, _mlx_lm
 from veloxquant_mlx.cache.layout import run_probes
+from veloxquant_mlx.cache.reference import ReferenceTensor
 from veloxquant_mlx.metal import soft_capped
 from veloxquant_mlx.metal.rows import CausalMask, EncodedRows, attend_rows
 
@@ -69,7 +70,7 @@ def _hook(original):
 
 
 def _is_encoded(keys):
-    return isinstance(keys, EncodedTensor | EncodedRows)
+    return isinstance(keys, EncodedTensor | EncodedRows | ReferenceTensor)
 
 
 def attend_encoded(queries, keys, values, mask, cache=None, **options):
@@ -77,6 +78,8 @@ def attend_encoded(queries, keys, values, mask, cache=None, **options):
     # Calibration and adaptive caches: nobody else sees post-RoPE queries.
     if hasattr(cache, "observe_queries"):
         cache.observe_queries(queries)
+    if isinstance(keys, ReferenceTensor):
+        return keys.attend(queries, values, mask, **options)
     if isinstance(keys, EncodedRows):
         return attend_rows(metal_fused_sdpa, queries, keys, mask, **options)
     mask = "causal" if isinstance(mask, CausalMask) else mask

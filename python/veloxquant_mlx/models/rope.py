@@ -48,6 +48,12 @@ class LayerRope:
     def rotary_dims(self) -> int:
         return 2 * len(self.inv_freq)
 
+    def partners(self) -> np.ndarray:
+        """The other channel of each channel's pair; channels that do not rotate are their own."""
+        partners, n = np.arange(self.head_dim), self.rotary_dims
+        partners[:n] = partners[:n] ^ 1 if self.traditional else np.roll(partners[:n], n // 2)
+        return partners
+
     def core(self):
         """The C++ Rope: rotate(x, positions), unrotate(x, positions)."""
         return _ext.Rope(

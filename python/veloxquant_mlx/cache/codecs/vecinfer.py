@@ -39,7 +39,7 @@ def check(config, side):
 def side_codecs(model, config, layers, side):
     """One function exact_dtype -> codec for each of `layers`; the codebook has all layers of the model."""
     codebook = _codebook(config, side)
-    _check_fingerprints(model, codebook, config.smooth_factors)
+    check_fingerprints(model, codebook, config.smooth_factors)
     n_layers, fitted, codecs = len(attention_layers(model)), {}, []
     for layer in layers:
         shape = layer.n_kv_heads, layer.head_dim
@@ -63,7 +63,7 @@ def _fit(codebook, config, n_layers, heads, dim, side):
     return tables, n_subvectors, _transforms(codebook, config.smooth_factors, n_layers, heads, dim, side)
 
 
-def _check_fingerprints(model, codebook, factors):
+def check_fingerprints(model, codebook, factors):
     for name, made in (("codebook", codebook), ("smooth_factors", factors)):
         fingerprint = getattr(made, "fingerprint", None)
         if fingerprint is not None and fingerprint != model_fingerprint(model):
@@ -85,8 +85,17 @@ def _transforms(codebook, factors, n_layers, heads, dim, side):
         elif codebook.rotations is not None and not isinstance(factors, SmoothFactors):
             raise ValueError("smooth_factors: got an array for a codebook of learned rotations, wanted none")
         if codebook.rotations is not None:
-            return codebook.rotations.key_matrices if side == "keys" else codebook.rotations.value_matrices
+            return transforms(codebook, side)
     if side == "values":
         return lambda position: {}
     factors = normalise_factors(factors, n_layers, heads, dim)
     return lambda position: {"scale": mx.array(factors[position])}
+
+
+def transforms(codebook, side):
+    """The same of a Codebook with what it was trained with."""
+    if codebook.rotations is not None:
+        return codebook.rotations.key_matrices if side == "keys" else codebook.rotations.value_matrices
+    if side == "values":
+        return lambda position: {}
+    return lambda position: {"scale": mx.array(codebook.smooth_factors[position])}
