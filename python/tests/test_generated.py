@@ -2,7 +2,6 @@
 
 import os
 import re
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,8 @@ from veloxquant_mlx.models import load_model
 from veloxquant_mlx.text import calibration_text
 
 WORDS = 8  # of an n-gram; common phrases are shorter
-DATA = Path(os.environ.get("DATA", Path(__file__).parents[3] / "shared" / "data"))
+# Beside the checkout here and in CI only.
+DATA = Path(os.environ.get("DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +23,23 @@ def loaded(tmp_path_factory):
 
 
 def test_the_model_writes_the_same_every_time(loaded):
-    once, again = (generated_passages(*loaded, 600) for _ in range(2))
+    once, again = (generated_passages(*loaded, 300) for _ in range(2))
     assert once == again and len(once) == 3 and len(set(once)) == 3
     assert all("<eos>" not in passage for passage in once)
     done = []
-    generated_passages(*loaded, 256, done.append)
+    generated_passages(*loaded, 128, done.append)
     assert done == sorted(done) and done[-1] == 1.0 and 0 < done[0] < 0.1
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_any_prefix_has_its_share(loaded, share):
-    texts = list(islice(built_in_texts(*loaded, 4096, share), 40))
-    found = set(islice(calibration_text(), 100))
-    own = sum(len(text) for text in texts if text not in found)
-    assert own / sum(map(len, texts)) == pytest.approx(share, abs=0.08)
+    found, own, total = set(calibration_text()), 0, 0
+    for text in built_in_texts(*loaded, 30_000, share):  # a token is a byte here
+        own += len(text) * (text not in found)
+        total += len(text)
+        if 8_000 < total < 16_000:
+            assert own / total == pytest.approx(share, abs=0.1)
+    assert total >= 16_000
 
 
 def test_calibration_reads_the_mixture(loaded):

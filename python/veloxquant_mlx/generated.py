@@ -14,8 +14,8 @@ from veloxquant_mlx.prose import PASSAGES
 from veloxquant_mlx.text import calibration_text
 
 OWN_SHARE = 0.5  # of the text, by length
-PASSAGE_TOKENS = 256
-_BATCH = 48  # passages at a time: a step reads the weights once for all
+PASSAGE_TOKENS = 128
+_BATCH = 96  # passages at a time: a step reads the weights once for all
 _OPENING_TOKENS = 8  # of a sentence from prose.py that a passage begins with: a genre and a subject
 _TEMPERATURE = 1.0
 _SEED = 1684
