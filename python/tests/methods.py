@@ -41,6 +41,7 @@ METHODS = {
     "vecinfer": lambda model: dict(codebook=_tables(256, 4)),
     "vecinfer 4 and 6 bit codes": lambda model: dict(codebook=_tables(16, 1), value_codebook=_tables(64, 2)),
     "vecinfer learned": lambda model: dict(codebook=_learned(model)),
+    "adaptive": lambda model: dict(codebook="adaptive", fit_tokens=100),
     "vecinfer keys, fp16 values": lambda model: dict(codebook=_tables(256, 4), value_method="fp16"),
     "rabitq": lambda model: dict(method="rabitq", bits=2),
     "rabitq, rabitq values": lambda model: dict(method="rabitq", bits=1, value_bits=4, value_method="rabitq"),

@@ -64,6 +64,30 @@ def test_the_fit_is_deterministic_and_sees_the_queries(tiny_model, tokens):
         assert "query_matrix" not in values.arrays
 
 
+def test_what_a_fit_costs_is_reported(tiny_model, tokens):
+    """Copies of the history of both sides, one side's slice and its fp32 transform: heads 2, head_dim 64."""
+    for per, times in (("subvector", 1), ("head", 2)):
+        caches = build(tiny_model, fit_per=per)
+        run(tiny_model, caches, tokens[:350], 350)
+        run(tiny_model, caches, tokens[350:351])
+        report = caches[0].fit_report
+        assert report.tokens == 300
+        assert report.peak_bytes == 2 * 64 * (2 * 2 * 350 + 296 * (2 + 4 * times))
+
+
+def test_the_fit_does_not_depend_on_the_pieces_that_tokens_come_in(tiny_model, tokens):
+    keys, values = (mx.random.normal((1, 2, 700, 64), key=mx.random.key(i)) for i in range(2))
+    states = []
+    for step in (1, 7, 100, 350):
+        (cache, *_) = build(tiny_model)
+        for start in range(0, 700, step):
+            cache.update_and_fetch(keys[:, :, start : start + step], values[:, :, start : start + step])
+        states.append([a for codec in cache.codecs for _, a in sorted(codec.arrays.items())])
+        assert cache.fit_report.tokens == 300
+    for other in states[1:]:
+        assert all(mx.array_equal(a, b).item() for a, b in zip(states[0], other, strict=True))
+
+
 @pytest.mark.parametrize("filled", [0, 200, 400])
 def test_a_saved_conversation_goes_on_the_same(tmp_path, tiny_model, tokens, filled):
     """Before the first token, before the fit, after it."""
@@ -164,6 +188,24 @@ def test_degenerate_tokens_give_finite_results(tiny_model, kind, fit_tokens):
     assert cache.bits_per_element == 2
     dense = cache.fetch()[0].dequantize()
     assert mx.isfinite(dense).all().item()
+
+
+def test_a_prompt_of_one_token_and_sequences_that_share_a_cache(tiny_model, tokens):
+    caches = build(tiny_model, fit_tokens=1)
+    said = [t for t, _ in generate_step(tokens[:1], tiny_model, max_tokens=100, prompt_cache=caches)]
+    assert len(said) == 100 and caches[0].bits_per_element == 2 and caches[0].fit_report.tokens == 1
+    logits = tiny_model(tokens[None, :1], cache=caches)
+    assert mx.isfinite(logits).all().item()
+
+    caches = build(tiny_model)
+    both = mx.stack([tokens[:350], tokens[350:700]])
+    mx.eval(tiny_model(both, cache=caches))
+    mx.eval(tiny_model(both[:, :1], cache=caches))
+    tables = caches[0].codecs[0].arrays["tables"]
+    (alone, *_) = single = build(tiny_model)
+    mx.eval(tiny_model(both[:1], cache=single))
+    mx.eval(tiny_model(both[:1, :1], cache=single))
+    assert not mx.array_equal(tables, alone.codecs[0].arrays["tables"])  # both were seen
 
 
 @pytest.mark.parametrize("options, message", [

@@ -37,6 +37,7 @@ EVAL_FIELDS = {
     "shared_bytes": int,
     "bits_with_everything": dict,
     "layers": list,
+    "fit": type(None),
 }
 
 
@@ -268,6 +269,8 @@ def test_eval_compares_what_is_listed(run, model, text):
     assert kl[3] < kl[4]
     assert [(r["window"], r["sinks"]) for r in results[2:5]] == [(64, 4), (64, 4), (0, 0)]
     assert results[2]["bits_per_element"] == 4.5
+    fit = results[6]["fit"]
+    assert fit["tokens"] == 200 and fit["seconds"] > 0 and fit["prompt_seconds"] > 0 and fit["peak_bytes"] > 0
 
 
 def test_inspect_finds_a_changed_byte(run, model, text, tmp_path):

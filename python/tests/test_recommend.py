@@ -108,7 +108,12 @@ def test_eval_records_what_recommend_reads(capsys, loaded, directory, tmp_path):
     arguments = ["--text", str(text), "--artifacts", artifacts, "--windows", "1", "--length", "400", "--json"]
     code, out, err = run(capsys, "eval", directory, *arguments)
     assert code == 0, err
-    assert scores.known(loaded[0])[(2.0, 2.0)]["kl"] == json.loads(out)["kl"]
+    kept = json.loads(out)["kl"]
+    assert scores.known(loaded[0])[(2.0, 2.0)]["kl"] == kept
+    # Another window is another setting.
+    code, out, err = run(capsys, "eval", directory, *arguments, "--window", "0", "--sinks", "0")
+    assert code == 0 and json.loads(out)["kl"] != kept
+    assert scores.known(loaded[0])[(2.0, 2.0)]["kl"] == kept
 
 
 def test_a_model_without_evaluations_is_tried_and_called_estimated(capsys, directory, monkeypatch):

@@ -7,6 +7,7 @@ bounded by two windows of logits.
 """
 
 import math
+import time
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -38,6 +39,7 @@ class Score:
     # Length of a sequence -> bits of an element with scalars, tables, rotations, window and sinks counted.
     bits_with_everything: dict = field(default_factory=dict)
     layers: list = field(default_factory=list)  # LayerErrors on the first window, of our caches
+    fit: dict | None = None  # of adaptive caches, on the first window: see fit_cost()
 
     @property
     def ppl_increase(self):
@@ -76,11 +78,13 @@ def evaluate(model, windows, methods, progress=lambda fraction, text: None, scor
             progress(done / steps, f"window {number + 1}/{len(windows)}: {label}")
             caches = make_caches()
             run_with = observed(caches) if number == 0 else caches
-            sums[label].add(exact, LogProbs(model, window, run_with, score_from), caches)
+            log_probs = LogProbs(model, window, run_with, score_from)
+            sums[label].add(exact, log_probs, caches)
             if number == 0:
                 sums[label].layers = errors_of(run_with)
+                sums[label].fit = fit_cost(caches, log_probs.prompt_seconds)
             done += 1
-            del caches, run_with
+            del caches, run_with, log_probs
             mx.clear_cache()
     progress(1.0, "scored")
     scored = windows.shape[0] * (windows.shape[1] - 1 - score_from)
@@ -100,10 +104,11 @@ class LogProbs:
     """
 
     def __init__(self, model, tokens, caches, start=0):
-        tokens = np.asarray(tokens, np.int32)
+        tokens, started = np.asarray(tokens, np.int32), time.perf_counter()
         for first, last in _chunks(start, _PROMPT_CHUNK):
             model(mx.array(tokens[None, first:last]), cache=caches)
             mx.eval([c.state for c in caches])
+        self.prompt_seconds = time.perf_counter() - started
         logits = mx.contiguous(model(mx.array(tokens[None, start:]), cache=caches)[0, :-1])
         mx.eval(logits)
         self.targets = tokens[start + 1 :]
@@ -152,7 +157,7 @@ class _Sums:
     def __init__(self):
         self.nll = self.kl = 0.0
         self.same = self.cache_bytes = 0
-        self.layers = []
+        self.layers, self.fit = [], None
 
     def add(self, exact, other, caches):
         kl, same, nll = _divergence(exact, other)
@@ -176,6 +181,7 @@ class _Sums:
             bits_per_element=self.bits_per_element,
             bits_with_everything=self.bits_with_everything,
             layers=self.layers,
+            fit=self.fit,
         )
 
 
@@ -212,3 +218,16 @@ def bits_with_everything(caches, n):
             elements += own
             total += own * bits_per_element([cache]) / 8
     return 8 * total / max(elements, 1)
+
+
+def fit_cost(caches, prompt_seconds):
+    """What the fits of adaptive caches cost, all layers, beside reading the prompt; None where there were none."""
+    reports = [c.fit_report for c in flat_caches(caches) if getattr(c, "fit_report", None)]
+    if not reports:
+        return None
+    return {
+        "tokens": reports[0].tokens,
+        "seconds": sum(report.seconds for report in reports),
+        "prompt_seconds": prompt_seconds,
+        "peak_bytes": max(report.peak_bytes for report in reports),  # layers fit one after the other
+    }

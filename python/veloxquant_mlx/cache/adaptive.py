@@ -1,8 +1,12 @@
 """codebook="adaptive": rotations and tables fitted on the sequence itself, no calibration.
 
 A cache starts exact. When `tokens` have come, at the next update, each layer fits learned rotations and
-tables to its own keys, values and queries, encodes all that is older than the window, and goes on as
-any other cache. The tables belong to the sequence: its nbytes count them, its files carry them.
+tables to the keys and values of these, and to the queries so far, encodes all that is older than the window,
+and goes on as any other cache. The tables belong to the sequence: its nbytes count them, its files carry them.
+Layer after layer fits, so that what a fit needs beside the cache is that of one layer (FitReport.peak_bytes).
+
+A second fit is not offered: the exact tokens are gone by then, and codes of codes lose more than tables that fit
+better gain (docs/quality.md). Who can hold more exact tokens for a while waits for more (fit_tokens).
 """
 
 import time
@@ -100,6 +104,7 @@ class FitReport:
 
     tokens: int
     seconds: float
+    peak_bytes: int  # held at once beside the exact cache and the packed one: copies of the history, scratch
     relative_error: dict  # side -> [H_kv]: |y - y^|^2 / |y|^2 on the tokens it was fitted on
 
 
@@ -108,20 +113,29 @@ def starting_codecs(n_kv_heads, head_dim, dtype):
 
 
 def fit(core, plan, moments, window, sinks, dtype):
-    """core: the exact _ext.ArrayCache so far. Returns (codecs, a core that holds its tokens packed, FitReport)."""
+    """core: the exact _ext.ArrayCache so far. Returns (codecs, a core that holds its tokens packed, FitReport).
+
+    Fitted on the first plan.tokens tokens, so that it does not matter in which pieces they came.
+    """
     started = time.perf_counter()
     sides = exact_history(core, sinks, dtype)
-    codecs, errors = [], {}
+    codecs, errors, scratch = [], {}, 0
     for side, x, bits, queries in zip(("keys", "values"), sides, plan.bits, (moments.mean(), None)):
         how = Fitting.of_bits(
             bits, x.shape[3], per="head" if plan.per_head else "subvector", start="normal", max_iterations=ITERATIONS
         )
-        transform, tables, errors[side] = fit_learned(x[0, :, min(sinks, x.shape[2] - 1) :], how, queries)
+        seen = x[:, :, min(sinks, plan.tokens - 1) : plan.tokens]
+        seen = seen.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[3])
+        transform, tables, errors[side] = fit_learned(seen, how, queries)
         codecs.append(vecinfer.codec(side, tables, how.n_subvectors, **transform.matrices()))
+        # Besides the slice: its transform in fp32, and where all sub-vectors share a table their vectors once more.
+        scratch = max(scratch, seen.nbytes + 4 * seen.size * (2 if plan.per_head else 1))
     packed = _ext.ArrayCache(*codecs, window, sinks, dtype)
     packed.update(*sides)
     mx.eval(packed.arrays())
-    return tuple(codecs), packed, FitReport(core.length, time.perf_counter() - started, errors)
+    peak = sum(x.nbytes for x in sides) + scratch
+    report = FitReport(min(core.length, plan.tokens), time.perf_counter() - started, peak, errors)
+    return tuple(codecs), packed, report
 
 
 def exact_history(core, sinks, dtype):

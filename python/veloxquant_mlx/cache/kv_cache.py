@@ -74,11 +74,12 @@ class VeloxQuantKVCache:
         )
         self._fit = None
         log.info(
-            "layer %s: tables fitted on %d tokens in %.2f s, %d bytes",
+            "layer %s: tables fitted on %d tokens in %.2f s, %d bytes; %d more while it lasted",
             self.layer,
             self.fit_report.tokens,
             self.fit_report.seconds,
             sum(codec.nbytes for codec in self._codecs),
+            self.fit_report.peak_bytes,
         )
 
     def observe_queries(self, queries):

@@ -135,6 +135,7 @@ def _fields(label, method, score):
         "shared_bytes": score.shared_bytes,
         "bits_with_everything": {str(n): bits for n, bits in score.bits_with_everything.items()},
         "layers": [vars(error) for error in score.layers],
+        "fit": score.fit,
     }
 
 
@@ -158,6 +159,13 @@ def _print(scores):
             for label, score in scores.items()
         ],
     )
+    for label, score in scores.items():
+        if score.fit is not None:
+            output.note(
+                f"{label}: fitted on {score.fit['tokens']} tokens in {score.fit['seconds']:.1f} s, "
+                f"{100 * score.fit['seconds'] / score.fit['prompt_seconds']:.0f} % of reading the prompt; "
+                f"{output.megabytes(score.fit['peak_bytes'])} more memory while it lasted"
+            )
     with_layers = {label: score.layers for label, score in scores.items() if score.layers}
     if with_layers:
         n = max(len(layers) for layers in with_layers.values())

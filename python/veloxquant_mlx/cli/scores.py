@@ -20,9 +20,12 @@ def known(model):
 
 
 def record(model, method, score):
-    """Keeps the score of a learned vecinfer setting, the newest of each."""
+    """Keeps the score of a learned vecinfer setting as recommend offers it, the newest of each: with the usual
+    window and sinks, and tables for each sub-vector."""
     codebook = getattr(method.trained, "codebook", None)
     if method.name != "vecinfer" or getattr(codebook, "transform", None) != "learned":
+        return
+    if (method.window, method.sinks) != (64, 4) or codebook.keys.shape[2] == 1:
         return
     scores = {f"{k:g}/{v:g}": s for (k, v), s in known(model).items()}
     scores[f"{method.bits[0]:g}/{method.bits[1]:g}"] = {"ppl_increase": score.ppl_increase, "kl": score.kl}
