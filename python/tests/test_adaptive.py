@@ -1,6 +1,7 @@
 """codebook="adaptive": exact first, then packed with tables fitted on the sequence itself."""
 
 import copy
+import dataclasses
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,7 @@ from veloxquant_mlx import _ext
 from veloxquant_mlx.cache import adaptive, prompt_cache
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, install
 from veloxquant_mlx.cache.kv_cache import VeloxQuantKVCache, shared_nbytes
+from veloxquant_mlx.models.rope import detect_ropes
 
 
 def build(model, **options):
@@ -72,7 +74,55 @@ def test_what_a_fit_costs_is_reported(tiny_model, tokens):
         run(tiny_model, caches, tokens[350:351])
         report = caches[0].fit_report
         assert report.tokens == 300
-        assert report.peak_bytes == 2 * 64 * (2 * 2 * 350 + 296 * (2 + 4 * times))
+        # Keys and three copies of them at later positions.
+        assert report.peak_bytes == 2 * 64 * (2 * 2 * 350 + 4 * 296 * (2 + 4 * times))
+
+
+def held_error(cache, keys):
+    """Of the codes of the last 100 tokens: relative, squared."""
+    held = np.array(cache.fetch()[0].dequantize(), np.float32)[:, :, -200:-100]
+    wanted = np.array(keys, np.float32)[:, :, -200:-100]
+    return ((held - wanted) ** 2).sum() / (wanted**2).sum()
+
+
+def test_later_positions_lose_no_more_than_the_first(tiny_model):
+    """Keys of a constant direction before RoPE, as real ones have: tables that never saw their angles lose them."""
+    rng = np.random.default_rng(4)
+    plain = 4 * rng.standard_normal((1, 2, 1, 64)) + 0.3 * rng.standard_normal((1, 2, 3000, 64))
+    rope = detect_ropes(tiny_model)[0].core()
+    keys = rope.rotate(mx.array(plain.astype(np.float32)), mx.arange(3000))
+    errors = {}
+    for context in (1, 1000, 4096):
+        (cache, *_) = build(tiny_model, fit_context=context)
+        for start in range(0, 3000, 300):
+            part = keys[:, :, start : start + 300]
+            cache.update_and_fetch(part, part)
+        errors[context] = held_error(cache, keys)
+    # A context of 1 grows to 600 and 2,400 tokens, 1,000 to 4,000: they fit again on the way.
+    assert max(errors.values()) < 0.02
+    unknown = [dataclasses.replace(c._fit.plan, rope=None) for c in build(tiny_model)]
+    cache = VeloxQuantKVCache(build(tiny_model)[0]._make_codecs, fit_plan=unknown[0])
+    for start in range(0, 3000, 300):
+        part = keys[:, :, start : start + 300]
+        cache.update_and_fetch(part, part)
+    assert cache._fit is None and held_error(cache, keys) > 3 * max(errors.values())
+
+
+def test_a_sequence_that_outgrows_its_context_fits_again(tmp_path, tiny_model, tokens):
+    caches = build(tiny_model, fit_context=450)
+    run(tiny_model, caches, tokens[:400])
+    first, seen = caches[0].fit_report, caches[0]._fit.moments.count
+    assert first.tokens == 300 and caches[0]._fit.again and caches[0]._fit.plan.tokens == 600
+    prompt_cache.save(tmp_path / "a.safetensors", caches)  # between the fits
+    loaded = prompt_cache.load(tmp_path / "a.safetensors", tiny_model)
+    after = [run(tiny_model, c, tokens[400:], 100) for c in (caches, loaded)]
+    assert np.array_equal(*after)
+    for cache in (*caches, *loaded):
+        assert cache.fit_report.tokens == 600 and cache._fit.plan.tokens == 2400
+        assert cache.offset == 700 and cache.bits_per_element == 2
+        assert cache._fit.moments.count == seen  # queries of the prompt, not of every step
+    tables = [c.codecs[0].arrays["tables"] for c in (caches[0], loaded[0])]
+    assert mx.array_equal(*tables)
 
 
 def test_the_fit_does_not_depend_on_the_pieces_that_tokens_come_in(tiny_model, tokens):

@@ -66,8 +66,8 @@ def test_fits(kind, n, per, entries):
     x = mx.array(degenerate(kind, n))
     how = Fitting.of_bits(2, tiny.HEAD_DIM, per=per, entries=entries, max_iterations=3)
     queries = mx.array((degenerate(kind, 50) ** 2).mean(axis=1))  # not finite where x is not
-    if kind == "not finite" and n <= 2:
-        with pytest.raises(ValueError, match="no token of head 0 is finite"):
+    if kind == "not finite" and n == 1:
+        with pytest.raises(ValueError, match="no token of head [01] is finite"):
             fit_learned(x, how, queries)
         return
     transform, tables, errors = fit_learned(x, how, queries)

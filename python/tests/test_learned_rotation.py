@@ -9,13 +9,22 @@ import tiny_model
 from mlx_lm.models import llama
 
 from veloxquant_mlx import _ext
-from veloxquant_mlx.allocators.vecinfer import calibrate, calibrate_smooth_factors, collect, train_codebook
+from veloxquant_mlx.allocators.vecinfer import (
+    SINK_TOKENS,
+    calibrate,
+    calibrate_smooth_factors,
+    collect,
+    train_codebook,
+    undo_rope,
+    window_positions,
+)
 from veloxquant_mlx.artifacts.npy_store import NpyArtifactStore
 from veloxquant_mlx.cache import prompt_cache
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
 from veloxquant_mlx.cache.codebook import SmoothFactors
 from veloxquant_mlx.cache.kv_cache import shared_nbytes
 from veloxquant_mlx.models import load_model
+from veloxquant_mlx.models.rope import detect_ropes
 
 TEXT = "How vexingly quick daft zebras jump; 5 boxing wizards jump quickly. Pack my box with jugs! "
 
@@ -49,7 +58,7 @@ def test_query_moments_are_those_of_the_queries_that_attention_gets(loaded, text
     KVCacheBuilder.build(model, KVCacheConfig(method="fp16"))  # hooks mlx_lm's attention
     attention = llama.scaled_dot_product_attention
     monkeypatch.setattr(llama, "scaled_dot_product_attention", spy)
-    moments = collect(model, tokenizer, 300, texts).query_moments
+    moments = collect(model, tokenizer, 250, texts).query_moments  # one window
     groups = tiny_model.N_HEADS // tiny_model.N_KV_HEADS
     for layer, queries in enumerate(seen[-tiny_model.N_LAYERS :]):
         per_head = np.square(queries[0]).mean(axis=1)
@@ -171,3 +180,26 @@ def test_refusals(loaded, texts, calibrated, monkeypatch):
 
 def _direct_attention(queries, keys, values, cache, scale, mask=None):
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def test_windows_are_spread_over_the_context(loaded):
+    """Only RoPE sees where a window begins: keys turn, values and scores stay."""
+    model, tokenizer = loaded
+    texts = ["The five boxing wizards jump quickly over lazy dogs. " * 100]
+    near, far = (collect(model, tokenizer, 600, texts, context=context) for context in (256, 8192))
+    assert near.windows == [(0, 256), (0, 256), (0, 88)]
+    assert far.windows == [(0, 256), (3968, 256), (7936, 88)]
+    positions = far.positions()
+    assert len(positions) == far.keys[0].shape[1] == 600 - 3 * SINK_TOKENS
+    assert positions[0] == SINK_TOKENS and positions[252] == 3968 + SINK_TOKENS
+    assert window_positions(24576, 2048) == [(0, 2048)] * 12
+    assert window_positions(3, 8192) == [(0, 3)]
+    offsets = mx.array(positions - near.positions())
+    for i, rope in enumerate(detect_ropes(model)):
+        turned = rope.core().rotate(near.keys[i], offsets)
+        size = mx.abs(turned).max().item()
+        assert mx.abs(turned - far.keys[i]).max().item() < 0.02 * size
+        assert mx.abs(near.keys[i] - far.keys[i]).max().item() > 0.2 * size
+        assert mx.abs(near.values[i] - far.values[i]).max().item() < 0.02 * mx.abs(near.values[i]).max().item()
+    plain = undo_rope(model, far).keys[0], undo_rope(model, near).keys[0]
+    assert mx.abs(plain[0] - plain[1]).max().item() < 0.02 * mx.abs(plain[0]).max().item()

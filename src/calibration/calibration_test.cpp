@@ -383,6 +383,9 @@ TEST(Tables, LargeCentroidsStayFiniteInHalf) {
   train_vecinfer_tables(TensorView(x.data(), DType::float32, {1, 100, 8}), {}, 2, false, params,
                         tables.view);
   for (uint16_t half : tables.bits) EXPECT_EQ(f16_to_f32(half), 65504.0f);
+  train_vecinfer_tables(TensorView(x.data(), DType::float32, {1, 100, 8}), {}, 2, false, params,
+                        tables.view, {}, TableEntries::int8);
+  for (uint16_t half : tables.bits) EXPECT_EQ(f16_to_f32(half), 127 * 512.0f);
 }
 
 // The report is that of the rounded entries, and GPUs take the tables as they are.

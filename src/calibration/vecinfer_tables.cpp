@@ -58,12 +58,13 @@ struct SquaredSums {
 // One k-means; writes table (h, m) and returns its error with the centroids as rounded.
 SquaredSums train_one(const float* y, int64_t stride, int64_t n, const KMeansParams& params,
                       TableEntries entries, int64_t h, int64_t m, const MutableTensorView& tables) {
-  constexpr float kLargestHalf = 65504.0f;
+  // Of int8, 127 * 2^9: the next power of two would leave fp16.
+  const float largest = entries == TableEntries::int8 ? 65024.0f : 65504.0f;
   const int sub_dim = static_cast<int>(tables.shape[3]);
   std::vector<float> centroids = kmeans(y, stride, n, sub_dim, params).centroids;
   std::vector<uint16_t> rounded(centroids.size());
   for (size_t i = 0; i < centroids.size(); ++i) {
-    rounded[i] = f32_to_f16(std::clamp(centroids[i], -kLargestHalf, kLargestHalf));
+    rounded[i] = f32_to_f16(std::clamp(centroids[i], -largest, largest));
   }
   if (entries == TableEntries::int8) {
     cuda::round_tables_to_int8(

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxquant_mlx import _ext
-from veloxquant_mlx.allocators.vecinfer import collect, sample_positions
+from veloxquant_mlx.allocators.vecinfer import collect
 from veloxquant_mlx.cache.codebook import TABLE_SHAPES
 from veloxquant_mlx.cache.fitting import Fitting, fit_learned
 from veloxquant_mlx.cache.layout import model_fingerprint
@@ -25,7 +25,7 @@ def train_pre_rope(kind, train_keys, model, tokenizer, values, *, num_tokens, te
     ropes = detect_ropes(model)  # before the long part
     report = progress or (lambda fraction, text: None)
     data = collect(model, tokenizer, num_tokens, texts, lambda f, text: report(_COLLECTING * f, text))
-    positions = mx.array(sample_positions(data.window_lengths))
+    positions = mx.array(data.positions())
     arrays, errors = [], {"keys": [], "values": []}
     for i, rope in enumerate(ropes):
 

@@ -22,9 +22,11 @@ from veloxquant_mlx.models.rope import detect_ropes
 from veloxquant_mlx.text import read_texts
 
 SAMPLE_TOKENS = 128  # tokens of one calibration sample
-# Samples are run through the model in windows of this length: keys carry their RoPE, so that the
-# codebook must see positions as late as the ones it will encode.
+# Samples are run through the model in a dozen windows, of this length at most.
 WINDOW_TOKENS = 2048
+# Keys carry their RoPE: tables that saw no position as late as the ones they encode lose most of a key
+# (docs/quality.md). Windows begin at positions that are spread over so many.
+CONTEXT_TOKENS = 8192
 # The first tokens of a window draw attention and have keys of their own kind. Caches keep them
 # exact (sinks=4), so they are not trained on.
 SINK_TOKENS = 4
@@ -55,6 +57,7 @@ def train_codebook(
     codebook_per="subvector",
     entries="fp16",
     transform="hadamard",
+    context=CONTEXT_TOKENS,
     seed=0,
     progress=None,
 ):
@@ -67,7 +70,8 @@ def train_codebook(
     times one power of two a table, held in fp16: the form that GPUs look up fastest).
     smooth_factors: what calibrate_smooth_factors returned (None: measured on the same text).
     transform: "hadamard" (keys smoothed, both sides rotated alike everywhere) or "learned" (a rotation
-    per head, in the metric of the queries: better, and two more matrices a head to hold).
+    per head, in the metric of the queries: better, and two more matrices a head to hold). context:
+    positions that the tables are to serve; more positions, a little less for each.
     """
     layers, (_, dim) = attention_layers(model), one_shape(model)
     _check_transform(transform)
@@ -78,7 +82,7 @@ def train_codebook(
         values = _fitting(dim, value_num_centroids or num_centroids, value_num_subspaces, how, "value_")
     _check_factors(model, smooth_factors, layers)
     steps = _Steps(progress, collecting=0.5)
-    data = collect(model, tokenizer, num_samples * SAMPLE_TOKENS, texts, steps.collecting)
+    data = collect(model, tokenizer, num_samples * SAMPLE_TOKENS, texts, steps.collecting, context=context)
     if smooth_factors is None:
         smooth_factors = _smooth_factors(model, data)
     return _train(model, data, smooth_factors, transform, (keys, values), steps.training)
@@ -96,6 +100,7 @@ def calibrate(
     transform="hadamard",
     before_rope=False,
     own_share=OWN_SHARE,
+    context=CONTEXT_TOKENS,
     seed=0,
     progress=None,
 ):
@@ -105,6 +110,7 @@ def calibrate(
     (SmoothFactors, [Codebook, ...]).
     codebook_per, entries, transform: as in train_codebook. before_rope: of keys before RoPE, which no
     cache takes: for cache/reference.py alone. own_share: of the built-in text, what the model writes.
+    context: positions that the tables are to serve.
     """
     _check_transform(transform)
     several = isinstance(bits, list)
@@ -115,7 +121,7 @@ def calibrate(
     _, dim = one_shape(model)
     how = {"per": codebook_per, "entries": entries, "seed": seed}
     fittings = [tuple(Fitting.of_bits(b, dim, **how) for b in pair) for pair in pairs]
-    data = collect(model, tokenizer, num_tokens, texts, steps.collecting, own_share)
+    data = collect(model, tokenizer, num_tokens, texts, steps.collecting, own_share, context)
     if before_rope:
         data = undo_rope(model, data)
     factors = _smooth_factors(model, data)
@@ -149,18 +155,28 @@ class CalibrationData:
     keys: list
     values: list
     query_moments: np.ndarray | None
-    window_lengths: list  # tokens of each window; its first SINK_TOKENS are not among the keys and values
+    windows: list  # (position of the first token, tokens); the first SINK_TOKENS are not among keys and values
+
+    def positions(self) -> np.ndarray:
+        """Of every token among the keys and values, int32."""
+        return np.concatenate(
+            [np.arange(first + min(SINK_TOKENS, n - 1), first + n) for first, n in self.windows]
+        ).astype(np.int32)
 
 
-def sample_positions(window_lengths) -> np.ndarray:
-    """The position in its window of every token that `collect` kept, int32."""
-    return np.concatenate([np.arange(min(SINK_TOKENS, n - 1), n, dtype=np.int32) for n in window_lengths])
+def window_positions(num_tokens, context) -> list:
+    """(position of the first token, tokens) of each window of `num_tokens` tokens."""
+    length = min(WINDOW_TOKENS, max(256, num_tokens // 12))
+    lengths = [min(length, num_tokens - i) for i in range(0, num_tokens, length)]
+    room, last = max(0, context - length), max(1, len(lengths) - 1)
+    return [(room * i // last, n) for i, n in enumerate(lengths)]
 
 
-def collect(model, tokenizer, num_tokens, texts=None, progress=None, own_share=OWN_SHARE):
+def collect(model, tokenizer, num_tokens, texts=None, progress=None, own_share=OWN_SHARE, context=CONTEXT_TOKENS):
     """CalibrationData over `num_tokens` tokens of text. The language head is not run.
 
-    texts: None: generated.built_in_texts, own_share of them written by the model.
+    texts: None: generated.built_in_texts, own_share of them written by the model. context: positions that the
+    windows are spread over.
     """
     report, writing = progress or (lambda fraction, text: None), 0.0
     if texts is None and own_share > 0:
@@ -173,29 +189,30 @@ def collect(model, tokenizer, num_tokens, texts=None, progress=None, own_share=O
     tokens = _tokens(tokenizer, num_tokens, texts)
     layers = attention_layers(model)
     inner = getattr(model, "model", model)  # without the language head
-    recorders = [_Recorder() for _ in layers]
-    for start in range(0, len(tokens), WINDOW_TOKENS):
+    recorders, windows, done = [_Recorder() for _ in layers], window_positions(len(tokens), context), 0
+    for first, n in windows:
         # Our exact cache: its attention is faster on a CPU than MLX's, and needs no score matrix.
         caches = KVCacheBuilder.build(model, KVCacheConfig(method="fp16"))
         for layer, recorder in zip(layers, recorders):
-            recorder.cache = cache_of(caches, layer)
+            recorder.cache, recorder.first = cache_of(caches, layer), first
             put_cache(caches, layer, recorder)
-        inner(mx.array(tokens[start : start + WINDOW_TOKENS])[None], cache=caches)
+        inner(mx.array(tokens[done : done + n])[None], cache=caches)
         mx.eval([(r.keys[-1], r.values[-1], r.query_squares) for r in recorders])
-        report(writing + (1 - writing) * min(1.0, (start + WINDOW_TOKENS) / len(tokens)), "running the model")
+        done += n
+        report(writing + (1 - writing) * done / len(tokens), "running the model")
     moments = [r.query_moments() for r in recorders]
     return CalibrationData(
         keys=[mx.concatenate(r.keys, axis=1) for r in recorders],
         values=[mx.concatenate(r.values, axis=1) for r in recorders],
         query_moments=None if any(m is None for m in moments) else np.stack(moments),
-        window_lengths=[min(WINDOW_TOKENS, len(tokens) - i) for i in range(0, len(tokens), WINDOW_TOKENS)],
+        windows=windows,
     )
 
 
 def undo_rope(model, data) -> CalibrationData:
     """`data` with its keys before RoPE. Such keys meet queries turned by every angle: both channels of a pair
     get the mean of their moments."""
-    positions = mx.array(sample_positions(data.window_lengths))
+    positions = mx.array(data.positions())
     keys, moments = [], data.query_moments
     for i, rope in enumerate(detect_ropes(model)):
         keys.append(rope.core().unrotate(data.keys[i], positions).astype(mx.float16))
@@ -206,7 +223,9 @@ def undo_rope(model, data) -> CalibrationData:
 
 class _Recorder:
     """Stands in for a layer's cache and keeps what passes through it: keys and values, fp16
-    [H_kv, n, D] per window, and the sum of the squares of the queries."""
+    [H_kv, n, D] per window, and the sum of the squares of the queries. The window begins at position `first`."""
+
+    first = 0
 
     def __init__(self):
         self.keys, self.values = [], []
@@ -215,6 +234,11 @@ class _Recorder:
 
     def __getattr__(self, name):
         return getattr(self.cache, name)
+
+    @property
+    def offset(self):
+        """Where the model takes the next token to be; scores do not change where all tokens move."""
+        return self.first + self.cache.offset
 
     def update_and_fetch(self, keys, values):
         first = min(SINK_TOKENS, keys.shape[2] - 1)

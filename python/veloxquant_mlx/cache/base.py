@@ -14,6 +14,7 @@ from veloxquant_mlx.cache.codecs import METHODS
 from veloxquant_mlx.cache.kv_cache import VeloxQuantKVCache
 from veloxquant_mlx.cache.layout import attention_layers, model_fingerprint, native_caches, put_cache
 from veloxquant_mlx.metal.fused_sdpa import patch_mlx_lm_for_fused_sdpa
+from veloxquant_mlx.models.rope import detect_ropes
 
 log = logging.getLogger("veloxquant_mlx")
 
@@ -33,7 +34,8 @@ class KVCacheConfig:
     codebook: what train_codebook returned, or arrays [C, d] ... [L, H, M, C, d] for both sides.
     value_codebook: another one for the values, so that they may have other bits; None: `codebook`.
     codebook="adaptive": none is needed; each sequence is kept exact for its first fit_tokens tokens, then
-    fits tables of its own at `bits` and is packed. fit_per: "subvector" or "head", as codebook_per.
+    fits tables of its own at `bits` and is packed. fit_per: "subvector" or "head", as codebook_per. fit_context:
+    positions that these tables are to serve, the longest sequence that is expected.
     smooth_factors: lambda of the keys, [D], [H, D] or [L, H, D].
     num_subspaces: sub-vectors per head; checked against the codebook.
     use_fused_sdpa: attend on the packed codes; False hands dense arrays to the model's attention.
@@ -60,6 +62,7 @@ class KVCacheConfig:
     codec_options: dict | None = None
     fit_tokens: int = 2048
     fit_per: str = "subvector"
+    fit_context: int = 16384
 
     def __post_init__(self):
         for name, value in (("method", self.method), ("value_method", self.value_method or self.method)):
@@ -127,10 +130,11 @@ def _cache_maker(model, config):
         log.warning("use_fused_sdpa=False: history is dequantised at every step, no memory is saved")
 
     fingerprint = model_fingerprint(model)
+    plans = [fit_plan(settings, rope) for (_, settings), rope in zip(makers, _ropes(model, makers))]
 
     def make_caches():
         caches = native_caches(model)
-        for layer, (make_codecs, settings) in zip(layers, makers):
+        for layer, (make_codecs, settings), plan in zip(layers, makers, plans):
             ours = VeloxQuantKVCache(
                 make_codecs,
                 window=settings.window,
@@ -139,7 +143,7 @@ def _cache_maker(model, config):
                 fused=layer.index not in unfused,
                 fingerprint=fingerprint,
                 layer=layer.index,
-                fit_plan=fit_plan(settings),
+                fit_plan=plan,
             )
             put_cache(caches, layer, ours)
         return caches
@@ -166,14 +170,24 @@ def _codec_makers(model, config, layers):
     return [makers[layer.position] for layer in layers]
 
 
-def fit_plan(config):
-    """The FitPlan of an adaptive configuration, else None."""
+def fit_plan(config, rope=None):
+    """The FitPlan of an adaptive configuration, else None. rope: the layer's LayerRope, where it is known."""
     if not adaptive.wanted(config):
         return None
     bits = key_and_value_bits(config.bits)
     if config.value_bits is not None:
         bits = (bits[0], key_and_value_bits(config.value_bits)[1])
-    return adaptive.FitPlan(bits, config.fit_tokens, config.fit_per == "head")
+    return adaptive.FitPlan(bits, config.fit_tokens, config.fit_per == "head", config.fit_context, rope)
+
+
+def _ropes(model, makers):
+    """The LayerRope of each attention layer where adaptive caches need it."""
+    if any(adaptive.wanted(settings) for _, settings in makers):
+        try:
+            return detect_ropes(model)
+        except ValueError as error:
+            log.warning("%s: adaptive tables are fitted for the positions of the prompt alone", error)
+    return [None] * len(makers)
 
 
 def _layers_by_config(config, layers):

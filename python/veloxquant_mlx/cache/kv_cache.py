@@ -39,7 +39,7 @@ class VeloxQuantKVCache:
         fit_plan=None,
     ):
         self._make_codecs = make_codecs
-        self._fit = None if fit_plan is None else Fit(fit_plan)  # None once done
+        self._fit = None if fit_plan is None else Fit(fit_plan)  # the next one; None: no more
         self.owns_tables = fit_plan is not None
         self.fit_report = None
         self._window, self._sinks = window, sinks
@@ -68,11 +68,11 @@ class VeloxQuantKVCache:
         return self._handed_out(self._core.update(keys, values, self.strict))
 
     def _fit_now(self):
-        """Waits for the tokens so far to be evaluated, once in the life of a sequence."""
+        """Waits for the tokens so far to be evaluated, once or a few times in the life of a sequence."""
         self._codecs, self._core, self.fit_report = fit(
             self._core, self._fit.plan, self._fit.moments, self._window, self._sinks, self._exact_dtype
         )
-        self._fit = None
+        self._fit = self._fit.next()
         log.info(
             "layer %s: tables fitted on %d tokens in %.2f s, %d bytes; %d more while it lasted",
             self.layer,
@@ -84,7 +84,7 @@ class VeloxQuantKVCache:
 
     def observe_queries(self, queries):
         """queries: [B, H_q, n, D] of the tokens that update_and_fetch just took; called by the attention hook."""
-        if self._fit is not None:
+        if self._fit is not None and not self._fit.again:
             self._fit.moments.add(queries, self._codecs[0].n_kv_heads)
 
     def fetch(self):
@@ -180,7 +180,7 @@ class VeloxQuantKVCache:
         )
         copy._codecs, copy._exact_dtype = self._codecs, self._exact_dtype
         copy._core = None if self._core is None else self._core.copy()
-        copy._fit = None if self._fit is None else Fit(self._fit.plan, replace(self._fit.moments))
+        copy._fit = None if self._fit is None else replace(self._fit, moments=replace(self._fit.moments))
         copy.owns_tables, copy.fit_report = self.owns_tables, self.fit_report
         return copy
 

@@ -39,7 +39,7 @@ def pack(settings: dict, codecs, core, exact_dtype, fit=None, interchange=False)
         header["positions"] = core.positions()
         arrays = [a for codec in codecs for _, a in sorted(codec.arrays.items())]
         if fit is not None:
-            header["fit"] = {"plan": fit.plan.as_dict(), "queries": fit.moments.count}
+            header["fit"] = {"plan": fit.plan.as_dict(), "queries": fit.moments.count, "again": fit.again}
             arrays += [] if fit.moments.squares is None else [fit.moments.squares]
         arrays += core.interchange_arrays() if interchange else core.arrays()
     text = json.dumps(header)
@@ -107,9 +107,15 @@ def _restored_fit(described, codec, arrays):
     """(the fit to come or None, the arrays that follow its own)."""
     if described is None:
         return None, arrays
-    fit = Fit(FitPlan.from_dict(described["plan"]), QueryMoments(count=described["queries"]))
-    if codec.method != "exact" or type(fit.moments.count) is not int or fit.moments.count < 0:
-        raise ValueError(f"state: got a fit of {described!r:.80} for {codec.name} codes, wanted one for exact tokens")
+    again = described["again"]
+    fit = Fit(FitPlan.from_dict(described["plan"]), QueryMoments(count=described["queries"]), again)
+    if (
+        type(again) is not bool
+        or (codec.method == "exact") == again
+        or type(fit.moments.count) is not int
+        or fit.moments.count < 0
+    ):
+        raise ValueError(f"state: got a fit of {described!r:.80} for {codec.name} codes, wanted one for such codes")
     if fit.moments.count > 0:
         squares, *arrays = arrays
         if squares.shape != (codec.n_kv_heads, codec.head_dim) or squares.dtype != mx.float32:

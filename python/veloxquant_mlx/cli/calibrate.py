@@ -26,6 +26,9 @@ def command(
     tokens: Annotated[int, typer.Option(help="Calibration tokens; fewer are used if the text is shorter.")] = (
         calibration.FULL_TOKENS
     ),
+    context: Annotated[
+        int, typer.Option(help="Positions that the tables are to serve: the longest sequence you expect.")
+    ] = calibration.CONTEXT_TOKENS,
     own_text: Annotated[
         float, typer.Option(metavar="SHARE", help="Of the built-in text, what the model writes itself (0 to 1).")
     ] = OWN_SHARE,
@@ -40,6 +43,7 @@ def command(
     recipe = calibration.Recipe(method, transform, codebook_per, entries)
     width = only("--bits", check_bits(bits))
     check_at_least("--tokens", tokens, 256)
+    check_at_least("--context", context, 1)
     if not 0 <= own_text <= 1:
         raise ValueError(f"--own-text: got {own_text:g}, wanted a share of 0 to 1")
     if text is not None:
@@ -49,7 +53,7 @@ def command(
 
     loaded, tokenizer = open_model(model)
     with output.progress() as report:
-        made = calibration.calibrate(loaded, tokenizer, [width], text, tokens, report, recipe, own_text)
+        made = calibration.calibrate(loaded, tokenizer, [width], text, tokens, report, recipe, own_text, context)
     trained = made[width]
     calibration.save(out, trained)
     codebook = trained.codebook

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from veloxquant_mlx.allocators import commvq, vecinfer, vecinfer_rope
+from veloxquant_mlx.allocators.vecinfer import CONTEXT_TOKENS
 from veloxquant_mlx.artifacts.npy_store import NpyArtifactStore
 from veloxquant_mlx.cache.codebook import Codebook
 from veloxquant_mlx.cache.pre_rope import CommVQCodebook, RopePairCodebook
@@ -129,9 +130,11 @@ def load_or_calibrate(model_name, model, tokenizer, bits, recipe=Recipe()):
     return found
 
 
-def calibrate(model, tokenizer, bits, texts, n_tokens, report, recipe=Recipe(), own_share=OWN_SHARE):
+def calibrate(
+    model, tokenizer, bits, texts, n_tokens, report, recipe=Recipe(), own_share=OWN_SHARE, context=CONTEXT_TOKENS
+):
     """{b: Trained} for every b in `bits`. texts: None for the built-in text, a path, or strings. own_share: of
-    the built-in text, what the model writes."""
+    the built-in text, what the model writes. context: positions that the tables are to serve."""
     if recipe.method in ("vecinfer", "pre_rope"):
         smooth_factors, codebooks = vecinfer.calibrate(
             model,
@@ -144,6 +147,7 @@ def calibrate(model, tokenizer, bits, texts, n_tokens, report, recipe=Recipe(), 
             entries=recipe.entries,
             before_rope=recipe.method == "pre_rope",
             own_share=own_share,
+            context=context,
             progress=report,
         )
         return {b: Trained(recipe.method, codebook, smooth_factors) for b, codebook in zip(bits, codebooks)}
