@@ -37,14 +37,15 @@ set_target_properties(veloxquant PROPERTIES CUDA_ARCHITECTURES "${CMAKE_CUDA_ARC
 target_compile_definitions(veloxquant PRIVATE VELOXQUANT_HAVE_CUDA)
 # As -ffp-contract=off on the host: where codes are made, no fused multiply-add that the source does
 # not ask for. Attention is held by tolerance and may fuse.
-file(GLOB codec_cuda_sources src/codecs/*/*.cu)
+file(GLOB codec_cuda_sources src/codecs/*/*.cu src/cache/*.cu)
 set_source_files_properties(${codec_cuda_sources} PROPERTIES COMPILE_OPTIONS --fmad=false)
 target_link_libraries(veloxquant PRIVATE CUDA::cudart_static)
 message(STATUS "VELOXQUANT_CUDA: ${CMAKE_CUDA_COMPILER}, architectures ${CMAKE_CUDA_ARCHITECTURES}")
 
 # What tools/gpu runs on a GPU machine: `cmake --build … --target cuda_check cuda_bench`.
 foreach(program cuda_check cuda_bench)
-  add_executable(${program} EXCLUDE_FROM_ALL tools/gpu/${program}.cpp tools/gpu/problem.cpp)
+  add_executable(${program} EXCLUDE_FROM_ALL tools/gpu/${program}.cpp tools/gpu/problem.cpp
+    tools/gpu/append_check.cpp)
   target_include_directories(${program} PRIVATE ${PROJECT_SOURCE_DIR})
   veloxquant_compile_options(${program})
   target_link_libraries(${program} PRIVATE veloxquant CUDA::cudart_static)

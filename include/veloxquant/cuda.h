@@ -99,8 +99,8 @@ struct DecodeArgs {
   int64_t workspace_bytes = 0;
 };
 
-// Bytes of scratch for decode_attention on the current device. Zeroed once before its first use
-// (cudaMemset); calls leave it ready for the next. One stream at a time may use it.
+// Bytes of scratch for decode_attention on the current device, in any state. One stream at a time
+// may use it.
 int64_t decode_workspace_bytes(const DecodeArgs& args);
 
 // out = softmax(scale q K^T) V over every packed and exact token of each sequence; one query token
@@ -120,5 +120,35 @@ void unpack_blocks(const SideFormat& format, const uint8_t* fragments, int64_t n
 // the CPU's, bit for bit. `codes` of `packed` is written.
 void encode_blocks(const PackedSide& packed, uint8_t* codes, int batch, const ExactSide& x,
                    DType dtype, int n_tokens, int first_block, Stream stream);
+
+// Blocks first_block .. of every [batch][head] -> codec coordinates, fp16 (the entries of the
+// tables): y [batch][head][64 n_blocks][D], strides in elements. For attention of many queries, on
+// keys with queries times F, on values with F^T applied to the result.
+void decode_blocks(const PackedSide& packed, int batch, int first_block, int n_blocks, void* y,
+                   int64_t y_batch_stride, int64_t y_head_stride, Stream stream);
+
+// A decode step's append, all decided on the device. `lengths`: device int32 [4][batch]: packed and
+// exact tokens of each sequence before the step, packed and exact ones after it. Exact storage is
+// [batch][head][sinks + window + 64][D], in 16 bits: the sinks, then the tail in order.
+//
+// advance_lengths: what was after the last step is before this one; a sequence has one token more,
+// and where that takes the last slot, 64 become packed. Once a step, for all layers.
+void advance_lengths(int32_t* lengths, int batch, int sinks, int window, Stream stream);
+
+struct AppendArgs {
+  int batch = 0, sinks = 0, window = 0;
+  const int32_t* lengths = nullptr;
+  PackedSide keys, values;
+  uint8_t *key_codes = nullptr, *value_codes = nullptr;  // as keys.codes, writable
+  ExactSide exact_keys, exact_values;                    // written
+  DType exact_dtype = DType::float16;
+  ExactSide new_keys, new_values;  // [batch][head][1][D]; fp32, fp16, bf16
+  DType dtype = DType::float16;
+};
+
+// Stores the token in 16 bits (NaN as 0, infinity as the largest), and where advance_lengths sealed
+// a block, encodes the 64 oldest tokens of the tail and moves the others up. The codes are the
+// CPU's, bit for bit. There must be room for the block.
+void append_token(const AppendArgs& args, Stream stream);
 
 }  // namespace veloxquant::cuda

@@ -27,6 +27,11 @@ void unpack_blocks(const SideFormat&, const uint8_t*, int64_t, int, int64_t, uin
 void encode_blocks(const PackedSide&, uint8_t*, int, const ExactSide&, DType, int, int, Stream) {
   absent("encode_blocks");
 }
+void decode_blocks(const PackedSide&, int, int, int, void*, int64_t, int64_t, Stream) {
+  absent("decode_blocks");
+}
+void advance_lengths(int32_t*, int, int, int, Stream) { absent("advance_lengths"); }
+void append_token(const AppendArgs&, Stream) { absent("append_token"); }
 
 }  // namespace veloxquant::cuda
 #endif

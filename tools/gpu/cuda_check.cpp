@@ -227,6 +227,21 @@ int main(int argc, char** argv) {
       if (failures > before || quick)
         std::printf("%-70s error %.2e\n", describe(shape).c_str(), error);
     }
+    for (int mode = 0; mode < (quick ? 1 : 6); ++mode) {
+      ProblemShape shape;
+      shape.head_dim = mode == 3 ? 80 : mode == 4 ? 256 : 128;
+      shape.key_sub_dim = mode % 2 == 0 ? 4 : 2;
+      shape.value_sub_dim = mode == 1 ? 4 : shape.key_sub_dim;
+      shape.tables = mode % 3;
+      shape.transform = static_cast<TransformKind>(mode % 3);
+      shape.bf16 = mode >= 3;
+      shape.n_packed = {512, 512};
+      shape.n_exact = {1, 1};
+      const std::string problem =
+          append_problem(shape, quick ? 140 : 450, mode == 5 ? 0 : 4, mode == 2 ? 100 : 64);
+      expect(problem.empty(), "append", "mode " + std::to_string(mode) + ": " + problem);
+      ++n;
+    }
     if (!quick) {
       ProblemShape shape;
       shape.n_packed = {3000, 100, 2000};

@@ -143,7 +143,6 @@ Problem::Problem(const ProblemShape& s) : shape(s) {
   out = std::make_unique<DeviceBuffer>(q.size() * 4);
   lse = std::make_unique<DeviceBuffer>(static_cast<size_t>(batch()) * s.n_q_heads * 4);
   workspace = std::make_unique<DeviceBuffer>(cuda::decode_workspace_bytes(args()));
-  workspace->fill(0);
 }
 
 cuda::DecodeArgs Problem::args() const {

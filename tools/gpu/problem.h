@@ -58,3 +58,7 @@ class Problem {
  private:
   void make_side(SideData& data, veloxquant::Side side, int sub_dim, std::mt19937& rng);
 };
+
+// append_check.cpp: n_tokens appended one by one on the device and on the CPU. Empty, or what
+// differs.
+std::string append_problem(const ProblemShape& shape, int n_tokens, int sinks, int window);

@@ -1,0 +1,158 @@
+// A decode step's append on the device: one token for every sequence, and the block that it seals.
+//
+// Exact storage of a KV head is [sinks + window + 64][D], slots in the order of positions: sinks,
+// then the tail. When the last slot is taken the 64 oldest tokens of the tail become a packed block
+// and the others move up. All of it is decided by lengths on the device, so that a captured graph
+// goes on by itself.
+#include "src/backends/cuda/check.h"
+#include "src/codecs/vecinfer/cuda_encode.cuh"
+
+namespace veloxquant::cuda {
+namespace {
+
+struct AppendSide {
+  SideFormat format;
+  const uint8_t* blob;
+  uint8_t* codes;
+  int64_t batch_stride, head_stride;
+  uint16_t* exact;
+  int64_t exact_batch, exact_head, exact_token;
+  const void* x;
+  int64_t x_batch, x_head;
+};
+
+struct AppendParams {
+  AppendSide sides[2];
+  const int32_t* lengths;
+  int batch, sinks, capacity, x_type, exact_bf16;
+};
+
+// As the cache's append on the CPU: NaN is 0, what 16 bits cannot hold is the largest they can.
+__device__ uint16_t narrow_clean(float x, int bf16) {
+  const uint16_t bits = bf16 ? f32_to_bf16(x) : f32_to_f16(x);
+  const uint16_t infinity = bf16 ? 0x7f80 : 0x7c00;
+  return (bits & 0x7fff) >= infinity ? static_cast<uint16_t>((bits & 0x8000) | (infinity - 1))
+                                     : bits;
+}
+
+__global__ void advance_kernel(int32_t* lengths, int batch, int capacity) {
+  const int b = blockIdx.x * blockDim.x + threadIdx.x;
+  if (b >= batch) return;
+  int packed = lengths[2 * batch + b], exact = lengths[3 * batch + b];
+  lengths[b] = packed;
+  lengths[batch + b] = exact;
+  if (++exact == capacity) {
+    exact -= kBlockTokens;
+    packed += kBlockTokens;
+  }
+  lengths[2 * batch + b] = packed;
+  lengths[3 * batch + b] = exact;
+}
+
+// One CTA a sequence, KV head and side.
+__global__ void __launch_bounds__(kEncodeThreads)
+    append_kernel(const __grid_constant__ AppendParams p) {
+  extern __shared__ __align__(16) float shared[];
+  const AppendSide& side = p.sides[blockIdx.y];
+  const SideFormat& f = side.format;
+  const int D = f.head_dim, t = threadIdx.x;
+  const int head = blockIdx.x % f.n_kv_heads, sequence = blockIdx.x / f.n_kv_heads;
+  const int n_packed = p.lengths[sequence], n_exact = p.lengths[p.batch + sequence];
+  uint16_t* rows = side.exact + sequence * side.exact_batch + head * side.exact_head;
+  for (int d = t; d < D; d += kEncodeThreads) {
+    const float x = load_clean(side.x, sequence * side.x_batch + head * side.x_head + d, p.x_type);
+    rows[n_exact * side.exact_token + d] = narrow_clean(x, p.exact_bf16);
+  }
+  if (n_exact + 1 < p.capacity) return;
+
+  __syncthreads();
+  const int type = p.exact_bf16 ? 2 : 1;
+  const uint16_t* oldest = rows + p.sinks * side.exact_token;
+  const auto load = [&](int token, int d) {
+    return load_clean(oldest, token * side.exact_token + d, type);
+  };
+  encode_block(f, side.blob, head, sequence, kBlockTokens, load, shared,
+               side.codes + sequence * side.batch_stride + head * side.head_stride +
+                   static_cast<int64_t>(n_packed / kBlockTokens) * block_stride(f));
+  // 64 tokens at a time, so that no token is overwritten before it has moved.
+  for (int to = p.sinks; to < p.capacity - kBlockTokens; to += kBlockTokens) {
+    const int count = min(kBlockTokens, p.capacity - kBlockTokens - to);
+    __syncthreads();
+    for (int e = t; e < count * D; e += kEncodeThreads) {
+      const int64_t token = to + e / D, d = e % D;
+      rows[token * side.exact_token + d] = rows[(token + kBlockTokens) * side.exact_token + d];
+    }
+  }
+}
+
+}  // namespace
+
+void advance_lengths(int32_t* lengths, int batch, int sinks, int window, Stream stream) {
+  backends::current_device();
+  require(batch >= 1 && sinks >= 0 && window >= 0, "[advance_lengths] batch, sinks, window: got ",
+          batch, ", ", sinks, ", ", window, ", wanted at least 1, 0 and 0");
+  advance_kernel<<<(batch + 127) / 128, 128, 0, static_cast<cudaStream_t>(stream)>>>(
+      lengths, batch, sinks + window + kBlockTokens);
+  backends::check(cudaGetLastError(), "advance_lengths");
+}
+
+void append_token(const AppendArgs& args, Stream stream) {
+  const backends::Device& device = backends::current_device();
+  const SideFormat &k = args.keys.format, &v = args.values.format;
+  require(args.batch >= 1 && args.lengths != nullptr && args.sinks >= 0 && args.window >= 0,
+          "[append_token] batch, lengths, sinks, window: got ", args.batch, ", ",
+          args.lengths == nullptr ? "null" : "a pointer", ", ", args.sinks, ", ", args.window,
+          ", wanted at least 1, a device pointer, 0 and 0");
+  require(k.side == Side::keys && v.side == Side::values && k.n_kv_heads == v.n_kv_heads &&
+              k.head_dim == v.head_dim,
+          "[append_token] keys, values: got ", k.n_kv_heads, " heads of ", k.head_dim, " and ",
+          v.n_kv_heads, " of ", v.head_dim, ", wanted a format of keys and one of values alike");
+  const auto is_float = [](DType t) {
+    return t == DType::float32 || t == DType::float16 || t == DType::bfloat16;
+  };
+  require(is_float(args.dtype) && is_float(args.exact_dtype) && args.exact_dtype != DType::float32,
+          "[append_token] dtype, exact_dtype: got ", dtype_name(args.dtype), ", ",
+          dtype_name(args.exact_dtype), ", wanted a float and float16 or bfloat16");
+  AppendParams p;
+  int shared = 0;
+  const auto side = [&](const PackedSide& packed, uint8_t* codes, const ExactSide& exact,
+                        const ExactSide& x) {
+    require(packed.format.n_sequences == 1 || packed.format.n_sequences == args.batch,
+            "[append_token] batch: got ", args.batch, ", wanted ", packed.format.n_sequences,
+            ", for which there are tables");
+    AppendSide s;
+    s.format = packed.format;
+    s.blob = static_cast<const uint8_t*>(packed.tables);
+    s.codes = codes;
+    s.batch_stride = packed.batch_stride;
+    s.head_stride = packed.head_stride;
+    s.exact = static_cast<uint16_t*>(const_cast<void*>(exact.data));
+    s.exact_batch = exact.batch_stride;
+    s.exact_head = exact.head_stride;
+    s.exact_token = exact.token_stride;
+    s.x = x.data;
+    s.x_batch = x.batch_stride;
+    s.x_head = x.head_stride;
+    const int bytes = encode_shared_bytes(packed.format);
+    if (bytes > shared) shared = bytes;
+    return s;
+  };
+  p.sides[0] = side(args.keys, args.key_codes, args.exact_keys, args.new_keys);
+  p.sides[1] = side(args.values, args.value_codes, args.exact_values, args.new_values);
+  p.lengths = args.lengths;
+  p.batch = args.batch;
+  p.sinks = args.sinks;
+  p.capacity = args.sinks + args.window + kBlockTokens;
+  p.x_type = args.dtype == DType::float32 ? 0 : args.dtype == DType::float16 ? 1 : 2;
+  p.exact_bf16 = args.exact_dtype == DType::bfloat16;
+  require(shared <= device.shared_per_block, "[append_token] shared memory: got ",
+          device.shared_per_block, " bytes a block, wanted ", shared);
+  backends::check(
+      cudaFuncSetAttribute(append_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+      "append_token");
+  append_kernel<<<dim3(args.batch * k.n_kv_heads, 2), kEncodeThreads, shared,
+                  static_cast<cudaStream_t>(stream)>>>(p);
+  backends::check(cudaGetLastError(), "append_token");
+}
+
+}  // namespace veloxquant::cuda
