@@ -1,4 +1,6 @@
-// Decode attention on the device: checks the arguments, lays out the scratch, launches two kernels.
+// Decode attention on the device: checks the arguments, lays out the scratch, launches three
+// kernels.
+#include "src/attention/cuda_combine.cuh"
 #include "src/attention/cuda_launch.cuh"
 #include "src/attention/cuda_query.cuh"
 #include "veloxquant/cuda.h"
@@ -151,7 +153,7 @@ Plan make_plan(const DecodeArgs& args) {
     return at;
   };
   const int64_t partial_bytes = 4 * impl::partial_floats(choice.heads, k.head_dim);
-  p.ticket_at = place(4 * int64_t{p.n_pairs});
+  p.plan_at = place(4 * (int64_t{args.batch} + 1));
   p.query_at = place(int64_t{p.n_pairs} * 16 * p.query_row_bytes);
   p.query_scale_at = place(int64_t{p.n_pairs} * 32);
   p.exact_query_at = place(int64_t{p.n_pairs} * (32 * padded_dim(k) + 32));
@@ -201,6 +203,14 @@ void decode_attention(const DecodeArgs& args, Stream stream) {
                                      static_cast<int>(k.sub_dim), padded_dim(k)),
                   "decode_attention");
   plan.launcher(plan.params, device, at);
+  const auto combine =
+      plan.params.heads_per_group <= 4 ? impl::combine_kernel<4> : impl::combine_kernel<8>;
+  config.gridDim = dim3(plan.params.n_pairs * plan.params.heads_per_group);
+  config.blockDim = dim3(impl::kCombineThreads);
+  const SideFormat& v = args.values.format;
+  backends::check(cudaLaunchKernelEx(&config, combine, plan.params, 8 * v.n_chunks,
+                                     static_cast<int>(v.sub_dim)),
+                  "decode_attention");
 }
 
 }  // namespace veloxquant::cuda

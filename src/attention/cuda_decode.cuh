@@ -25,11 +25,7 @@ struct Shape {
   // The next step's codes set out before this one's are used, where registers allow.
   static constexpr bool kEarly = KC <= 4 && VC <= 4;
 
-  static int merge_bytes(int head_dim, int n_ctas) {
-    const int merge = WARPS * HEADS * head_dim;
-    const int parts = (4 * n_ctas + (1 + kInverseParts) * head_dim + 2) * HEADS;
-    return 4 * (merge > parts ? merge : parts);
-  }
+  static int merge_bytes(int head_dim) { return 4 * WARPS * HEADS * head_dim; }
   static constexpr int kFixedBytes = 4 * (2 * WARPS * HEADS + 2 * kPrefixInts);
 };
 
@@ -312,14 +308,19 @@ __global__ void __launch_bounds__(32 * S::WARPS, 1)
   space.maximum = reinterpret_cast<float*>(cut.items + kPrefixInts);
   space.sum = space.maximum + WARPS * HEADS;
   space.warps = p.merge_over_tables ? reinterpret_cast<float*>(shared) : space.sum + WARPS * HEADS;
-  __shared__ int is_last;
 
+#if __CUDA_ARCH__ >= 900
+  // The combination may set out; it waits for the end of this kernel itself.
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
   cut.make(p);
   const int n_items = cut.per_head * p.n_kv_heads * p.n_groups;
   int loaded_head = -1, loaded_sequence = -1;
   bool is_first = true;
+  // Items side by side: a CTA's are most often of one head, whose tables it loads once.
+  const int last_item = divide_into(n_items, blockIdx.x + 1, gridDim.x);
 #pragma unroll 1
-  for (int item = blockIdx.x; item < n_items; item += gridDim.x) {
+  for (int item = divide_into(n_items, blockIdx.x, gridDim.x); item < last_item; ++item) {
     const int head_group = item / cut.per_head, at = item - head_group * cut.per_head;
     int b = 0;
 #pragma unroll 1
@@ -374,32 +375,20 @@ __global__ void __launch_bounds__(32 * S::WARPS, 1)
           shared);
       __syncthreads();
     }
-    if (is_first) wait_for_queries();
+    if (is_first) {
+      wait_for_queries();
+      // Only now is the last call's combination done with the plan.
+      if (item == 0) {
+        int* plan = reinterpret_cast<int*>(p.workspace + p.plan_at);
+        for (int i = threadIdx.x; i <= p.batch; i += 32 * WARPS) plan[i] = cut.items[i];
+      }
+    }
     is_first = false;
     attend_steps<S>(p, pair, walk, n_tokens, shared, space);
     float* const partials =
         reinterpret_cast<float*>(p.workspace + p.partial_at) + (item - part_index) * size;
     constexpr float kUnit = S::kValue != kInt8 ? 1.0f : 1.5279e-5f;  // 2^-15.998
     merge_warps(space, p.head_dim, kUnit, partials + part_index * size);
-
-    // The last of the pair's items to come here combines.
-    if (threadIdx.x == 0) {
-      unsigned* ticket = reinterpret_cast<unsigned*>(p.workspace + p.ticket_at) + pair.index;
-      unsigned before;
-      asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
-                   : "=r"(before)
-                   : "l"(ticket)
-                   : "memory");
-      is_last = before + 1 == static_cast<unsigned>(n_parts);
-      if (is_last) *ticket = 0;
-    }
-    __syncthreads();
-    if (is_last) {
-      const auto part = [=](int i) -> const float* { return partials + i * size; };
-      combine<HEADS, 32 * WARPS>(p, pair, n_parts, part, n_exact > 0 ? exact_partial : nullptr,
-                                 8 * S::VC, S::kValue == kHalf2 ? 2 : 4, space.warps);
-    }
-    __syncthreads();
   }
 }
 

@@ -23,7 +23,7 @@ inline cudaLaunchAttribute overlap_attribute() {
 // One CTA fills a multiprocessor: its tables are shared by as many warps as registers allow.
 template <class S>
 void launch(DecodeParams params, const backends::Device& device, cudaStream_t stream) {
-  const int merge = S::merge_bytes(params.head_dim, params.n_ctas);
+  const int merge = S::merge_bytes(params.head_dim);
   int shared = S::kTableBytes + S::kFixedBytes + merge;
   params.merge_over_tables = 0;
   if (shared > device.shared_per_block) {

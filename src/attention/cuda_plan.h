@@ -4,8 +4,8 @@
 // block and `exact_units` for its exact tokens. A pair is cut into equal items of at most T units;
 // a CTA takes an item at a time. T is chosen by cost: waves of CTAs x (T + what an item costs
 // beside its units). Lengths are known on the device alone, so every CTA works the plan out for
-// itself. The items of a pair write partial results; the last to finish combines them, in the order
-// of the items.
+// itself. The items of a pair write partial results; another kernel combines them, in the order of
+// the items.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ struct DecodeParams {
   int q_type, out_type, exact_bf16;  // 0 fp32, 1 fp16, 2 bf16
   int n_ctas, n_pairs;
   // Offsets in the workspace.
-  int64_t query_at, query_scale_at, exact_query_at, partial_at, exact_at, ticket_at;
+  int64_t query_at, query_scale_at, exact_query_at, partial_at, exact_at, plan_at;
   int query_row_bytes;
   int merge_over_tables;  // where shared memory has no room for both
 };
@@ -69,6 +69,11 @@ VQ_PLAN int max_items(int n_pairs, int n_ctas) {
 }
 
 VQ_PLAN int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+// The first of the items of CTA c of n.
+VQ_PLAN int divide_into(int items, int c, int n) {
+  return static_cast<int>(static_cast<int64_t>(items) * c / n);
+}
 
 // Floats of one partial result: [heads][D] outputs, then maximum and sum of each head.
 VQ_PLAN int64_t partial_floats(int heads, int head_dim) {
