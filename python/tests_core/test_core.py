@@ -1,0 +1,118 @@
+"""The bindings on NumPy arrays: encode, decode, attention on codes, calibration, errors."""
+
+import numpy
+import pytest
+
+from veloxquant import Error, SideTables, _core
+
+H, D, N = 2, 64, 256
+
+
+def side(rng, name, sub_dim=4, transform="hadamard", per_head=True, int8=True, head_dim=D):
+    x = rng.standard_normal((H, 2048, head_dim)).astype(numpy.float32)
+    x[:, :, 3] *= 6
+    m = head_dim // sub_dim
+    scale = numpy.ones((H, head_dim), numpy.float32)
+    encode = query = None
+    if transform == "hadamard":
+        _core.smooth_factors(x, scale)
+    else:
+        scale = None
+        encode, query = (numpy.empty((H, head_dim, head_dim), numpy.float32) for _ in range(2))
+        moments = numpy.abs(rng.standard_normal((H, head_dim))).astype(numpy.float32) + 0.1
+        _core.learned_rotation(x, moments if name == "keys" else None, m, encode, query)
+    tables = numpy.empty((H, 1 if per_head else m, 256, sub_dim), numpy.float16)
+    errors = _core.train_tables(x, transform, scale, encode, query, m, 0, tables, int8)
+    assert len(errors) == H and all(0 < e < 0.5 for e in errors)
+    return SideTables(name, H, head_dim, tables, transform, scale, encode, query)
+
+
+def stored(rng, tables, n):
+    x = rng.standard_normal((1, H, n, tables.head_dim)).astype(numpy.float16)
+    codes = numpy.zeros((1, H, n // 64 + 1, tables.block_bytes), numpy.uint8)
+    _core.cpu_encode(tables, x, codes, 0)
+    back = numpy.empty((H, n, tables.head_dim), numpy.float32)
+    _core.cpu_decode_row(tables, codes[0], 0, back)
+    return x[0], codes, back
+
+
+@pytest.mark.parametrize("transform", ["hadamard", "dense"])
+@pytest.mark.parametrize("sub_dim", [2, 4])
+def test_decoded_tokens_are_near_and_matrices_invert_each_other(rng, transform, sub_dim):
+    tables = side(rng, "keys", sub_dim, transform)
+    assert tables.bits == 8 / sub_dim and tables.cuda_problem == ""
+    assert tables.cuda_block_bytes == 64 * D // sub_dim
+    x, codes, back = stored(rng, tables, N)
+    error = numpy.square(back - x).sum() / numpy.square(x.astype(numpy.float32)).sum()
+    assert error < (0.08 if sub_dim == 2 else 0.45)
+    assert codes[:, :, N // 64 :].max() == 0  # nothing beyond what was asked for
+    product = tables.query_matrix() @ tables.inverse_matrix().transpose(0, 2, 1)
+    # q' . y = q . x for all q and x: F G^T with G the inverse map is the identity where G = F^T.
+    scores = numpy.einsum("hij,hkj->hik", x[:, :4].astype(numpy.float32) @ tables.query_matrix(), back[:, :8])
+    assert product.shape == (H, D, D) and numpy.isfinite(scores).all()
+    assert numpy.allclose(tables.query_matrix(), tables.inverse_matrix().transpose(0, 2, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("n_packed,n_exact,chunk", [(0, 9, 0), (128, 70, 0), (192, 68, 5), (0, 0, 33), (256, 4, 1)])
+def test_attention_is_the_softmax_over_decoded_and_exact_tokens(rng, n_packed, n_exact, chunk):
+    keys, values = side(rng, "keys"), side(rng, "values", 2, "dense")
+    _, key_codes, k = stored(rng, keys, N)
+    _, value_codes, v = stored(rng, values, N)
+    exact = [rng.standard_normal((H, 132, D)).astype(numpy.float16) for _ in range(2)]
+    n = max(chunk, 1)
+    new = [rng.standard_normal((H, n, D)).astype(numpy.float16) if chunk else None for _ in range(2)]
+    q = rng.standard_normal((3 * H, n, D)).astype(numpy.float32)
+    out, lse = numpy.empty_like(q), numpy.empty((3 * H, n), numpy.float32)
+    _core.cpu_attend_row(
+        keys, values, q, key_codes[0], value_codes[0], n_packed, *exact, n_exact, 4, *new, 0.125, out, lse
+    )
+    all_k = [k[:, :n_packed], exact[0][:, :n_exact]] + ([new[0]] if chunk else [])
+    all_v = [v[:, :n_packed], exact[1][:, :n_exact]] + ([new[1]] if chunk else [])
+    all_k, all_v = (numpy.concatenate(x, axis=1).astype(numpy.float64).repeat(3, axis=0) for x in (all_k, all_v))
+    scores = 0.125 * q.astype(numpy.float64) @ all_k.transpose(0, 2, 1)
+    if chunk:
+        past = n_packed + n_exact
+        scores[:, numpy.arange(n)[:, None] + past < numpy.arange(past + n)[None]] = -numpy.inf
+    top = scores.max(-1, keepdims=True)
+    weights = numpy.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    want = weights / total @ all_v
+    assert numpy.linalg.norm(out - want) <= 2e-3 * numpy.linalg.norm(want)
+    assert numpy.abs(lse - (top + numpy.log(total))[..., 0]).max() < 2e-3
+
+
+def test_what_cuda_cannot_take_is_said(rng):
+    wide = side(rng, "keys", int8=False)
+    assert "int8" in wide.cuda_problem
+    with pytest.raises(Error, match="int8"):
+        wide.cuda_blob()
+
+
+def test_bad_arguments_are_one_sentence(rng):
+    tables = numpy.zeros((H, 1, 256, 4), numpy.float16)
+    for arguments, word in (
+        (("side", H, D, tables), "side"),
+        (("keys", H, D, tables.astype(numpy.float32)), "float16"),
+        (("keys", H, 66, tables), "head_dim"),
+        (("keys", H + 1, D, tables), "tables"),
+        (("keys", H, D, tables, "learned"), "transform"),
+    ):
+        with pytest.raises(Error, match=word):
+            SideTables(*arguments)
+    good = side(rng, "keys")
+    x, codes, _ = stored(rng, good, N)
+    with pytest.raises(Error, match="first_block"):
+        _core.cpu_encode(good, x[None], codes, 2)
+    with pytest.raises(Error, match="whole blocks"):
+        _core.cpu_encode(good, x[None, :, :63], codes, 0)
+    with pytest.raises(Error, match="n_packed"):
+        q = numpy.zeros((H, 1, D), numpy.float32)
+        exact = numpy.zeros((H, 132, D), numpy.float16)
+        _core.cpu_attend_row(good, good, q, codes[0], codes[0], 999, exact, exact, 0, 4, None, None, 1.0, q)
+
+
+def test_without_cuda_its_functions_say_so():
+    if _core.cuda_built():
+        pytest.skip("built with CUDA")
+    with pytest.raises(Error, match="CUDA"):
+        _core.cuda_device_name()
