@@ -8,7 +8,11 @@ cd "$(dirname "$0")/../.."
 rm -rf "$folder"
 mkdir -p "$folder/src" "$folder/core"
 cp -r include tools "$folder"
-cp -r src/attention src/codecs src/backends src/math "$folder/src"
+cp -r src/attention src/cache src/codecs src/backends src/math "$folder/src"
+mkdir "$folder/python"
+cp -r python/core_bindings python/veloxquant python/tests_core "$folder/python"
+find "$folder/python" \( -name '*.so' -o -name __pycache__ \) -exec rm -r {} +
+grep -oE 'VERSION [0-9.]+ LANGUAGES' CMakeLists.txt | cut -d' ' -f2 > "$folder/version"
 # The host's part of the core; the CUDA sources are compiled there.
 (cd "$build/CMakeFiles/veloxquant.dir" && find . -name '*.cpp.o' ! -name 'cuda_*') | while read -r object; do
   cp "$build/CMakeFiles/veloxquant.dir/$object" "$folder/core/$(echo "${object#./}" | tr / _)"

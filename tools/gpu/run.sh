@@ -1,43 +1,84 @@
 #!/usr/bin/env bash
-# On a GPU machine, in the folder that pack.sh made: builds, verifies, times, runs the sanitizers, prints the tables.
-#   tools/gpu/run.sh [OUT]     a minute on 16 cores and an H200; logs in OUT
+# On a GPU machine, in the folder that pack.sh made: builds, then verifies, times, runs the sanitizers, prints the tables.
+#   tools/gpu/run.sh [OUT] [PART...]     parts: check bench sanitize torch torch_bench; all but the last where none is named
+# Two minutes on 16 cores and an H200; logs in OUT.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-/tmp/veloxquant_gpu}
+shift
+parts=" ${*:-check bench sanitize torch} "
 build=/tmp/veloxquant_gpu_build
 mkdir -p "$out" "$build"
-export LD_LIBRARY_PATH=$PWD:${LD_LIBRARY_PATH:-}
+export LD_LIBRARY_PATH=$PWD:${LD_LIBRARY_PATH:-} PYTHONPATH=$PWD/python PYTHONDONTWRITEBYTECODE=1
+wanted() { [[ $parts == *" $1 "* ]]; }
 arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
 [ "$arch" = 90 ] && arch=90a
-flags="-std=c++20 -O3 -I. -Iinclude -gencode arch=compute_$arch,code=sm_$arch -DVELOXQUANT_HAVE_CUDA"
+flags="-std=c++20 -O3 -I. -Iinclude -gencode arch=compute_$arch,code=sm_$arch -DVELOXQUANT_HAVE_CUDA -Xcompiler -fPIC"
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
-python3 tools/gpu/sdpa.py > "$out/sdpa.txt" 2>&1 &
-for source in tools/gpu/{cuda_bench,cuda_check,problem}.cpp src/codecs/vecinfer/cuda_tables.cpp \
-  src/backends/cuda/cuda_device.cu src/attention/cuda.cu; do
+wanted bench && { python3 tools/gpu/sdpa.py > "$out/sdpa.txt" 2>&1 & }
+sources="src/codecs/vecinfer/cuda_tables.cpp src/backends/cuda/cuda_device.cu src/attention/cuda.cu"
+if wanted check || wanted bench || wanted sanitize; then
+  sources+=" tools/gpu/cuda_bench.cpp tools/gpu/cuda_check.cpp tools/gpu/append_check.cpp tools/gpu/problem.cpp"
+fi
+for source in $sources; do
   nvcc $flags -c -o "$build/$(basename "$source").o" "$source" &
 done
-nvcc $flags --fmad=false -c -o "$build/encode.o" src/codecs/vecinfer/cuda.cu &
+for source in src/codecs/vecinfer/cuda.cu src/cache/cuda_append.cu; do
+  nvcc $flags --fmad=false -c -o "$build/exact_$(basename "$source").o" "$source" &
+done
 for dim in 64 96 128 256; do
   nvcc $flags --split-compile=4 -c -o "$build/$dim.o" "src/attention/cuda_$dim.cu" &
 done
+if wanted torch || wanted torch_bench; then
+  # The extension for PyTorch; elsewhere `pip install python/core` builds it.
+  python=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')
+  nanobind=$(python3 -c 'import nanobind, os; print(os.path.dirname(nanobind.__file__))')
+  bind="-std=c++20 -O2 -fPIC -fvisibility=hidden -fno-strict-aliasing -I. -Iinclude -I$python -I$nanobind/include"
+  bind+=" -I$nanobind/ext/robin_map/include -I$nanobind/src -DVELOXQUANT_VERSION=\"$(cat version)\""
+  for source in python/core_bindings/*.cpp "$nanobind/src/nb_combined.cpp"; do
+    g++ $bind -c -o "$build/bind_$(basename "$source").o" "$source" &
+  done
+fi
 wait
-shared="$build/problem.cpp.o $build/cuda_tables.cpp.o $build/cuda_device.cu.o $build/cuda.cu.o $build/encode.o
-  $build/64.o $build/96.o $build/128.o $build/256.o core.a -L. -l:libhwy.so.1 -l:libtbb.so.12 -l:libz.so.1"
-for program in cuda_bench cuda_check; do
-  nvcc -o "$build/$program" "$build/$program.cpp.o" $shared || exit 1
-done
+shared="$build/cuda_tables.cpp.o $build/cuda_device.cu.o $build/cuda.cu.o $build/exact_cuda.cu.o
+  $build/exact_cuda_append.cu.o $build/64.o $build/96.o $build/128.o $build/256.o core.a
+  -L. -l:libhwy.so.1 -l:libtbb.so.12 -l:libz.so.1"
+status=0
+if wanted check || wanted bench || wanted sanitize; then
+  nvcc -o "$build/cuda_bench" "$build"/{cuda_bench,problem}.cpp.o $shared || exit 1
+  nvcc -o "$build/cuda_check" "$build"/{cuda_check,append_check,problem}.cpp.o $shared || exit 1
+fi
+if wanted torch || wanted torch_bench; then
+  nvcc -shared -o python/veloxquant/_core.so "$build"/bind_*.o $shared || exit 1
+fi
 echo "built after $SECONDS s"
-cat "$out/sdpa.txt"
-"$build/cuda_check" > "$out/check.log" 2>&1
-status=$?
-tail -1 "$out/check.log"
-"$build/cuda_bench" || status=1
-# A sanitizer that did not run must not pass: its summary and the program's last line are both wanted.
-for tool in memcheck racecheck initcheck synccheck; do
-  compute-sanitizer --tool $tool --error-exitcode 3 "$build/cuda_check" quick > "$out/$tool.log" 2>&1 &&
-    grep -qE "(ERROR SUMMARY: 0 errors|0 hazards)" "$out/$tool.log" && grep -q " 0 failures" "$out/$tool.log" &&
-    echo "$tool: clean" || { echo "$tool: FAILED, see $out/$tool.log"; status=1; }
-done
+if wanted check; then
+  "$build/cuda_check" > "$out/check.log" 2>&1 || status=1
+  grep FAILED "$out/check.log" | head -20
+  tail -1 "$out/check.log"
+fi
+if wanted bench; then
+  cat "$out/sdpa.txt"
+  "$build/cuda_bench" || status=1
+fi
+if wanted sanitize; then
+  # A sanitizer that did not run must not pass: its summary and the program's last line are both wanted.
+  for tool in memcheck racecheck initcheck synccheck; do
+    compute-sanitizer --tool $tool --error-exitcode 3 "$build/cuda_check" quick > "$out/$tool.log" 2>&1 &&
+      grep -qE "(ERROR SUMMARY: 0 errors|0 hazards)" "$out/$tool.log" && grep -q " 0 failures" "$out/$tool.log" &&
+      echo "$tool: clean" || { echo "$tool: FAILED, see $out/$tool.log"; status=1; }
+  done
+fi
+if wanted torch; then
+  # Nothing of this may be skipped for want of a GPU or of PyTorch.
+  python3 -m pytest -q -rs -p no:cacheprovider python/tests_core > "$out/torch.log" 2>&1 || status=1
+  grep -E "^(FAILED|ERROR|SKIPPED)|^E  " "$out/torch.log" | cut -c1-200 | head -20
+  tail -1 "$out/torch.log"
+  grep -qE "^SKIPPED.*(no GPU|could not import)" "$out/torch.log" && { echo "torch: tests were skipped"; status=1; }
+fi
+if wanted torch_bench; then
+  python3 tools/gpu/torch_bench.py 2>&1 | tee "$out/torch_bench.txt" || status=1
+fi
 nvidia-smi --query-gpu=clocks.sm,clocks.mem,temperature.gpu --format=csv,noheader
 echo "done after $SECONDS s, status $status"
 exit $status
