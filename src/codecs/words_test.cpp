@@ -27,7 +27,7 @@ TEST(Words, GoldenWords) {
 TEST(Words, EveryLevelEqualsTheReferenceAndRoundTrips) {
   test::Random random(1);
   for (int bits = 1; bits <= 8; ++bits) {
-    for (int64_t n : {0, 1, 7, 8, 31, 32, 33, 64, 128, 129, 1000, 70001}) {
+    for (int64_t n : {0, 1, 7, 8, 31, 32, 33, 64, 87, 128, 129, 320, 1000, 70001}) {
       const int64_t rows = n > 1000 ? 2 : 5, row_words = words_per_row(n, bits);
       std::vector<int32_t> codes(rows * n);
       std::vector<uint8_t> bytes(rows * n);
