@@ -13,6 +13,7 @@
 #include "src/codecs/rotation.h"
 #include "src/codecs/turboquant/kernels.h"
 #include "src/math/random.h"
+#include "veloxquant/scalar_quant.h"
 #include "veloxquant/words.h"
 
 using namespace veloxquant;
@@ -70,6 +71,28 @@ int main(int argc, char** argv) {
       {"rotation-128", kRows, "cycles a vector",
        [&] { rotation.forward(Backend::cpu, tile.data(), kRows); }},
   };
+  // The published forms: codes of given centroids.
+  const std::vector<float> diag(kDim, -1.0f);
+  std::vector<std::vector<float>> tables;
+  for (int bits : {2, 4}) {
+    tables.emplace_back(1 << bits);
+    for (int c = 0; c < 1 << bits; ++c) tables.back()[c] = (2 * c + 1 - (1 << bits)) * 0.25f;
+  }
+  static const char* kNearestNames[] = {"nearest scalar 2", "nearest scalar 4"};
+  static const char* kRotatedNames[] = {"hadamard + nearest 2", "hadamard + nearest 4"};
+  for (int i = 0; i < 2; ++i) {
+    const std::vector<float>* table = &tables[i];
+    const int n_centroids = 4 << 2 * i;
+    rows.push_back({kNearestNames[i], kRows, "cycles a vector", [&, table, n_centroids] {
+                      nearest_scalar(Backend::cpu, DType::float32, x.data(), kRows * kDim,
+                                     table->data(), n_centroids, codes.data());
+                    }});
+    rows.push_back({kRotatedNames[i], kRows, "cycles a vector", [&, table, n_centroids] {
+                      nearest_scalar_of_hadamard(Backend::cpu, DType::float32, x.data(), kRows,
+                                                 kDim, diag.data(), table->data(), n_centroids,
+                                                 codes.data());
+                    }});
+  }
   const turboquant::Kernels& kernels = turboquant::cpu_kernels();
   for (int stages = 1; stages <= 2; ++stages) {
     for (int bits = 1; bits <= 4; ++bits) {

@@ -6,6 +6,7 @@
 #include "src/backends/cpu/convert.h"
 #include "src/codecs/rotation.h"
 #include "src/codecs/turboquant/kernels.h"
+#include "src/codecs/turboquant/nearest.h"
 #include "veloxquant/scalar_quant.h"
 #include "veloxquant/vecinfer.h"
 #include "veloxquant/words.h"
@@ -109,34 +110,62 @@ void scalar_dequantize(Backend backend, const ScalarQuantParams& params, const u
   });
 }
 
+namespace {
+
+// nearest_centroids, with codes of one byte.
+void nearest_directly(Backend backend, const float* values, int64_t n, const float* centroids,
+                      int n_centroids, uint8_t* codes) {
+  std::vector<uint16_t> nearest(n);
+  nearest_centroids(backend, values, n, n, centroids, n_centroids, 1, nearest.data(), nullptr);
+  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(nearest[i]);
+}
+
+// body(floats, begin, count) for pieces of [0, n) of x as floats: x itself where it is float32.
+template <class Body>
+void for_floats(DType dtype, const void* x, int64_t n, int64_t step, int64_t row,
+                const Body& body) {
+  parallel_ranges(n, step, [&](int64_t begin, int64_t end) {
+    const int64_t count = (end - begin) * row;
+    if (dtype == DType::float32) {
+      return body(static_cast<const float*>(x) + begin * row, begin, end - begin);
+    }
+    std::vector<float> values(count);
+    cpu::to_float(dtype, offset(x, dtype, begin * row), count, values.data());
+    body(values.data(), begin, end - begin);
+  });
+}
+
+}  // namespace
+
 void nearest_scalar(Backend backend, DType dtype, const void* x, int64_t n, const float* centroids,
                     int n_centroids, uint8_t* codes) {
-  parallel_ranges(n, kValues, [&](int64_t begin, int64_t end) {
-    const int64_t count = end - begin;
-    std::vector<float> values(count);
-    std::vector<uint16_t> nearest(count);
-    cpu::to_float(dtype, offset(x, dtype, begin), count, values.data());
-    nearest_centroids(backend, values.data(), count, count, centroids, n_centroids, 1,
-                      nearest.data(), nullptr);
-    for (int64_t i = 0; i < count; ++i) codes[begin + i] = static_cast<uint8_t>(nearest[i]);
+  turboquant::ScalarSteps steps;
+  const bool stepwise =
+      backend == Backend::cpu && turboquant::find_steps(centroids, n_centroids, steps);
+  for_floats(dtype, x, n, kValues, 1, [&](const float* values, int64_t begin, int64_t count) {
+    if (stepwise) return turboquant::nearest_by_steps(steps, values, count, codes + begin);
+    nearest_directly(backend, values, count, centroids, n_centroids, codes + begin);
   });
 }
 
 void nearest_scalar_of_hadamard(Backend backend, DType dtype, const void* x, int64_t n_rows,
                                 int dim, const float* diag, const float* centroids, int n_centroids,
                                 uint8_t* codes) {
-  parallel_ranges(n_rows, kRows, [&](int64_t begin, int64_t end) {
-    const int64_t count = (end - begin) * dim;
-    std::vector<float> rows(count);
-    std::vector<uint16_t> nearest(count);
-    cpu::to_float(dtype, offset(x, dtype, begin * dim), count, rows.data());
-    for (int64_t r = 0; r < end - begin; ++r) {
-      for (int d = 0; d < dim; ++d) rows[r * dim + d] = mul(rows[r * dim + d], diag[d]);
+  turboquant::ScalarSteps steps;
+  const bool stepwise =
+      backend == Backend::cpu && turboquant::find_steps(centroids, n_centroids, steps);
+  for_floats(dtype, x, n_rows, kRows, dim, [&](const float* rows, int64_t begin, int64_t count) {
+    if (stepwise) {
+      return turboquant::nearest_of_hadamard_by_steps(steps, rows, count, dim, diag,
+                                                      codes + begin * dim);
     }
-    hadamard_rows(backend, dim, rows.data(), end - begin);
-    nearest_centroids(backend, rows.data(), count, count, centroids, n_centroids, 1, nearest.data(),
-                      nullptr);
-    for (int64_t i = 0; i < count; ++i) codes[begin * dim + i] = static_cast<uint8_t>(nearest[i]);
+    std::vector<float> rotated(rows, rows + count * dim);
+    for (int64_t r = 0; r < count; ++r) {
+      for (int d = 0; d < dim; ++d) rotated[r * dim + d] = mul(rotated[r * dim + d], diag[d]);
+    }
+    hadamard_rows(backend, dim, rotated.data(), count);
+    nearest_directly(backend, rotated.data(), count * dim, centroids, n_centroids,
+                     codes + begin * dim);
   });
 }
 
