@@ -10,8 +10,8 @@
 namespace veloxquant {
 namespace {
 
-// Keys of one piece of work: some 100 KB of codes, so that a thread's start costs nothing.
-constexpr int64_t kPieceBytes = 1 << 17;
+// Keys of one piece of work: 64 KB of codes, so that a thread's start costs nothing.
+constexpr int64_t kPieceBytes = 1 << 16;
 // From here on scores are written past the caches (read and written through them they would cost
 // twice the traffic), if they start at the beginning of a cache line.
 constexpr int64_t kStreamedScores = int64_t{4} << 20;

@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "src/backends/cpu/unroll.h"
+
 HWY_BEFORE_NAMESPACE();
 namespace veloxquant::rabitq::HWY_NAMESPACE {
 #if HWY_TARGET == HWY_SCALAR  // the baseline of x86 builds: no vectors, the specification as it is
@@ -31,6 +33,7 @@ using VU64 = hn::Vec<U64>;
 
 constexpr int kBlock = 16;  // bytes of a 128-bit block
 constexpr int kVectors = 4;
+constexpr int kAhead = 2048;  // bytes that a scan asks for in advance
 
 HWY_INLINE int blocks_per_vector() { return static_cast<int>(hn::Lanes(U8())) / kBlock; }
 
@@ -64,19 +67,21 @@ struct Group {
 
 // count(block vector, chunk) gives byte counts of at most 255; they are summed per key.
 // n_chunks: blocks of 16 bytes a key takes; the last may reach beyond it (count masks it).
-template <bool kPairs, class Count>
+// kChunks: the same at compile time, 0 where only n_chunks says it.
+template <bool kPairs, int kChunks, class Count>
 HWY_INLINE Group sum_group(const uint8_t* HWY_RESTRICT p, int64_t n_bytes, int n_chunks,
-                           const Count& count) {
+                           const Count count) {
   const U64 d64;
   const U32 d32;
-  const int blocks = blocks_per_vector();
+  const int blocks = blocks_per_vector(), chunks = kChunks > 0 ? kChunks : n_chunks;
   VU64 sums[kVectors];
+  VELOXQUANT_UNROLL
   for (int i = 0; i < kVectors; ++i) {
     // Vector i, block b: key 4 b + i; with pairs the pair 2 b + i, or 2 (blocks + b) + i - 2.
     const uint8_t* start = kPairs ? p + kBlock * (i < 2 ? i : 2 * blocks + i - 2) : p + i * n_bytes;
     const int64_t step = kPairs ? 2 * kBlock : 4 * n_bytes;
     sums[i] = hn::SumsOf8(count(load_blocks(start, step), 0));
-    for (int c = 1; c < n_chunks; ++c) {
+    for (int c = 1; c < chunks; ++c) {
       sums[i] = hn::Add(sums[i], hn::SumsOf8(count(load_blocks(start + c * kBlock, step), c)));
     }
   }
@@ -91,32 +96,39 @@ HWY_INLINE Group sum_group(const uint8_t* HWY_RESTRICT p, int64_t n_bytes, int n
   return {sum, sum};
 }
 
-// Calls group(p, n_bytes, first key, keys) for every full group, then once or twice for the rest
-// with a padded copy of the codes, of which only `keys` results count.
-template <bool kPairs, class Each>
-HWY_INLINE void for_groups(const uint8_t* codes, int64_t n, int n_bytes, int n_chunks,
-                           const Each& each) {
-  const int64_t keys = group_keys<kPairs>();
-  const int64_t reach = static_cast<int64_t>(n_chunks) * kBlock - n_bytes;  // read beyond a key
-  int64_t i = 0;
-  if (kPairs) {
-    for (; i + keys <= n; i += keys) each(codes + i * n_bytes, i, keys);
-  } else {
-    for (; (i + keys) * n_bytes + reach <= n * n_bytes; i += keys) {
-      each(codes + i * n_bytes, i, keys);
-    }
-  }
-  if (i == n) return;
-  constexpr int kMostKeys = kVectors * (HWY_MAX_BYTES / kBlock) * 2;
-  HWY_ALIGN uint8_t padded[kMostKeys * kMaxCodeBytes + kBlock];
-  while (i < n) {
-    const int64_t rest = std::min(keys, n - i);
-    std::memset(padded, 0, static_cast<size_t>(keys * n_bytes + kBlock));
-    std::memcpy(padded, codes + i * n_bytes, static_cast<size_t>(rest * n_bytes));
-    each(padded, i, rest);
-    i += rest;
-  }
+// Keys of the groups that can be read in place: without pairs the last chunk of a key may reach
+// beyond it.
+template <bool kPairs>
+HWY_INLINE int64_t keys_in_place(int64_t n, int64_t n_bytes, int64_t n_chunks) {
+  const int64_t beyond = kPairs ? 0 : n_chunks * kBlock - n_bytes;
+  const int64_t readable = n - (beyond + n_bytes - 1) / n_bytes;
+  return readable <= 0 ? 0 : readable / group_keys<kPairs>() * group_keys<kPairs>();
 }
+
+// The rest of the keys in turn, one or two groups: a padded copy of the codes, zeros behind them.
+template <bool kPairs>
+class Rest {
+ public:
+  Rest(const uint8_t* codes, int64_t first, int64_t n, int64_t n_bytes)
+      : codes_(codes), at_(first), n_(n), n_bytes_(n_bytes) {}
+  // Copies the next group; its first key and how many keys it has, 0 at the end.
+  HWY_INLINE int64_t next(int64_t& first) {
+    const int64_t keys = group_keys<kPairs>(), count = std::min(keys, n_ - at_);
+    if (count <= 0) return 0;
+    std::memset(padded_, 0, static_cast<size_t>(keys * n_bytes_ + kBlock));
+    std::memcpy(padded_, codes_ + at_ * n_bytes_, static_cast<size_t>(count * n_bytes_));
+    first = at_;
+    at_ += count;
+    return count;
+  }
+  const uint8_t* codes() const { return padded_; }
+
+ private:
+  static constexpr int kMostKeys = kVectors * (HWY_MAX_BYTES / kBlock) * 2;
+  const uint8_t* codes_;
+  int64_t at_, n_, n_bytes_;
+  HWY_ALIGN uint8_t padded_[kMostKeys * kMaxCodeBytes + kBlock];
+};
 
 // 16 n_chunks bytes, zero beyond n.
 HWY_INLINE void copy_padded(const uint8_t* from, int n, int n_chunks, uint8_t* to) {
@@ -152,12 +164,12 @@ struct HammingChunks {
   }
 };
 
-template <bool kPairs, bool kStream, class Count>
-HWY_INLINE void hamming_run(const HammingScan& scan, int n_chunks, const Count& count) {
+template <bool kPairs, bool kStream, int kChunks, class Count>
+HWY_INLINE void hamming_run(const HammingScan& scan, int n_chunks, const Count count) {
   const F32 df;
   const hn::Repartition<int32_t, U8> di;
   const auto scale = hn::Set(df, scan.scale);
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(df));
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(df)), n_bytes = scan.n_bytes;
   const auto score = [&](VU32 distance, const float* offset) HWY_ATTR {
     const auto product = hn::Mul(hn::ConvertTo(df, hn::BitCast(di, distance)), scale);
     return hn::Add(product, hn::LoadU(df, offset));
@@ -165,23 +177,28 @@ HWY_INLINE void hamming_run(const HammingScan& scan, int n_chunks, const Count& 
   const auto store = [&](hn::Vec<F32> scores, float* out) HWY_ATTR {
     kStream ? hn::Stream(scores, df, out) : hn::StoreU(scores, df, out);
   };
-  for_groups<kPairs>(scan.codes, scan.n, scan.n_bytes, n_chunks,
-                     [&](const uint8_t* p, int64_t i, int64_t keys) HWY_ATTR {
-                       const Group sums = sum_group<kPairs>(p, scan.n_bytes, n_chunks, count);
-                       if (keys == group_keys<kPairs>()) {
-                         store(score(sums.first, scan.offset + i), scan.out + i);
-                         if (kPairs)
-                           store(score(sums.second, scan.offset + i + lanes), scan.out + i + lanes);
-                         return;
-                       }
-                       HWY_ALIGN float offset[2 * HWY_MAX_BYTES / sizeof(float)] = {};
-                       HWY_ALIGN float out[2 * HWY_MAX_BYTES / sizeof(float)];
-                       std::memcpy(offset, scan.offset + i,
-                                   sizeof(float) * static_cast<size_t>(keys));
-                       hn::StoreU(score(sums.first, offset), df, out);
-                       if (kPairs) hn::StoreU(score(sums.second, offset + lanes), df, out + lanes);
-                       std::memcpy(scan.out + i, out, sizeof(float) * static_cast<size_t>(keys));
-                     });
+  const int64_t in_place = keys_in_place<kPairs>(scan.n, n_bytes, n_chunks);
+  const uint8_t* HWY_RESTRICT codes = scan.codes;
+  const float* HWY_RESTRICT offset = scan.offset;
+  float* HWY_RESTRICT out = scan.out;
+  for (int64_t i = 0; i < in_place; i += group_keys<kPairs>()) {
+    const uint8_t* from = codes + i * n_bytes;
+    hwy::Prefetch(from + kAhead);
+    const Group sums = sum_group<kPairs, kChunks>(from, n_bytes, n_chunks, count);
+    store(score(sums.first, offset + i), out + i);
+    if (kPairs) store(score(sums.second, offset + i + lanes), out + i + lanes);
+  }
+  Rest<kPairs> rest(codes, in_place, scan.n, n_bytes);
+  int64_t i = 0;
+  while (const int64_t keys = rest.next(i)) {
+    const Group sums = sum_group<kPairs, 0>(rest.codes(), n_bytes, n_chunks, count);
+    HWY_ALIGN float some_offset[2 * HWY_MAX_BYTES / sizeof(float)] = {};
+    HWY_ALIGN float some_out[2 * HWY_MAX_BYTES / sizeof(float)];
+    std::memcpy(some_offset, offset + i, sizeof(float) * static_cast<size_t>(keys));
+    hn::StoreU(score(sums.first, some_offset), df, some_out);
+    if (kPairs) hn::StoreU(score(sums.second, some_offset + lanes), df, some_out + lanes);
+    std::memcpy(out + i, some_out, sizeof(float) * static_cast<size_t>(keys));
+  }
 }
 
 template <bool kStream>
@@ -192,19 +209,19 @@ HWY_INLINE void hamming_any(const HammingScan& scan) {
   if (scan.n_bytes == 8) {
     copy_twice(scan.query, query);
     copy_twice(scan.mask, mask);
-    return hamming_run<true, kStream>(
+    return hamming_run<true, kStream, 1>(
         scan, 1, HammingOneChunk{hn::LoadDup128(d, query), hn::LoadDup128(d, mask)});
   }
   copy_padded(scan.query, scan.n_bytes, n_chunks, query);
   copy_padded(scan.mask, scan.n_bytes, n_chunks, mask);
   if (scan.n_bytes == kBlock && scan.mask[kBlock - 1] == 0xff) {
-    return hamming_run<false, kStream>(scan, 1, HammingOneWholeChunk{hn::LoadDup128(d, query)});
+    return hamming_run<false, kStream, 1>(scan, 1, HammingOneWholeChunk{hn::LoadDup128(d, query)});
   }
   if (n_chunks == 1) {
-    return hamming_run<false, kStream>(
+    return hamming_run<false, kStream, 1>(
         scan, 1, HammingOneChunk{hn::LoadDup128(d, query), hn::LoadDup128(d, mask)});
   }
-  hamming_run<false, kStream>(scan, n_chunks, HammingChunks{query, mask});
+  hamming_run<false, kStream, 0>(scan, n_chunks, HammingChunks{query, mask});
 }
 
 void hamming(const HammingScan& scan) {
@@ -230,22 +247,27 @@ struct PlaneCounts {
 
 // out[i] += sum << shift, or = where shift is 0.
 template <class Count>
-HWY_INLINE void add_counts(const PopcountScan& scan, int n_chunks, const Count& count, int shift,
-                           uint32_t* out) {
+HWY_INLINE void add_counts(const PopcountScan& scan, int n_chunks, const Count count, int shift,
+                           uint32_t* HWY_RESTRICT out) {
   const U32 d32;
-  for_groups<false>(scan.codes, scan.n, scan.n_bytes, n_chunks,
-                    [&](const uint8_t* p, int64_t i, int64_t keys) HWY_ATTR {
-                      const VU32 sum = sum_group<false>(p, scan.n_bytes, n_chunks, count).first;
-                      if (keys == group_keys<false>() && shift == 0) {
-                        hn::StoreU(sum, d32, out + i);
-                        return;
-                      }
-                      HWY_ALIGN uint32_t sums[HWY_MAX_BYTES / sizeof(uint32_t)];
-                      hn::Store(sum, d32, sums);
-                      for (int64_t k = 0; k < keys; ++k) {
-                        out[i + k] = (shift == 0 ? 0 : out[i + k]) + (sums[k] << shift);
-                      }
-                    });
+  const auto total = [&](VU32 sum, const uint32_t* before) HWY_ATTR {
+    return shift == 0 ? sum : hn::Add(hn::LoadU(d32, before), hn::ShiftLeftSame(sum, shift));
+  };
+  const int64_t in_place = keys_in_place<false>(scan.n, scan.n_bytes, n_chunks);
+  const uint8_t* HWY_RESTRICT codes = scan.codes;
+  for (int64_t i = 0; i < in_place; i += group_keys<false>()) {
+    const Group sums = sum_group<false, 0>(codes + i * scan.n_bytes, scan.n_bytes, n_chunks, count);
+    hn::StoreU(total(sums.first, out + i), d32, out + i);
+  }
+  Rest<false> rest(codes, in_place, scan.n, scan.n_bytes);
+  int64_t i = 0;
+  while (const int64_t keys = rest.next(i)) {
+    const Group sums = sum_group<false, 0>(rest.codes(), scan.n_bytes, n_chunks, count);
+    HWY_ALIGN uint32_t some[HWY_MAX_BYTES / sizeof(uint32_t)] = {};
+    if (shift != 0) std::memcpy(some, out + i, sizeof(uint32_t) * static_cast<size_t>(keys));
+    hn::StoreU(total(sums.first, some), d32, some);
+    std::memcpy(out + i, some, sizeof(uint32_t) * static_cast<size_t>(keys));
+  }
 }
 
 void popcount(const PopcountScan& scan) {
