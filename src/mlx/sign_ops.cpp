@@ -19,13 +19,6 @@ namespace {
 bool is_float(const mx::array& a) { return mx::issubdtype(a.dtype(), mx::floating); }
 bool is_integer(const mx::array& a) { return mx::issubdtype(a.dtype(), mx::integer); }
 
-// dense(), without an operation of the graph where there is nothing to do: a scan of 30 us waits
-// longer for five of those than it runs.
-mx::array row_major(const mx::array& a, mx::Dtype dtype, mx::StreamOrDevice s) {
-  if (a.dtype() == dtype && a.is_available() && a.flags().row_contiguous) return a;
-  return dense(a, dtype, s);
-}
-
 // The shape without its last n axes.
 mx::Shape leading(const mx::array& a, int n) {
   return mx::Shape(a.shape().begin(), a.shape().end() - n);
@@ -84,9 +77,8 @@ mx::array rabitq_hamming_score_op(const mx::array& qbits, const mx::array& bits,
     fail(name, "leading axes: got qbits ", shape_text(qbits), ", bits ", shape_text(bits), ", Cx ",
          shape_text(cx), ", wanted axes that broadcast");
   }
-  const std::vector<mx::array> inputs{row_major(qbits, mx::uint8, s), row_major(bits, mx::uint8, s),
-                                      row_major(cx, mx::float32, s),
-                                      row_major(scale, mx::float32, s)};
+  const std::vector<mx::array> inputs{dense(qbits, mx::uint8, s), dense(bits, mx::uint8, s),
+                                      dense(cx, mx::float32, s), dense(scale, mx::float32, s)};
   return function_op(
       "rabitq_hamming_score", inputs, {{joined(lead, {n}), mx::float32}},
       [=, query_of = broadcast_index(lead, leading(qbits, 1)),
@@ -121,7 +113,7 @@ std::pair<mx::array, mx::array> rabitq_encode_op(const mx::array& x, uint64_t se
   const mx::Shape lead = leading(x, 1);
   const int64_t n = product(lead);
   auto out = function_op(
-      "rabitq_encode", {row_major(x, mx::float32, s)},
+      "rabitq_encode", {dense(x, mx::float32, s)},
       {{joined(lead, {dim / 8}), mx::uint8}, {lead, mx::float32}},
       [=](const auto& in, auto& results) {
         rabitq_encode(default_backend(), in[0].template data<float>(), n, dim, seed,
@@ -152,8 +144,7 @@ mx::array rabitq_popcount_score_op(const mx::array& q, const mx::array& codes,
   const int heads = codes.shape(-3), n = codes.shape(-2), group = q_heads / heads;
   return function_op(
       "rabitq_popcount_score",
-      {row_major(q, mx::float32, s), row_major(codes, mx::uint8, s),
-       row_major(factors, mx::float32, s)},
+      {dense(q, mx::float32, s), dense(codes, mx::uint8, s), dense(factors, mx::float32, s)},
       {{joined(leading(q, 1), {n}), mx::float32}},
       [=](const auto& in, auto& out) {
         const int64_t rows = static_cast<int64_t>(in[0].size()) / dim;
@@ -191,7 +182,7 @@ std::pair<mx::array, mx::array> qjl_encode_op(const mx::array& x, const mx::arra
   const mx::Shape lead = leading(x, 1);
   const int64_t n = product(lead);
   auto out = function_op(
-      "qjl_encode", {row_major(x, mx::float32, s), row_major(sketch, mx::float32, s)},
+      "qjl_encode", {dense(x, mx::float32, s), dense(sketch, mx::float32, s)},
       {{joined(lead, {m / 8}), mx::uint8}, {lead, mx::float16}},
       [=](const auto& in, auto& results) {
         qjl_encode(default_backend(), in[0].template data<float>(), n, dim,
@@ -220,8 +211,7 @@ mx::array qjl_inner_product_op(const mx::array& q_proj, const mx::array& signs,
   const int64_t batches = product(leading(q_proj, 2));
   return function_op(
       "qjl_inner_product",
-      {row_major(q_proj, mx::float32, s), row_major(signs, mx::uint8, s),
-       row_major(norms, mx::float32, s)},
+      {dense(q_proj, mx::float32, s), dense(signs, mx::uint8, s), dense(norms, mx::float32, s)},
       {{joined(leading(q_proj, 1), {n}), mx::float16}},
       [=](const auto& in, auto& out) {
         const int64_t n_scores = static_cast<int64_t>(q_heads) * n;
