@@ -1,17 +1,10 @@
-// Random calls of every core function, good and bad ones: an Error or the reference's bits, and
-// nothing out of bounds (run it under the asan preset).
-//
-//   VELOXQUANT_FUZZ=100000       calls per function (default 200)
-//   VELOXQUANT_FUZZ_SEED=<n>     the first seed; a failure prints the seed of its call, and with
-//                                VELOXQUANT_FUZZ=1 that call alone runs again
+// Random calls of the core functions of vecinfer, rabitq, qjl and commvq, and of every codec: an
+// Error or the reference's bits, and nothing out of bounds (run it under the asan preset). How many
+// calls, and how to repeat one: tests/support/fuzz.h. The scalar functions: fuzz_scalar_test.cpp.
 #include <gtest/gtest.h>
 
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-
 #include "tests/support/codec_cases.h"
+#include "tests/support/fuzz.h"
 #include "veloxquant/backend.h"
 #include "veloxquant/commvq.h"
 #include "veloxquant/qjl.h"
@@ -19,69 +12,8 @@
 #include "veloxquant/vecinfer.h"
 #include "veloxquant/vecinfer_functions.h"
 
-namespace veloxquant {
+namespace veloxquant::test {
 namespace {
-
-using test::ExactRandom;
-
-int64_t from_environment(const char* name, int64_t fallback) {
-  const char* text = std::getenv(name);
-  return text == nullptr || *text == '\0' ? fallback : std::atoll(text);
-}
-
-// body(random) for every seed. An Error is an answer; anything else that throws is a failure.
-template <class Body>
-void fuzz(const char* name, const Body& body) {
-  const int64_t calls = from_environment("VELOXQUANT_FUZZ", 200);
-  const int64_t first = from_environment("VELOXQUANT_FUZZ_SEED", 1);
-  const std::vector<std::string> levels = simd_levels();
-  int64_t n_errors = 0;
-  for (int64_t seed = first; seed < first + calls; ++seed) {
-    ExactRandom random(static_cast<uint64_t>(seed));
-    set_simd_level(levels[random.below(static_cast<int>(levels.size()))]);
-    SCOPED_TRACE(std::string(name) +
-                 ": VELOXQUANT_FUZZ=1 VELOXQUANT_FUZZ_SEED=" + std::to_string(seed));
-    try {
-      body(random);
-    } catch (const Error&) {
-      ++n_errors;
-    }
-    if (::testing::Test::HasFailure()) break;
-  }
-  set_simd_level("");
-  std::printf("%s: %lld calls from seed %lld, %lld refused\n", name, static_cast<long long>(calls),
-              static_cast<long long>(first), static_cast<long long>(n_errors));
-  EXPECT_TRUE(calls < 100 || n_errors < calls / 2) << "most calls should be good ones";
-}
-
-// Bit patterns that trouble arithmetic, one in eight.
-float any_float(ExactRandom& random) {
-  const float odd[] = {0.0f, -0.0f, 1e-45f, 1e-38f, -3e38f, 3e38f, INFINITY, -INFINITY, NAN};
-  return random.below(8) == 0 ? odd[random.below(9)] : random.value();
-}
-std::vector<float> any_floats(ExactRandom& random, int64_t n) {
-  std::vector<float> x(n);
-  for (float& v : x) v = any_float(random);
-  return x;
-}
-template <class T>
-std::vector<T> any_bytes(ExactRandom& random, int64_t n) {
-  std::vector<T> x(n);
-  for (T& v : x) v = static_cast<T>(random.next());
-  return x;
-}
-
-template <class T>
-bool same(const std::vector<T>& a, const std::vector<T>& b) {
-  for (size_t i = 0; i < a.size(); ++i) {
-    if (std::memcmp(&a[i], &b[i], sizeof(T)) != 0 && !(a[i] != a[i] && b[i] != b[i])) return false;
-  }
-  return a.size() == b.size();
-}
-
-int one_of(ExactRandom& random, std::initializer_list<int> values) {
-  return values.begin()[random.below(static_cast<int>(values.size()))];
-}
 
 TEST(Fuzz, NearestCentroids) {
   fuzz("nearest_centroids", [](ExactRandom& random) {
@@ -249,6 +181,45 @@ TEST(Fuzz, QjlEncode) {
   });
 }
 
+TEST(Fuzz, QjlInnerProduct) {
+  fuzz("qjl_inner_product", [](ExactRandom& random) {
+    QjlScores work;
+    const int group = 1 + random.below(3);
+    work.n_key_heads = random.below(24) ? 1 + random.below(3) : 0;
+    work.n_query_heads = group * std::max(1, work.n_key_heads) + (random.below(24) ? 0 : 1);
+    work.m = random.below(24) ? 8 * (1 + random.below(40)) : random.below(20);
+    work.n_keys = random.below(70);
+    const int64_t row = (work.m + 7) / 8 + random.below(3), heads = std::max(1, work.n_key_heads);
+    work.sign_head_stride = row;
+    work.sign_key_stride = row * heads + random.below(3);
+    work.norm_head_stride = 1;
+    work.norm_key_stride = heads + random.below(3);
+    const auto queries = random.values(int64_t{work.n_query_heads} * work.m);
+    const auto signs = any_bytes<uint8_t>(random, work.n_keys * work.sign_key_stride);
+    const auto norms = random.values(work.n_keys * work.norm_key_stride);
+    std::vector<float> scores(work.n_query_heads * work.n_keys, NAN);
+    work.queries = queries.data();
+    work.signs = signs.data();
+    work.norms = norms.data();
+    work.scores = scores.data();
+    qjl_inner_product(work);
+    for (int64_t h = 0; h < work.n_query_heads; ++h) {
+      for (int64_t i = 0; i < work.n_keys; ++i) {
+        const int64_t head = h / (work.n_query_heads / work.n_key_heads);
+        const uint8_t* bits = &signs[i * work.sign_key_stride + head * work.sign_head_stride];
+        double sum = 0.0, size = 0.0;
+        for (int j = 0; j < work.m; ++j) {
+          const double q = queries[h * work.m + j];
+          sum += (bits[j / 8] >> (j % 8) & 1) ? q : -q;
+          size += std::abs(q);
+        }
+        const double factor = 1.2533141373155003 / work.m * norms[i * work.norm_key_stride + head];
+        EXPECT_NEAR(scores[h * work.n_keys + i], factor * sum, 1e-6 * std::abs(factor) * size);
+      }
+    }
+  });
+}
+
 TEST(Fuzz, CommVQDecode) {
   fuzz("comm_vq_decode", [](ExactRandom& random) {
     const int64_t n = random.below(70), R = 1 + random.below(3), M = 1 + random.below(4),
@@ -275,9 +246,9 @@ TEST(Fuzz, CommVQDecode) {
 class FuzzCodec : public ::testing::TestWithParam<std::string> {};
 
 TEST_P(FuzzCodec, EncodesAndDecodesWhatever) {
-  std::vector<test::CasePtr> cases;
+  std::vector<CasePtr> cases;
   for (int head_dim : {8, 80, 128}) {
-    for (const auto& one : test::codec_cases(GetParam(), head_dim)) cases.push_back(one);
+    for (const auto& one : codec_cases(GetParam(), head_dim)) cases.push_back(one);
   }
   fuzz(GetParam().c_str(), [&](ExactRandom& random) {
     const Codec& codec = cases[random.below(static_cast<int>(cases.size()))]->codec();
@@ -309,4 +280,4 @@ INSTANTIATE_TEST_SUITE_P(Codecs, FuzzCodec, ::testing::ValuesIn(codec_methods())
                          [](const auto& info) { return info.param; });
 
 }  // namespace
-}  // namespace veloxquant
+}  // namespace veloxquant::test

@@ -32,7 +32,7 @@ mkdir -p "$out"
 
 is_ours() {  # a test that needs only the layers built here
   ! grep -qE '#include [<"](rapidcheck|src/(attention|cache|calibration|artifacts)/|nlohmann)' "$1" &&
-    ! grep -qE '#include "veloxquant/(attention|cache|calibration|artifacts|cuda)\.h"' "$1"
+    ! grep -qE '#include "veloxquant/(attention|cache|calibration|artifacts|cuda|rvq_attend)\.h"' "$1"
 }
 tests=()
 for source in src/math/*_test.cpp src/codecs/*_test.cpp src/codecs/*/*_test.cpp tests/*_test.cpp; do
