@@ -173,6 +173,14 @@ def test_attention_that_cannot_be_reached_is_said_and_dequantised(caplog):
     assert "dequantised" in caches[1].kernel
 
 
+def test_a_model_that_reads_the_arrays_of_its_cache_is_told():
+    cache = KVCacheBuilder.build(models.build("llama"), KVCacheConfig(method="fp16"))[0]
+    for name in ("keys", "values"):
+        assert not hasattr(cache, name)
+        with pytest.raises(AttributeError, match="use the model's own cache"):
+            getattr(cache, name)
+
+
 def test_a_sliding_window_holds_no_more_than_it_shows():
     model = models.build("gemma3_text")
     caches = KVCacheBuilder.build(model, KVCacheConfig(method="fp16"))

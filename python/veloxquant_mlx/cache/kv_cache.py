@@ -94,6 +94,17 @@ class VeloxQuantKVCache:
     def _handed_out(self, encoded):
         return encoded if self.fused else (encoded[0].dequantize(), encoded[1].dequantize())
 
+    @property
+    def keys(self):
+        """None is held: models that reach for the arrays of their cache (sparse indexers, pipelines over
+        several machines) cannot work on packed ones. AttributeError, so that hasattr says no."""
+        raise AttributeError(
+            "cache: this model reads `keys` or `values` of its cache itself, and a packed cache holds no such arrays; "
+            "use the model's own cache (mlx_lm.models.cache.make_prompt_cache)"
+        )
+
+    values = keys
+
     # For layers that attend to the keys and values of another one, after its update.
     keys_and_values = fetch
 
