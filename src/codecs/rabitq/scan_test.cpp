@@ -62,7 +62,8 @@ TEST_P(EveryLevel, HammingEqualsTheReference) {
                     expected.data());
       hamming_score(Backend::cpu, query.data(), codes.data(), n, dims, offset.data(), 0.3f,
                     out.data());
-      ASSERT_EQ(0, std::memcmp(out.data(), expected.data(), sizeof(float) * n))
+      // memcmp may not be handed the null pointer of an empty vector.
+      ASSERT_TRUE(n == 0 || std::memcmp(out.data(), expected.data(), sizeof(float) * n) == 0)
           << dims << " dims, " << n << " keys";
     }
   }
