@@ -23,12 +23,12 @@ done
 veloxquant=.venv/bin/veloxquant
 kept=build/quality/$(cksum < "$calibration" | cut -d' ' -f1)
 artifacts=()
-# calibrate NAME OPTIONS...: once, kept under build/quality
+# calibrate NAME OPTIONS...: once, kept under build/quality; for the positions that are scored
 calibrate() {
   local directory=$kept/$1
   if [[ ! -d $directory ]]; then
     rm -rf "$directory.part"
-    $veloxquant calibrate smollm2 --text "$calibration" -o "$directory.part" "${@:2}"
+    $veloxquant calibrate smollm2 --context 2048 --text "$calibration" -o "$directory.part" "${@:2}"
     mv "$directory.part" "$directory"
   fi
   artifacts+=(--artifacts "$directory")

@@ -21,9 +21,11 @@ void smooth_factors(const TensorView& x, const MutableTensorView& lambda, float 
 // metric of the scores, w_i = sqrt(E q_i^2) over its mean, at least 1e-3. Scaling keys or queries
 // by a power of two changes no bit of it. x: [H, N, D], any float dtype, any strides; tokens with
 // NaN or infinity are left out. query_moments: E q_i^2 of the queries of each KV head, fp32 [H, D];
-// empty means w = 1 (values). rotation: fp32 [H, D, D]. weight: fp32 [H, D].
+// empty means w = 1 (values). rotation: fp32 [H, D, D]. weight: fp32 [H, D]. centred: eigenvectors
+// of the covariance, better where every sub-vector has a table, whose centroids carry the mean.
 void learned_rotation(const TensorView& x, const TensorView& query_moments, int n_subvectors,
-                      const MutableTensorView& rotation, const MutableTensorView& weight);
+                      const MutableTensorView& rotation, const MutableTensorView& weight,
+                      bool centred = false);
 
 // The dense Transform of a learned rotation: E = W U', F = W^-1 U'. One rounding an element, so
 // that files keep U' and w alone. rotation, encode_matrix, query_matrix: fp32 [H, D, D];

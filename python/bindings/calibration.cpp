@@ -41,14 +41,14 @@ mx::array float_rows(const mx::array& a) {
 }
 
 std::pair<mx::array, mx::array> rotation(mx::array x, std::optional<mx::array> query_moments,
-                                         int n_subvectors) {
+                                         int n_subvectors, bool centred) {
   mx::eval(x);
   require(x.ndim() == 3, "[learned_rotation] x: got ", x.ndim(), " dimensions, wanted [H, N, D]");
   mx::array rotation = allocate({x.shape(0), x.shape(2), x.shape(2)}, mx::float32);
   mx::array weight = allocate({x.shape(0), x.shape(2)}, mx::float32);
   if (query_moments) query_moments = float_rows(*query_moments);
   learned_rotation(view_of(x), query_moments ? view_of(*query_moments) : TensorView(), n_subvectors,
-                   mutable_view_of(rotation), mutable_view_of(weight));
+                   mutable_view_of(rotation), mutable_view_of(weight), centred);
   return {rotation, weight};
 }
 
@@ -111,7 +111,7 @@ void bind_calibration(nb::module_& m) {
   m.def("smooth_factors", &smooth, "x"_a, "floor"_a = 1e-4f, WithoutGil(),
         "x: floats [H, N, D] -> lambda fp32 [H, D] = sqrt(max_t |x|) (arXiv 2510.06175, eq. 4).");
   m.def("learned_rotation", &rotation, "x"_a, "query_moments"_a = nb::none(), nb::kw_only(),
-        "n_subvectors"_a, WithoutGil(),
+        "n_subvectors"_a, "centred"_a = false, WithoutGil(),
         "x: floats [H, N, D], query_moments: E q_i^2, [H, D] (none for values) -> (rotation fp32 "
         "[H, D, D], weight fp32 [H, D]). See calibration.h.");
   m.def("rotation_matrices", &matrices, "rotation"_a, "weight"_a, WithoutGil(),

@@ -172,6 +172,7 @@ def test_calibrate_then_inspect_then_generate(run, model, text, tmp_path, transf
     calibrated = json.loads(out)
     assert calibrated["bits_per_element"] == 4.0
     assert calibrated["transform"] == transform
+    assert list(calibrated["seconds"]) == ["running the model", "training codebooks"]
 
     code, out, err = run("inspect", artifacts, "--json")
     assert code == 0, err

@@ -29,16 +29,18 @@ float& element(const MutableTensorView& view, int64_t h, int64_t i, int64_t j) {
   return *static_cast<float*>(view.at(h, i, j));
 }
 
-// E[x^T x] of one head over its finite tokens; zeros where there is none. Accumulated in fp64, in
-// chunks that do not depend on the threads.
-Matrix second_moment(const TensorView& x, int64_t head) {
+// E[x^T x] of one head over its finite tokens, centred: less E[x]^T E[x]; zeros where there is no
+// token. Accumulated in fp64, in chunks that do not depend on the threads.
+Matrix second_moment(const TensorView& x, int64_t head, bool centred) {
   constexpr int64_t kChunk = 4096;
   const int64_t tokens = x.shape[1], dims = x.shape[2], chunks = (tokens + kChunk - 1) / kChunk;
-  std::vector<std::vector<double>> sums(chunks);
+  std::vector<std::vector<double>> sums(chunks), firsts(chunks);
   std::vector<int64_t> counts(chunks, 0);
   parallel_for(chunks, [&](long chunk) {
     std::vector<double>& sum = sums[chunk];
+    std::vector<double>& first = firsts[chunk];
     sum.assign(dims * dims, 0.0);
+    first.assign(dims, 0.0);
     std::vector<float> row(dims);
     std::vector<double> wide(dims);
     for (int64_t t = chunk * kChunk; t < std::min(tokens, (chunk + 1) * kChunk); ++t) {
@@ -48,16 +50,23 @@ Matrix second_moment(const TensorView& x, int64_t head) {
       std::copy(row.begin(), row.end(), wide.begin());
       for (int64_t i = 0; i < dims; ++i) {
         double* out = sum.data() + i * dims;
+        first[i] += wide[i];
         for (int64_t j = 0; j <= i; ++j) out[j] += wide[i] * wide[j];
       }
     }
   });
-  const int64_t count = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  const double count = static_cast<double>(
+      std::max(std::accumulate(counts.begin(), counts.end(), int64_t{0}), int64_t{1}));
+  std::vector<double> mean(dims, 0.0);
+  for (int64_t i = 0; centred && i < dims; ++i) {
+    for (const auto& first : firsts) mean[i] += first[i];
+    mean[i] /= count;
+  }
   Matrix moment = Matrix::Zero(dims, dims);
   for (int64_t i = 0; i < dims; ++i) {
     for (int64_t j = 0; j <= i; ++j) {
       for (const auto& sum : sums) moment(i, j) += sum[i * dims + j];
-      moment(i, j) /= static_cast<double>(std::max<int64_t>(count, 1));
+      moment(i, j) = moment(i, j) / count - mean[i] * mean[j];
       moment(j, i) = moment(i, j);
     }
   }
@@ -105,7 +114,8 @@ std::vector<int64_t> balanced_columns(const std::vector<double>& spectrum, int64
 }  // namespace
 
 void learned_rotation(const TensorView& x, const TensorView& query_moments, int n_subvectors,
-                      const MutableTensorView& rotation, const MutableTensorView& weight) {
+                      const MutableTensorView& rotation, const MutableTensorView& weight,
+                      bool centred) {
   require_float_rows(x, "learned_rotation");
   const int64_t heads = x.shape[0], dims = x.shape[2];
   require(n_subvectors >= 1 && dims % n_subvectors == 0, "[learned_rotation] n_subvectors: got ",
@@ -118,7 +128,7 @@ void learned_rotation(const TensorView& x, const TensorView& query_moments, int 
 
   parallel_for(heads, [&](long h) {
     const std::vector<float> w = query_weight(query_moments, h, dims);
-    Matrix metric = second_moment(x, h);
+    Matrix metric = second_moment(x, h, centred);
     for (int64_t i = 0; i < dims; ++i) {
       for (int64_t j = 0; j < dims; ++j) metric(i, j) *= static_cast<double>(w[i]) * w[j];
     }

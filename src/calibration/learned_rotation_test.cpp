@@ -21,7 +21,7 @@ struct Learned {
   Floats rotation, weight, encode, query;
 
   Learned(const Floats& x, const Floats& query_moments, int64_t heads, int64_t dims,
-          int n_subvectors)
+          int n_subvectors, bool centred = false)
       : heads(heads),
         dims(dims),
         rotation(heads * dims * dims),
@@ -38,7 +38,7 @@ struct Learned {
     };
     const MutableTensorView w(weight.data(), DType::float32, {heads, dims});
     learned_rotation(TensorView(x.data(), DType::float32, {heads, tokens, dims}), moments,
-                     n_subvectors, cube(rotation), w);
+                     n_subvectors, cube(rotation), w, centred);
     rotation_matrices(read_only(cube(rotation)), read_only(w), cube(encode), cube(query));
   }
 
@@ -102,6 +102,30 @@ TEST(LearnedRotation, IsOrthogonalAndTheMatricesAreDual) {
     EXPECT_EQ(values.encode, values.query);  // one array serves both
     EXPECT_EQ(values.encode, values.rotation);
   }
+}
+
+// A mean that all keys share moves the eigenvectors of the second moment, not those of the
+// covariance.
+TEST(LearnedRotation, CentredLooksPastTheMean) {
+  const int64_t tokens = 4001, dims = 8;  // more than a chunk of the sums
+  const Floats x = uneven(2, tokens, dims, 4);
+  Floats moved = x;
+  for (size_t i = 0; i < x.size(); ++i) moved[i] += i % dims < 4 ? 200.0f : -100.0f;
+  const auto rotation = [&](const Floats& keys, bool centred) {
+    const Learned learned(keys, {}, 2, dims, 2, centred);
+    learned.expect_sound("keys");
+    return learned.rotation;
+  };
+  const auto difference = [](const Floats& a, const Floats& b) {
+    float worst = 0;
+    for (size_t i = 0; i < a.size(); ++i) worst = std::max(worst, std::abs(a[i] - b[i]));
+    return worst;
+  };
+  EXPECT_LT(difference(rotation(moved, true), rotation(x, true)), 1e-3f);
+  EXPECT_GT(difference(rotation(moved, false), rotation(x, false)), 0.1f);
+  EXPECT_GT(difference(rotation(moved, true), rotation(moved, false)), 0.1f);
+  // A head that never moves has no covariance.
+  Learned(Floats(100 * dims, 3.0f), {}, 1, dims, 2, true).expect_sound("constant");
 }
 
 // Keys along the axes, so that the eigenvectors are the axes; `logs` of E k_i^2, up to a constant.

@@ -41,7 +41,7 @@ def train_pre_rope(kind, train_keys, model, tokenizer, values, *, num_tokens, te
         made["value_rotations"] = transform.rotation
         errors["values"].append(error)
         arrays.append({name: np.array(array) for name, array in made.items()})
-    report(1.0, "trained")
+    report(1.0, "training codebooks")
     return kind(
         **{name: np.stack([layer[name] for layer in arrays]) for name in arrays[0]},
         fingerprint=model_fingerprint(model),

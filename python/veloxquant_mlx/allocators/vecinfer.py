@@ -187,6 +187,7 @@ def collect(model, tokenizer, num_tokens, texts=None, progress=None, own_share=O
 
         texts = built_in_texts(model, tokenizer, num_tokens, own_share, wrote)
     tokens = _tokens(tokenizer, num_tokens, texts)
+    report(writing, "running the model")
     layers = attention_layers(model)
     inner = getattr(model, "model", model)  # without the language head
     recorders, windows, done = [_Recorder() for _ in layers], window_positions(len(tokens), context), 0
@@ -300,6 +301,7 @@ def _train(model, data, factors, transform, fittings, progress):
         raise ValueError(
             "transform: got 'learned' for a model whose attention does not show its queries, wanted 'hadamard'"
         )
+    progress(0.0, "training codebooks")
     tables, errors, learned = ({"keys": [], "values": []} for _ in range(3))
     for i, sides in enumerate(zip(data.keys, data.values)):
         for side, x, fitting in zip(("keys", "values"), sides, fittings):
@@ -312,8 +314,7 @@ def _train(model, data, factors, transform, fittings, progress):
                 table, error = fit_tables(x, fitting, **scale)
             tables[side].append(np.array(table))
             errors[side].append(error)
-        if progress:
-            progress((i + 1) / len(data.keys), "training codebooks")
+        progress((i + 1) / len(data.keys), "training codebooks")
     rotations = None
     if transform == "learned":
         (keys, weights), (values, _) = zip(*learned["keys"]), zip(*learned["values"])

@@ -24,8 +24,10 @@ from veloxquant_mlx.cache.codecs import exact, vecinfer
 from veloxquant_mlx.cache.fitting import PER, Fitting, fit_learned
 from veloxquant_mlx.models.rope import LayerRope
 
-# From centroids of a normal distribution (C++: KMeansStart::normal) more iterations only over-fit.
-ITERATIONS = 6
+# A table for each sub-vector has few vectors a centroid: from centroids of a normal distribution (C++:
+# KMeansStart::normal) 6 iterations over-fit less than k-means++ does. One for a head sees all sub-vectors, and their
+# means, which no normal distribution has.
+_STARTS = {"subvector": ("normal", 6), "head": ("plus_plus", 10)}
 # Vectors of a head that a fit takes at most: it stays cheap beside reading a prompt of that length.
 VECTORS = 8192
 _EVALUATE = 256  # queries
@@ -161,9 +163,9 @@ def fit(core, plan, moments, window, sinks, dtype):
     sides = history(core, sinks, dtype)
     codecs, errors, scratch = [], {}, 0
     for side, x, bits, queries in zip(("keys", "values"), sides, plan.bits, (moments.mean(), None)):
-        how = Fitting.of_bits(
-            bits, x.shape[3], per="head" if plan.per_head else "subvector", start="normal", max_iterations=ITERATIONS
-        )
+        per = "head" if plan.per_head else "subvector"
+        start, iterations = _STARTS[per]
+        how = Fitting.of_bits(bits, x.shape[3], per=per, start=start, max_iterations=iterations)
         seen = x[:, :, min(sinks, plan.tokens - 1) : plan.tokens]
         seen = seen[:, :, :: -(-seen.shape[2] // VECTORS)]
         if side == "keys" and plan.rope is not None and plan.context > plan.tokens:

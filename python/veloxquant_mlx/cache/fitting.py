@@ -26,7 +26,7 @@ class Fitting:
     per: str = "subvector"
     entries: str = "fp16"
     start: str = "plus_plus"
-    max_iterations: int = 30
+    max_iterations: int = 15  # 30 take 1.6 times as long for .3 % less error
     seed: int = 0
 
     def __post_init__(self):
@@ -57,7 +57,12 @@ class LearnedTransform(NamedTuple):
 
 def learned_transform(x, fitting, query_moments=None) -> LearnedTransform:
     """x: floats [H, N, D]. query_moments: E q_i^2, [H, D], for keys."""
-    rotation, weight = _ext.learned_rotation(x, query_moments, n_subvectors=fitting.n_subvectors)
+    rotation, weight = _ext.learned_rotation(
+        x,
+        query_moments,
+        n_subvectors=fitting.n_subvectors,
+        centred=fitting.per == "subvector",  # one table for all has no room for the means
+    )
     return LearnedTransform(rotation, None if query_moments is None else weight)
 
 

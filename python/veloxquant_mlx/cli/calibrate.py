@@ -1,5 +1,6 @@
 """veloxquant calibrate: fit codebooks to a model, and save them."""
 
+import time
 from typing import Annotated, Optional
 
 import typer
@@ -53,14 +54,35 @@ def command(
 
     loaded, tokenizer = open_model(model)
     with output.progress() as report:
+        report = _Stages(report)
         made = calibration.calibrate(loaded, tokenizer, [width], text, tokens, report, recipe, own_text, context)
     trained = made[width]
     calibration.save(out, trained)
     codebook = trained.codebook
     if json:
         fields = {"artifacts": out, "method": method, "bits_per_element": calibration.bits_of(codebook)}
-        fields |= {"transform": getattr(codebook, "transform", "learned"), "shared_bytes": codebook.nbytes}
+        fields |= {
+            "transform": getattr(codebook, "transform", "learned"),
+            "shared_bytes": codebook.nbytes,
+            "seconds": report.seconds(),
+        }
         output.emit_json(fields)
     else:
         text = bits_text(codebook.bits_per_element)
         output.note(f"saved in {out}: {method} at {text} bits per element, {output.megabytes(codebook.nbytes)}")
+
+
+class _Stages:
+    """A progress callback that also knows how long each stage took."""
+
+    def __init__(self, report):
+        self._report, self._begun = report, {}
+
+    def __call__(self, fraction, what):
+        self._begun.setdefault(what, time.monotonic())
+        self._report(fraction, what)
+
+    def seconds(self):
+        """{stage: seconds}, up to now."""
+        times = [*self._begun.values(), time.monotonic()]
+        return {what: round(after - before, 2) for what, before, after in zip(self._begun, times, times[1:])}
