@@ -10,6 +10,8 @@ from veloxquant_mlx.cache.codebook import TABLE_SHAPES
 
 PER = ("subvector", "head")
 ENTRIES = ("fp16", "int8")
+# Tables of sub-vectors: 30 take 1.6 times as long for .3 % less error. One table for a head is soon trained.
+_ITERATIONS = {"subvector": 15, "head": 30}
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Fitting:
 
     per: one table for each "subvector", or one for all those of a "head". entries: "fp16", or "int8": integers
     times one power of two a table, held in fp16, the form that GPUs look up fastest.
-    start, max_iterations: of the k-means (calibration.h).
+    start, max_iterations: of the k-means (calibration.h); None: enough for 24k tokens.
     """
 
     n_subvectors: int
@@ -26,7 +28,7 @@ class Fitting:
     per: str = "subvector"
     entries: str = "fp16"
     start: str = "plus_plus"
-    max_iterations: int = 15  # 30 take 1.6 times as long for .3 % less error
+    max_iterations: int | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -77,7 +79,7 @@ def fit_tables(x, fitting, **transform):
         n_subvectors=fitting.n_subvectors,
         n_centroids=fitting.n_centroids,
         per_head=fitting.per == "head",
-        max_iterations=fitting.max_iterations,
+        max_iterations=fitting.max_iterations or _ITERATIONS[fitting.per],
         seed=fitting.seed,
         start=fitting.start,
         entries=fitting.entries,
