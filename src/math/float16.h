@@ -5,10 +5,10 @@
 
 namespace veloxquant {
 
-VQ_FN float f16_to_f32(uint16_t half) {
-  uint32_t sign = (uint32_t)(half & 0x8000u) << 16;
-  uint32_t exponent = (half >> 10) & 0x1fu;
-  uint32_t mantissa = half & 0x3ffu;
+VQ_FN float f16_to_f32(uint16_t bits) {
+  uint32_t sign = (uint32_t)(bits & 0x8000u) << 16;
+  uint32_t exponent = (bits >> 10) & 0x1fu;
+  uint32_t mantissa = bits & 0x3ffu;
   if (exponent == 31u) return float_of(sign | 0x7f800000u | (mantissa << 13));
   if (exponent != 0u) return float_of(sign | ((exponent + 112u) << 23) | (mantissa << 13));
   if (mantissa == 0u) return float_of(sign);
@@ -29,15 +29,15 @@ VQ_FN uint16_t f32_to_f16(float value) {
     uint32_t full = (magnitude & 0x7fffffu) | 0x800000u;
     uint32_t kept = full >> shift;
     uint32_t rest = full & ((1u << shift) - 1u);
-    uint32_t half = 1u << (shift - 1u);
-    kept += (rest > half || (rest == half && (kept & 1u))) ? 1u : 0u;
+    uint32_t middle = 1u << (shift - 1u);
+    kept += (rest > middle || (rest == middle && (kept & 1u))) ? 1u : 0u;
     return (uint16_t)(sign | kept);
   }
   uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
   return (uint16_t)(sign | ((rounded - 0x38000000u) >> 13));
 }
 
-VQ_FN float bf16_to_f32(uint16_t half) { return float_of((uint32_t)half << 16); }
+VQ_FN float bf16_to_f32(uint16_t bits) { return float_of((uint32_t)bits << 16); }
 
 VQ_FN uint16_t f32_to_bf16(float value) {
   uint32_t bits = bits_of(value);

@@ -30,11 +30,12 @@ VQ_FN float hadamard_scale(int block) {
 }
 
 // In place on one row of head_dim values.
-VQ_FN void hadamard_row(float* x, int head_dim) {
+template <class Row>
+VQ_FN void hadamard_row(Row x, int head_dim) {
   int start = 0;
   while (start < head_dim) {
     int block = hadamard_block(head_dim - start);
-    float* y = x + start;
+    Row y = x + start;
     for (int stride = 1; stride < block; stride *= 2) {
       for (int i = 0; i < block; i += 2 * stride) {
         for (int j = i; j < i + stride; ++j) {

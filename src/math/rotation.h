@@ -33,7 +33,8 @@ VQ_FN int rotation_step(int head_dim) {
 }
 
 // signs: +1 or -1, [2][head_dim] (D1, then D2). scratch: head_dim values. x in place.
-VQ_FN void rotate_row(const float* signs, int head_dim, float* x, float* scratch) {
+template <class Signs, class Row>
+VQ_FN void rotate_row(Signs signs, int head_dim, Row x, Row scratch) {
   for (int i = 0; i < head_dim; ++i) x[i] = mul(x[i], signs[i]);
   hadamard_row(x, head_dim);
   const int step = rotation_step(head_dim);
@@ -47,7 +48,8 @@ VQ_FN void rotate_row(const float* signs, int head_dim, float* x, float* scratch
 }
 
 // The inverse, D1 H P^T D2 H.
-VQ_FN void rotate_row_back(const float* signs, int head_dim, float* x, float* scratch) {
+template <class Signs, class Row>
+VQ_FN void rotate_row_back(Signs signs, int head_dim, Row x, Row scratch) {
   hadamard_row(x, head_dim);
   for (int i = 0; i < head_dim; ++i) scratch[i] = mul(x[i], signs[head_dim + i]);
   const int step = rotation_step(head_dim);

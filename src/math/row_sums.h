@@ -6,17 +6,19 @@
 
 namespace veloxquant {
 
-constexpr int kRowLanes = 16;
+VQ_CONSTANT int kRowLanes = 16;
 
-VQ_FN float fold_row_lanes(float* partial) {
-  for (int half = kRowLanes / 2; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) partial[j] = partial[j] + partial[j + half];
+template <class Partial>
+VQ_FN float fold_row_lanes(Partial partial) {
+  for (int width = kRowLanes / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) partial[j] = partial[j] + partial[j + width];
   }
   return partial[0];
 }
 
 // sum_i a_i b_i
-VQ_FN float dot_row(const float* a, const float* b, int n) {
+template <class A, class B>
+VQ_FN float dot_row(A a, B b, int n) {
   float partial[kRowLanes] = {0.0f};
   for (int i = 0; i < n; ++i) {
     partial[i % kRowLanes] = partial[i % kRowLanes] + mul(a[i], b[i]);

@@ -28,9 +28,9 @@ const std::string kCommon = "-x c++ -std=c++14 -I" VELOXQUANT_MSL_SHIM
 const std::string kCheck =
     " -Werror -Wconditional-uninitialized -DMSL_ADDRESS_SPACES -fsyntax-only";
 const std::string kRun =
-    " -w -O1 -fPIC -shared -mavx2 -mfma -mf16c -ffp-contract=fast-honor-pragmas"
+    " -w -O2 -fPIC -shared -mavx2 -mfma -mf16c -ffp-contract=fast-honor-pragmas"
     " -Xclang -ffloat16-excess-precision=none -ftrivial-auto-var-init=pattern -fno-vectorize"
-    " -fno-slp-vectorize -fno-unroll-loops -fno-exceptions -fsanitize=thread"
+    " -fno-slp-vectorize -fno-exceptions -fsanitize=thread"
     " -mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-read-before-write=1"
     " -mllvm -tsan-handle-cxx-exceptions=0 -Wl,-z,undefs";
 

@@ -60,4 +60,9 @@ struct Launch {
   std::vector<ArrayShape> outputs;
 };
 
+struct Call {
+  const Kernel* kernel = nullptr;  // built once
+  Launch launch;
+};
+
 }  // namespace veloxquant::metal
