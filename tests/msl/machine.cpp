@@ -373,6 +373,7 @@ Result Machine::run(bool backwards, bool all_written) {
   result.outputs = output_storage_;
   result.report = report_;
   result.report.traffic = memory_.traffic;
+  result.report.buffers = memory_.buffers();
   return result;
 }
 

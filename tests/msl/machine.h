@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -30,6 +31,7 @@ struct Input {
 
 struct Report {
   Traffic traffic;
+  std::map<std::string, BufferTraffic> buffers;
   int threadgroup_bytes = 0;
   int64_t threadgroups = 0, threads = 0, barriers = 0, simd_operations = 0;
 };

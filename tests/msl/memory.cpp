@@ -84,8 +84,10 @@ std::string Memory::access(uintptr_t address, uint32_t bytes, Access access, con
     traffic.device_written += bytes;
   } else {
     traffic.device_read += bytes;
+    region->traffic.requested += bytes;
     for (uint32_t i = 0; i < bytes; ++i) {
       uint32_t& reader = region->read_by[offset + i];
+      region->traffic.once += reader == 0;
       if (reader != now.group + 1) ++traffic.device_distinct, reader = now.group + 1;
     }
   }
@@ -128,6 +130,14 @@ std::string Memory::access(uintptr_t address, uint32_t bytes, Access access, con
     b.writer = mark;
   }
   return {};
+}
+
+std::map<std::string, BufferTraffic> Memory::buffers() const {
+  std::map<std::string, BufferTraffic> all;
+  for (const Region& r : regions_) {
+    if (r.space == Space::device) all[r.name] = r.traffic;
+  }
+  return all;
 }
 
 int64_t Memory::never_written(const std::string& name) const {

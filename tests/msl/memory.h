@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,11 @@ struct Moment {
   uint16_t simdgroup = 0;
   uint32_t barriers[2] = {0, 0};  // passed, by space
   uint32_t simd_barriers[2] = {0, 0};
+};
+
+// Bytes read of one buffer: as threads asked for them, and each counted once.
+struct BufferTraffic {
+  int64_t requested = 0, once = 0;
 };
 
 struct Traffic {
@@ -44,6 +50,7 @@ class Memory {
   int64_t never_written(const std::string& name) const;
 
   Traffic traffic;
+  std::map<std::string, BufferTraffic> buffers() const;  // in device memory
 
  private:
   struct Mark {  // who, when; thread + 1, 0: nobody
@@ -62,6 +69,7 @@ class Memory {
     bool writable;
     std::vector<Byte> bytes;        // of writable regions
     std::vector<uint32_t> read_by;  // device: the threadgroup that last read a byte, + 1
+    BufferTraffic traffic;
   };
 
   Region* region_of(uintptr_t address, uint32_t bytes);
