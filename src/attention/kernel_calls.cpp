@@ -232,7 +232,8 @@ std::optional<std::string> no_decode_kernel_because(const DecodeShape& s) {
     if (s.n_spans > 0 && f->sub_dim > 16) return "sub-vectors of more than 16 dimensions";
   }
   // Each exact array brings its strides as buffers of their own, a span two arrays.
-  const int buffers = 12 + 2 * s.n_spans + 4 * s.n_exact + (s.mask ? 2 : 0);
+  const int buffers =
+      12 + (s.key_transform == 2 ? 1 : 0) + 2 * s.n_spans + 4 * s.n_exact + (s.mask ? 2 : 0);
   if (buffers > kMaxBuffers) return "more arrays than a Metal function takes";
   return std::nullopt;
 }
