@@ -21,7 +21,7 @@ void bind_calibration(nb::module_& m) {
   m.def(
       "learned_rotation",
       [what](const CpuArray& x, const std::optional<CpuArray>& moments, int n_subvectors,
-             const CpuArray& encode_matrix, const CpuArray& query_matrix) {
+             const CpuArray& encode_matrix, const CpuArray& query_matrix, bool centred) {
         const TensorView view = view_of(x, what, "x");
         require(view.ndim == 3, "[learned_rotation] x: got ", view.ndim,
                 " dimensions, wanted [H, N, D]");
@@ -31,15 +31,16 @@ void bind_calibration(nb::module_& m) {
         learned_rotation(view, moments ? view_of(*moments, what, "moments") : TensorView(),
                          n_subvectors,
                          MutableTensorView(rotation.data(), DType::float32, {h, d, d}),
-                         MutableTensorView(weight.data(), DType::float32, {h, d}));
+                         MutableTensorView(weight.data(), DType::float32, {h, d}), centred);
         rotation_matrices(TensorView(rotation.data(), DType::float32, {h, d, d}),
                           TensorView(weight.data(), DType::float32, {h, d}),
                           writable(encode_matrix, what, "encode_matrix"),
                           writable(query_matrix, what, "query_matrix"));
       },
       "x"_a, "moments"_a, "n_subvectors"_a, "encode_matrix"_a, "query_matrix"_a,
+      "centred"_a = false,
       "x [H, N, D], moments fp32 [H, D] of the queries or None (values) -> both matrices fp32 "
-      "[H, D, D], written.");
+      "[H, D, D], written. centred: better where every sub-vector has a table.");
   m.def(
       "train_tables",
       [what](const CpuArray& x, const std::string& transform, const std::optional<CpuArray>& scale,
@@ -62,15 +63,14 @@ void bind_calibration(nb::module_& m) {
         const TensorView view = view_of(x, what, "x");
         nb::gil_scoped_release release;
         const TableReport report =
-            train_vecinfer_tables(view, t, n_subvectors, to.shape[1] == 1, params, to);
-        if (int8) cuda::round_tables_to_int8(to);
+            train_vecinfer_tables(view, t, n_subvectors, to.shape[1] == 1, params, to, {},
+                                  int8 ? TableEntries::int8 : TableEntries::fp16);
         return report.relative_error;
       },
       "x"_a, "transform"_a, "scale"_a, "encode_matrix"_a, "query_matrix"_a, "n_subvectors"_a,
       "seed"_a, "tables"_a, "int8"_a,
       "x [H, N, D] -> tables fp16 [H, M or 1, C, d], written; returns the relative error of each "
-      "head. int8: entries are rounded to int8 times a power of two, as CUDA wants 4-dimensional "
-      "ones.");
+      "head. int8: entries are int8 times a power of two, as CUDA wants 4-dimensional ones.");
 }
 
 }  // namespace veloxquant

@@ -71,13 +71,15 @@ void encode(const SideTables& side, const CpuArray& x_array, const CpuArray& cod
 
 // One sequence. Arrays without the batch axis: q [Hq, n, D]; codes [H, blocks, bytes], of which
 // n_packed tokens count; exact [H, slots, D], of which n_exact count: the sinks, then the tail;
-// chunk [H, n, D] or None: tokens that only these queries see yet, causally.
+// chunk [H, n, D] or None: the queries' own tokens, seen causally. n_sealed: so many blocks of the
+// codes beyond n_packed hold tokens that are exact or chunk, too; a query sees them as codes where
+// they had left the window when its token came (strict decoding).
 void attend_row(const SideTables& key_side, const SideTables& value_side, const CpuArray& q_array,
                 const CpuArray& key_codes, const CpuArray& value_codes, int64_t n_packed,
                 const CpuArray& exact_keys, const CpuArray& exact_values, int64_t n_exact,
                 int64_t sinks, const std::optional<CpuArray>& chunk_keys,
                 const std::optional<CpuArray>& chunk_values, float scale, const CpuArray& out,
-                const std::optional<CpuArray>& lse) {
+                const std::optional<CpuArray>& lse, int n_sealed, int window) {
   const char* what = "attend";
   const auto batched = [what](const CpuArray& array, const char* name) {
     TensorView view = view_of(array, what, name);
@@ -105,18 +107,21 @@ void attend_row(const SideTables& key_side, const SideTables& value_side, const 
   KeyValueSource source;
   source.key_codec = key_side.codec();
   source.value_codec = value_side.codec();
-  if (n_packed > 0) {
+  if (n_packed > 0 || n_sealed > 0) {
     const TensorView k = batched(key_codes, "key_codes"), v = batched(value_codes, "value_codes");
     check_shape(k, {1, heads, -1, source.key_codec->block_bytes()}, what, "key_codes");
     check_shape(v, {1, heads, k.shape[2], source.value_codec->block_bytes()}, what, "value_codes");
     PackedRun run;
-    run.n_blocks = static_cast<int>((n_packed + kBlockTokens - 1) / kBlockTokens);
+    require(n_sealed == 0 || n_packed % kBlockTokens == 0, "[attend] n_sealed: got ", n_sealed,
+            " behind ", n_packed, " tokens, wanted whole blocks");
+    run.n_blocks = static_cast<int>((n_packed + kBlockTokens - 1) / kBlockTokens) + n_sealed;
     require(run.n_blocks <= k.shape[2] && k.dtype == DType::uint8 && v.dtype == DType::uint8 &&
                 k.stride[3] == 1 && v.stride[3] == 1 && k.stride[2] == k.shape[3] &&
                 v.stride[2] == v.shape[3],
             "[attend] n_packed: got ", n_packed, " tokens, wanted at most ",
             k.shape[2] * kBlockTokens, " and uint8 codes, block after block");
-    run.last_count = static_cast<int>(n_packed - kBlockTokens * (run.n_blocks - 1));
+    run.last_count = n_sealed > 0 ? kBlockTokens
+                                  : static_cast<int>(n_packed - kBlockTokens * (run.n_blocks - 1));
     run.keys = static_cast<const uint8_t*>(k.data);
     run.values = static_cast<const uint8_t*>(v.data);
     run.key_head_stride = k.stride[1];
@@ -144,11 +149,11 @@ void attend_row(const SideTables& key_side, const SideTables& value_side, const 
     run.start = start;
     source.exact.push_back(run);
   };
-  const int64_t n_sinks = n_exact < sinks ? n_exact : sinks, tail_start = n_sinks + n_packed;
+  const int64_t n_sinks = n_exact < sinks ? n_exact : sinks, tail_start = sinks + n_packed;
   add_exact(ek, ev, 0, n_sinks, 0);
   add_exact(ek, ev, n_sinks, n_exact - n_sinks, tail_start);
   source.length = n_packed + n_exact;
-  source.visibility.tail_start = tail_start;
+  source.visibility = {tail_start, n_sealed, window, n_sealed > 0, source.length};
   AttentionParams params;
   params.scale = scale;
   if (chunk_keys && chunk_values) {
@@ -209,7 +214,8 @@ void bind_cpu(nb::module_& m) {
   m.def("cpu_encode", &encode, "side"_a, "x"_a, "codes"_a, "first_block"_a);
   m.def("cpu_attend_row", &attend_row, "keys"_a, "values"_a, "q"_a, "key_codes"_a, "value_codes"_a,
         "n_packed"_a, "exact_keys"_a, "exact_values"_a, "n_exact"_a, "sinks"_a, "chunk_keys"_a,
-        "chunk_values"_a, "scale"_a, "out"_a, "lse"_a = nb::none());
+        "chunk_values"_a, "scale"_a, "out"_a, "lse"_a = nb::none(), "n_sealed"_a = 0,
+        "window"_a = 64);
   m.def("cpu_decode_row", &decode_row, "side"_a, "codes"_a, "first_block"_a, "x"_a);
 }
 

@@ -201,6 +201,20 @@ def test_generation_of_every_kind_runs_on_codes(device):
     one = {"attention_mask": mask[:1], "max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
     alone = model.generate(ids[:1], past_key_values=vt.VeloxQuantCache(model, tables), **one)
     assert torch.equal(alone[0, : 150 + 30], greedy[0])
+    # Drafts that are partly refused are taken back by crop, and leave the text as it is.
+    cache = vt.VeloxQuantCache(model, tables)
+    looked_up = model.generate(ids[:1], past_key_values=cache, prompt_lookup_num_tokens=3, **one)
+    drafted = model.generate(
+        ids[:1], past_key_values=vt.VeloxQuantCache(model, tables), assistant_model=copy.deepcopy(model), **one
+    )
+    if device == "cpu":  # on a GPU one token and several round differently
+        assert torch.equal(looked_up, alone) and torch.equal(drafted, alone)
+    assert looked_up.shape == drafted.shape and cache.get_seq_length() == 189
+    # A conversation goes on with the tokens that are new.
+    longer = torch.cat([looked_up, tokens(20, seed=9).to(device)], dim=1)
+    more = {**one, "attention_mask": torch.ones_like(longer)}
+    assert model.generate(longer, past_key_values=cache, **more).shape == (1, 250)
+    assert cache.get_seq_length() == 249 and isinstance(cache.get_seq_length(), int)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -263,6 +277,18 @@ def test_a_saved_cache_goes_on_where_it_was(device, to, tmp_path):
     assert loaded.get_seq_length() == 222
     got = feed(model, loaded, ids[:, 222:], [1] * 38)
     assert (got - want).norm() <= (1e-6 if to == device else 1e-2) * want.norm()
+
+
+def test_strict_chunks_say_what_single_tokens_say():
+    model, tables = on("cpu", bits=2)
+    ids = tokens(420, 2)
+    want = feed(model, vt.VeloxQuantCache(model, tables), ids, [1] * 420)
+    for chunks in ([420], [2, 100, 318], [150, *[1] * 20, 250]):
+        cache = vt.VeloxQuantCache(model, tables, strict=True)
+        got = feed(model, cache, ids, chunks)
+        assert (got - want).norm() < 1e-3 * want.norm()
+    loose = feed(model, vt.VeloxQuantCache(model, tables), ids, [420])
+    assert (loose - want).norm() > 1e-2 * want.norm()
 
 
 def test_sliding_layers_keep_their_own_cache():

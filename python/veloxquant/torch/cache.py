@@ -22,11 +22,12 @@ class VeloxQuantCache(Cache):
     tables: of `calibrate`, one for each layer. The first `sinks` tokens and the newest window .. window + 63 stay exact in
     16 bits. max_length: tokens to make room for at once; else codes grow as they come. on_codes: the model's attention
     implementation becomes 'veloxquant', which reads the codes; without, attention is the model's own and sees the history
-    decoded, which takes its memory for the time of a layer.
+    decoded, which takes its memory for the time of a layer. strict: a token of a chunk sees as codes exactly what token
+    by token decoding would show it, as evaluations want; on the CPU only.
     Sliding-window layers keep transformers' own cache.
     """
 
-    def __init__(self, model, tables, sinks=4, window=64, max_length=None, on_codes=True):
+    def __init__(self, model, tables, sinks=4, window=64, max_length=None, on_codes=True, strict=False):
         self.config = model.config.get_text_config(decoder=True)
         count = self.config.num_hidden_layers
         if len(tables) != count:
@@ -34,6 +35,7 @@ class VeloxQuantCache(Cache):
         if sinks < 0 or window < 0:
             raise Error(f"[VeloxQuantCache] sinks, window: got {sinks}, {window}, wanted 0 or more")
         self.tables, self.sinks, self.window, self.max_length = tables, sinks, window, max_length
+        self.strict = strict
         self.lengths = None
         kinds = getattr(self.config, "layer_types", None) or ["full_attention"] * count
         layers = []
@@ -71,6 +73,8 @@ class VeloxQuantCache(Cache):
 
     def start(self, batch, device):
         """The lengths that all layers share; made by the first layer to get tokens."""
+        if self.strict and device.type != "cpu":
+            raise Error(f"[VeloxQuantCache] strict: got {device}, wanted cpu (elsewhere give it token by token)")
         if self.lengths is None:
             self.lengths = Lengths(batch, self.sinks, self.window, device)
         elif self.lengths.device != device or self.lengths.batch != batch:
@@ -149,7 +153,7 @@ class VeloxQuantCache(Cache):
 
         Where that cuts into a packed block, what is left of the block goes back to the exact tokens, as decoded.
         """
-        lengths = self.lengths
+        lengths, tokens_to_remove = self.lengths, int(tokens_to_remove)
         if lengths is not None:
             n = lengths.seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
             n = min(max(n, 0), lengths.seen)

@@ -41,7 +41,8 @@ def record(model, batches, max_tokens):
     model.set_attn_implementation(RECORDER)
     try:
         for ids in batches:
-            model(torch.as_tensor(ids, device=model.device).reshape(-1, numpy.shape(ids)[-1]), use_cache=False)
+            ids = torch.as_tensor(ids, device=model.device)
+            model.base_model(ids.reshape(-1, ids.shape[-1]), use_cache=False)
             if min(layer["n"] for layer in recording.layers.values()) >= max_tokens:
                 break
     finally:
@@ -62,7 +63,8 @@ def fit_side(side, x, moments, bits, transform, codebook_per, seed):
     if transform == "learned":
         kind = "dense"
         arrays = {n: numpy.empty((heads, dim, dim), numpy.float32) for n in ("encode_matrix", "query_matrix")}
-        _core.learned_rotation(x, moments, n_subvectors, arrays["encode_matrix"], arrays["query_matrix"])
+        centred = codebook_per == "subvector"
+        _core.learned_rotation(x, moments, n_subvectors, arrays["encode_matrix"], arrays["query_matrix"], centred)
     elif transform == "hadamard":
         kind = "hadamard"
         arrays["scale"] = numpy.ones((heads, dim), numpy.float32)

@@ -47,12 +47,20 @@ class CpuKernels:
         return portable
 
     def attend_token(self, query, scaling):
-        return self._attend(query, None, None, scaling, None)
+        lengths = self.layer.cache.lengths
+        return self._attend(query, None, None, scaling, None, lengths.packed, lengths.exact, self.layer.exact)
 
     def attend_chunk(self, query, key, value, scaling, valid):
-        return self._attend(query, key, value, scaling, valid)
+        counts = self.layer.counts_before()
+        return self._attend(query, key, value, scaling, valid, *counts, self.layer.exact)
 
-    def _attend(self, query, key, value, scaling, valid):
+    def attend_stored_chunk(self, query, key, value, scaling, valid, exact):
+        """As token by token: after the append, with the exact storage as it was before."""
+        lengths = self.layer.cache.lengths
+        packed = [(after - before) // BLOCK for before, after in zip(lengths.before[0], lengths.packed)]
+        return self._attend(query, key, value, scaling, valid, *lengths.before, exact, packed)
+
+    def _attend(self, query, key, value, scaling, valid, packed, exact, storage, sealed=None):
         layer = self.layer
         lengths = layer.cache.lengths
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
@@ -69,14 +77,16 @@ class CpuKernels:
                 q,
                 layer.codes[0][b],
                 layer.codes[1][b],
-                lengths.packed[b] if layer.steps == lengths.steps else lengths.before[0][b],
-                layer.exact[0][b],
-                layer.exact[1][b],
-                lengths.exact[b] if layer.steps == lengths.steps else lengths.before[1][b],
+                packed[b],
+                storage[0][b],
+                storage[1][b],
+                exact[b],
                 lengths.sinks,
                 *chunk,
                 scaling,
                 result,
+                n_sealed=0 if sealed is None else sealed[b],
+                window=lengths.window,
             )
             out[b][:, rows] = result
         return out.transpose(1, 2)
@@ -186,9 +196,7 @@ class CudaKernels:
 
     def attend_chunk(self, query, key, value, scaling, valid):
         """Many queries: history in tiles that are decoded once, the chunk itself causal, joined by log-sum-exp."""
-        lengths = self.layer.cache.lengths
-        follows = self.layer.steps != lengths.steps
-        packed, exact = lengths.before if follows else (lengths.packed, lengths.exact)
+        packed, exact = self.layer.counts_before()
         if valid is None and len(set(packed)) == len(set(exact)) == 1:
             return self._attend_rows(slice(None), query, key, value, packed[0], exact[0], scaling).transpose(1, 2)
         out = torch.zeros_like(query)

@@ -115,6 +115,11 @@ class VeloxQuantLayer(CacheLayerMixin):
         self.make_room(max(lengths.packed) // BLOCK)
         return lengths
 
+    def counts_before(self):
+        """Packed and exact tokens of each row before the step that this layer takes next."""
+        lengths = self.cache.lengths
+        return lengths.before if self.steps != lengths.steps else (lengths.packed, lengths.exact)
+
     def append(self, key_states, value_states, valid=None):
         """Stores new tokens [B, H, n, D]; valid: bool [B, n], False for padding."""
         n = key_states.shape[2]
@@ -165,6 +170,10 @@ class VeloxQuantLayer(CacheLayerMixin):
         if query.shape[2] == 1 and valid is None:
             self.append(key, value)
             return self.kernels.attend_token(query, scaling)
+        if self.cache.strict:
+            exact = [x.clone() for x in self.exact]
+            self.append(key, value, valid)
+            return self.kernels.attend_stored_chunk(query, key, value, scaling, valid, exact)
         out = self.kernels.attend_chunk(query, key, value, scaling, valid)
         self.append(key, value, valid)
         return out
