@@ -3,10 +3,13 @@
 // wrong.
 //
 //   decode_bench [--shapes 32/8x128,9/3x64] [--contexts 1024,8192,32768] [--rounds 7] [--only TEXT]
+//                [--registers never|fast|always]
 //
 // --only keeps the caches whose name contains TEXT (or one of several, with commas), and fp16.
-// VELOXQUANT_SIMD and VELOXQUANT_THREADS choose what is measured.
+// --registers: look-ups in registers (src/codecs/lookup/plane_codes.h). VELOXQUANT_SIMD and
+// VELOXQUANT_THREADS choose what is measured.
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -20,6 +23,7 @@
 #include <string>
 #include <vector>
 
+#include "src/codecs/lookup/plane_codes.h"
 #include "src/math/float16.h"
 #include "veloxquant/cache.h"
 #include "veloxquant/codec_spec.h"
@@ -135,7 +139,18 @@ class Candidate {
     };
     const auto start = Clock::now();
     cache->append(view(keys), view(values));
-    append_seconds = since(start);
+    append_seconds = since(start) / static_cast<double>(length);
+  }
+
+  // The mean of decode steps, in which two blocks are sealed.
+  double append_token_seconds(const Shape& shape) {
+    constexpr int kSteps = 2 * vq::kBlockTokens;
+    const std::vector<float> token = random_values(shape.kv_heads * shape.head_dim, 4);
+    const vq::TensorView view(token.data(), vq::DType::float32,
+                              {1, shape.kv_heads, 1, shape.head_dim});
+    const auto start = Clock::now();
+    for (int i = 0; i < kSteps; ++i) cache->append(view, view);
+    return since(start) / kSteps;
   }
 
   std::string name;
@@ -201,6 +216,12 @@ bool parse(int argc, char** argv, Options& options) {
     const std::vector<std::string> parts = split(argv[i + 1]);
     if (name == "--rounds") {
       options.rounds = std::atoi(argv[i + 1]);
+    } else if (name == "--registers") {
+      using Use = vq::lookup::PlaneUse;
+      const std::map<std::string, Use> uses = {
+          {"never", Use::never}, {"fast", Use::fast}, {"always", Use::always}};
+      if (uses.count(argv[i + 1]) == 0) return false;
+      vq::lookup::set_plane_use(uses.at(argv[i + 1]));
     } else if (name == "--only") {
       options.only = parts;
     } else if (name == "--contexts") {
@@ -272,12 +293,13 @@ bool measure(const Shape& shape, int64_t length, const Options& options, double 
     }
   }
   const double exact = median(candidates[0].times);
-  for (const Candidate& c : candidates) {
-    const double time = median(c.times), rate = static_cast<double>(c.cache->nbytes()) / time;
-    std::printf("  %-24s %6d %5.2f %9.3f %6.2f %7.1f %6.2f %4.0f %% %9.2f  %.1e\n", c.name.c_str(),
-                static_cast<int>(length), c.bits, time * 1e3, exact / time,
+  for (Candidate& c : candidates) {
+    const double time = median(c.times), append = c.append_token_seconds(shape);
+    const double rate = static_cast<double>(c.cache->nbytes()) / time;
+    std::printf("  %-24s %6d %5.2f %9.3f %6.2f %7.1f %6.2f %4.0f %% %8.2f %8.2f %5.1f %%  %.1e\n",
+                c.name.c_str(), static_cast<int>(length), c.bits, time * 1e3, exact / time,
                 time * 1e9 / static_cast<double>(length * shape.kv_heads), rate / 1e9,
-                100 * rate / bandwidth, c.append_seconds * 1e6 / static_cast<double>(length),
+                100 * rate / bandwidth, c.append_seconds * 1e6, append * 1e6, 100 * append / time,
                 c.error);
   }
   std::fflush(stdout);
@@ -289,9 +311,10 @@ bool measure(const Shape& shape, int64_t length, const Options& options, double 
 int main(int argc, char** argv) {
   Options options;
   if (!parse(argc, argv, options)) {
-    std::fprintf(stderr,
-                 "decode_bench: got arguments it does not know, wanted [--shapes 32/8x128,...] "
-                 "[--contexts 1024,...] [--rounds 7] [--only TEXT,...]\n");
+    std::fprintf(
+        stderr,
+        "decode_bench: got arguments it does not know, wanted [--shapes 32/8x128,...] "
+        "[--contexts 1024,...] [--rounds 7] [--only TEXT,...] [--registers never|fast|always]\n");
     return 2;
   }
   const double bandwidth = read_bandwidth();
@@ -302,8 +325,11 @@ int main(int argc, char** argv) {
   for (const Shape& shape : options.shapes) {
     std::printf("\n%d query heads, %d KV heads, head_dim %d, one query token\n", shape.query_heads,
                 shape.kv_heads, shape.head_dim);
-    std::printf("  %-24s %6s %5s %9s %6s %7s %6s %6s %9s  %s\n", "cache", "tokens", "bits",
-                "ms/step", "times", "ns/t/h", "GB/s", "read", "us/append", "error");
+    std::printf("  %-24s %6s %5s %9s %6s %7s %6s %6s %8s %8s %7s  %s\n", "cache", "tokens", "bits",
+                "ms/step", "times", "ns/t/h", "GB/s", "read", "us/tok", "us/app", "of step",
+                "error");
+    std::printf(
+        "  (us/tok: a token of a long append; us/app: of a decode step, beside attention)\n");
     for (int64_t length : options.contexts) right &= measure(shape, length, options, bandwidth);
   }
   return right ? 0 : 1;

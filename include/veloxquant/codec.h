@@ -91,8 +91,8 @@ class Codec {
   // none, then attention decodes tiles of 64 tokens.
   virtual std::string code_kernel(Backend) const { return {}; }
   // For n_rows query rows of a KV head, where code_kernel() names one. q: fp32 [n_rows][head_dim],
-  // transformed. The position of `place` is not known. An output row's relative L2 error that comes
-  // of the kernel's arithmetic is at most 1e-3.
+  // transformed, scaled so that a weight is 2^score (e^ where logits are capped). `place` has no
+  // position. An output row's relative L2 error by the kernel's arithmetic is at most 1e-3.
   virtual std::unique_ptr<const CodeScores> code_scores(const BlockPlace& /*place*/,
                                                         const float* /*q*/, int /*n_rows*/) const {
     return nullptr;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "src/attention/attention_fixture.h"
+#include "src/codecs/lookup/plane_codes.h"
 #include "src/math/float16.h"
 #include "veloxquant/codec_spec.h"
 #include "veloxquant/vecinfer.h"
@@ -85,11 +86,23 @@ Case decode_case() {
 
 class AttentionOnCodes : public AttentionTest {
  protected:
+  void TearDown() override {
+    lookup::set_plane_use(lookup::PlaneUse::never);
+    AttentionTest::TearDown();
+  }
   void check_on_codes(const Case& c, const Codecs& codecs) {
     const Scenario p = codecs.scenario(c);
     ASSERT_THAT(attention_kernel_name(Backend::cpu, p.source, c.n_queries * c.group),
                 HasSubstr(" codes ("));
+    check_both(p);
+  }
+  // In fp32, and by 16-bit look-ups in registers wherever there is such a kernel (codec.h: 1e-3).
+  void check_both(const Scenario& p) {
+    lookup::set_plane_use(lookup::PlaneUse::never);
     check(p);
+    lookup::set_plane_use(lookup::PlaneUse::always);
+    check(p, 1e-3, 1e-4);
+    lookup::set_plane_use(lookup::PlaneUse::never);
   }
 };
 
@@ -147,7 +160,7 @@ TEST_F(AttentionOnCodes, ScalarCodecs) {
       SCOPED_TRACE(keys->name());
       const Scenario p(c, keys, values);
       ASSERT_THAT(attention_kernel_name(Backend::cpu, p.source), HasSubstr("byte look-ups)"));
-      check(p);
+      check_both(p);
     }
   }
 }
@@ -272,8 +285,8 @@ TEST_F(AttentionOnCodes, OneSideOnCodesTheOtherDecoded) {
               HasSubstr("byte look-ups keys, decoded values"));
   EXPECT_THAT(attention_kernel_name(Backend::cpu, values.source),
               HasSubstr("decoded keys, byte look-ups values"));
-  check(keys);
-  check(values);
+  check_both(keys);
+  check_both(values);
 }
 
 TEST_F(AttentionOnCodes, HugeLogits) {
@@ -282,6 +295,9 @@ TEST_F(AttentionOnCodes, HugeLogits) {
   c.scale = 1;
   const Codecs codecs(c, {4, 256});
   check(codecs.scenario(c), 2e-3);
+  lookup::set_plane_use(lookup::PlaneUse::always);  // of values: such queries take keys in fp32
+  check(codecs.scenario(c), 2e-3);
+  check(Codecs(c, {1, 16}).scenario(c), 2e-3);
 }
 
 TEST_F(AttentionOnCodes, SameBitsEveryRunAndThreadCount) {

@@ -192,6 +192,9 @@ void attend_segment(const Problem& p, const Rows& rows, const Segment& segment, 
 std::unique_ptr<const CodeScores> prepare_scores(const Problem& p, const Rows& rows) {
   std::vector<float> q(int64_t{rows.n} * p.head_dim);
   p.load_queries(rows.b, rows.kv_head, rows.first, rows.n, q.data());
+  const double unit = p.params.logit_softcap > 0 ? 1.0 : kLog2E;
+  const float scale = static_cast<float>(p.params.scale * unit);
+  for (float& x : q) x *= scale;
   p.source.key_codec->transform_query(rows.kv_head, q.data(), rows.n);
   BlockPlace place;
   place.sequence = rows.b;

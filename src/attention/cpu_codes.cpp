@@ -54,6 +54,7 @@ class CodeSegment {
   }
 
   void score(const CodeScores* codes) {
+    is_scaled_ = codes != nullptr;  // with their query
     if (codes == nullptr) return score_tiles();
     for (const Stretch& stretch : stretches_) {
       const uint8_t* blocks = p_.key_block(rows_.b, rows_.kv_head, p_.tiles[stretch.first]);
@@ -70,6 +71,7 @@ class CodeSegment {
     step.stride = stride_;
     step.softcap = p_.params.logit_softcap;
     step.scale = static_cast<float>(step.softcap > 0 ? p_.params.scale : p_.params.scale * kLog2E);
+    if (is_scaled_) step.scale = 1.0f;
     step.max = state.max;
     step.sum = state.sum;
     step.mask = p_.has_mask_array() ? mask.data() : nullptr;
@@ -181,6 +183,7 @@ class CodeSegment {
   const Rows& rows_;
   const Segment& segment_;
   int64_t stride_, columns_;
+  bool is_scaled_ = false;
   Floats scores_;  // [n rows][stride]
   std::vector<int> begin_, end_;
   std::vector<Stretch> stretches_;

@@ -6,6 +6,7 @@
 
 #include "src/codecs/lookup/chunks.h"
 #include "src/codecs/lookup/pair_codes.h"
+#include "src/codecs/lookup/plane_codes.h"
 
 namespace veloxquant::lookup {
 namespace {
@@ -182,11 +183,13 @@ std::string byte_code_kernel() { return widest_panel() > 0 ? "byte look-ups" : "
 
 std::unique_ptr<const CodeScores> byte_code_scores(const ByteCodes& codes, const float* q,
                                                    int n_rows) {
+  if (auto scores = plane_code_scores(codes, q, n_rows)) return scores;
   if (codes.sub_dim == 2) return pair_code_scores(codes, q, n_rows);
   return std::make_unique<ByteCodeScores>(codes, q, n_rows);
 }
 
 std::unique_ptr<CodeSums> byte_code_sums(const ByteCodes& codes, int n_rows) {
+  if (auto sums = plane_code_sums(codes, n_rows)) return sums;
   if (codes.sub_dim == 2) return pair_code_sums(codes, n_rows);
   return std::make_unique<ByteCodeSums>(codes, n_rows);
 }

@@ -1,0 +1,34 @@
+// Attention on codes by look-ups in registers: tables as two planes of bytes, 16 bits together.
+//
+// Keys    an entry is the product of a query row with a code's vector, rounded to 14 bits of the
+//         largest; two planes of 7 bits are looked up, and summed up as integers.
+// Values  a dimension of 15 bits is looked up for every token and multiplied with the token's
+//         weight of 13 bits, by integer products of two neighbours.
+//
+// A look-up costs a permutation or two for as many tokens as a register has bytes, where a load
+// gives one token's: with 16 values a table on every SIMD level, with 256 on AVX-512 VBMI alone.
+// The error of an output row that comes of the rounding is some 1e-4; where queries are so large
+// that it might be more, keys are looked up in fp32.
+//
+// Off unless VELOXQUANT_LOOKUPS=registers: README.md has the figures, and what is not measured yet.
+#pragma once
+
+#include <memory>
+
+#include "src/codecs/lookup/byte_codes.h"
+
+namespace veloxquant::lookup {
+
+// fast: where tables fit registers; always: tables of 256 as well where that is slow, for tests.
+enum class PlaneUse { never, fast, always };
+// Instead of the environment's choice; not while attention runs.
+void set_plane_use(PlaneUse use);
+PlaneUse plane_use();
+
+// Null where such look-ups are off, not possible or, of keys, not exact enough.
+// q as in code_scores: a score is the logarithm of a weight, to base 2.
+std::unique_ptr<const CodeScores> plane_code_scores(const ByteCodes& codes, const float* q,
+                                                    int n_rows);
+std::unique_ptr<CodeSums> plane_code_sums(const ByteCodes& codes, int n_rows);
+
+}  // namespace veloxquant::lookup
