@@ -1,0 +1,351 @@
+// Decode attention on Metal, run on the MSL machine, against the fp64 oracle.
+#include <cstring>
+
+#include "src/attention/attention_fixture.h"
+#include "src/attention/kernel_calls.h"
+#include "src/codecs/vecinfer/format.h"
+#include "tests/msl/machine.h"
+#include "tests/support/random.h"
+
+namespace veloxquant::attention {
+namespace {
+
+using metal::Type;
+using msl::Input;
+
+struct Codes {
+  int sub_dim = 4, n_centroids = 256;
+  bool per_head = true;
+  TransformKind kind = TransformKind::hadamard;
+};
+
+struct Decode {
+  Case c;
+  Codes keys{}, values{};
+};
+
+Type type_of(DType dtype) {
+  return dtype == DType::float16    ? Type::float16
+         : dtype == DType::bfloat16 ? Type::bfloat16
+                                    : Type::float32;
+}
+
+CodeFormat format_of(const Codes& codes, int head_dim) {
+  return {codes.sub_dim, codes.n_centroids, vecinfer::code_bits(codes.n_centroids),
+          codes.per_head ? 1 : head_dim / codes.sub_dim};
+}
+
+int transform_of(const Codes& codes) { return static_cast<int>(codes.kind); }
+
+// Both passes of one call of attend(), as the MLX layer makes them.
+struct MetalDecode {
+  const Scenario& p;
+  const test::OwnedCodec &keys, &values;
+  const Decode& d;
+  DecodeShape shape;
+  std::vector<msl::Report> reports;
+  size_t n_items = 0;
+
+  MetalDecode(const Scenario& p, const test::OwnedCodec& keys, const test::OwnedCodec& values,
+              const Decode& d)
+      : p(p), keys(keys), values(values), d(d) {
+    const Case& c = p.c;
+    shape.batch = c.batch;
+    shape.n_kv_heads = c.n_kv_heads;
+    shape.group = c.group;
+    shape.n_queries = static_cast<int>(c.n_queries);
+    shape.head_dim = c.head_dim;
+    shape.keys = format_of(d.keys, c.head_dim);
+    shape.values = format_of(d.values, c.head_dim);
+    shape.key_transform = transform_of(d.keys);
+    shape.value_transform = transform_of(d.values);
+    shape.n_spans = static_cast<int>(p.source.packed.size());
+    shape.n_exact = static_cast<int>(p.source.exact.size());
+    shape.bfloat_cache = c.exact_dtype == DType::bfloat16;
+    shape.softcap = c.softcap > 0;
+    shape.mask = c.mask != MaskKind::none;
+    shape.out = type_of(c.out_dtype);
+  }
+
+  Result run(int cores) {
+    const Case& c = p.c;
+    EXPECT_FALSE(no_decode_kernel_because(shape)) << *no_decode_kernel_because(shape);
+    std::vector<Stretch> stretches;
+    for (size_t i = 0; i < p.source.packed.size(); ++i) {
+      const PackedRun& run = p.source.packed[i];
+      stretches.push_back({true, static_cast<int>(i), 0, static_cast<int>(run.end() - run.start),
+                           static_cast<int>(run.start), run.n_blocks});
+    }
+    for (size_t i = 0; i < p.source.exact.size(); ++i) {
+      const ExactRun& run = p.source.exact[i];
+      stretches.push_back({false, static_cast<int>(i), 0, static_cast<int>(run.keys.shape[2]),
+                           static_cast<int>(run.start), 0});
+    }
+    const std::vector<Item> items = plan_items(shape, stretches, cores);
+    n_items = items.size();
+    std::vector<int32_t> plan;
+    int packed = 0;
+    for (const Item& item : items) {
+      plan.insert(plan.end(), {item.packed ? 0 : 1, item.source, item.first, item.count,
+                               item.position, item.capacity});
+      packed += item.packed;
+    }
+    if (items.size() < 2) plan.resize(12, 0);
+
+    const AttentionParams& params = p.params;
+    const int64_t first =
+        params.first_query_position >= 0 ? params.first_query_position : c.length - c.n_queries;
+    std::vector<int32_t> seen;
+    const Visibility& v = p.source.visibility;
+    for (int64_t i = 0; i < c.n_queries; ++i) {
+      const int64_t t = first + i;
+      const int64_t end = params.mask.causal ? std::min(c.length, t + 1) : c.length;
+      const int64_t begin = params.mask.sliding_window > 0
+                                ? std::max<int64_t>(0, t + 1 - params.mask.sliding_window)
+                                : 0;
+      const bool both = v.n_new_blocks > 0;
+      seen.insert(seen.end(), {static_cast<int32_t>(begin), static_cast<int32_t>(end),
+                               both ? static_cast<int32_t>(v.code_end(t)) : INT32_MAX,
+                               both ? static_cast<int32_t>(v.tail_start) : INT32_MAX});
+    }
+    const float numbers[2] = {params.scale, params.logit_softcap};
+    const int64_t H = c.n_kv_heads, D = c.head_dim, Hq = H * c.group, Lq = c.n_queries;
+
+    // q row-major, as the op makes it.
+    Tensor q(c.q_dtype, c.batch, Hq, Lq, D, 0);
+    q.view.stride = {Hq * Lq * D, Lq * D, D, 1};
+    std::vector<float> q_codes(c.batch * Hq * Lq * D);
+    for (int64_t b = 0; b < c.batch; ++b) {
+      for (int64_t h = 0; h < Hq; ++h) {
+        for (int64_t i = 0; i < Lq; ++i) {
+          float* row = &q_codes[((b * Hq + h) * Lq + i) * D];
+          for (int64_t k = 0; k < D; ++k) {
+            row[k] = load_element(p.q.view.at(b, h, i), c.q_dtype, k);
+            store_element(q.view.at(b, h, i), c.q_dtype, k, row[k]);
+          }
+          if (transform_of(d.keys) == 2) {
+            keys.codec->transform_query(static_cast<int>(h / c.group), row, 1);
+          }
+        }
+      }
+    }
+    std::vector<float> ones(H * D, 1.0f);
+    const std::vector<float>& smooth = keys.scale.empty() ? ones : keys.scale;
+    const auto table_shape = [&](const Codes& codes) {
+      return std::vector<int64_t>{1, H, codes.per_head ? 1 : D / codes.sub_dim, codes.n_centroids,
+                                  codes.sub_dim};
+    };
+    std::vector<Input> inputs = {Input(type_of(c.q_dtype), {c.batch, Hq, Lq, D}, q.view.data)};
+    if (shape.n_spans > 0 && shape.key_transform == 2) {
+      inputs.emplace_back(Type::float32, std::vector<int64_t>{c.batch, Hq, Lq, D}, q_codes.data());
+    }
+    inputs.emplace_back(Type::int32, std::vector<int64_t>{int64_t(plan.size()) / 6, 6},
+                        plan.data());
+    inputs.emplace_back(Type::int32, std::vector<int64_t>{Lq, 4}, seen.data());
+    inputs.emplace_back(Type::float32, std::vector<int64_t>{2}, numbers);
+    if (shape.n_spans > 0) {
+      inputs.emplace_back(Type::float32, std::vector<int64_t>{H, D}, smooth.data());
+      inputs.emplace_back(Type::float16, table_shape(d.keys), keys.tables.data());
+      inputs.emplace_back(Type::float16, table_shape(d.values), values.tables.data());
+    }
+    for (const PackedRun& run : p.source.packed) {
+      inputs.emplace_back(Type::uint8,
+                          std::vector<int64_t>{c.batch, H, run.n_blocks, keys.codec->block_bytes()},
+                          run.keys);
+      inputs.emplace_back(
+          Type::uint8, std::vector<int64_t>{c.batch, H, run.n_blocks, values.codec->block_bytes()},
+          run.values);
+    }
+    for (const ExactRun& run : p.source.exact) {
+      for (const TensorView* view : {&run.keys, &run.values}) {
+        inputs.emplace_back(type_of(view->dtype),
+                            std::vector<int64_t>(view->shape.begin(), view->shape.begin() + 4),
+                            view->data,
+                            std::vector<int64_t>(view->stride.begin(), view->stride.begin() + 4));
+      }
+    }
+    std::vector<float> mask;
+    if (shape.mask) {  // booleans become 0 and -inf, as the op makes them
+      const TensorView& array = params.mask.array;
+      const int64_t B = c.mask_broadcast ? 1 : c.batch, MH = c.mask_broadcast ? 1 : Hq;
+      for (int64_t i = 0; i < B * MH * Lq * c.length; ++i) {
+        mask.push_back(array.dtype == DType::boolean
+                           ? (p.mask_bytes[i] ? 0.0f : -std::numeric_limits<float>::infinity())
+                           : load_element(p.mask_bytes.data(), DType::float32, i));
+      }
+      inputs.emplace_back(Type::float32, std::vector<int64_t>{c.batch, Hq, Lq, c.length},
+                          mask.data(),
+                          std::vector<int64_t>{c.mask_broadcast ? 0 : MH * Lq * c.length,
+                                               c.mask_broadcast ? 0 : Lq * c.length, c.length, 1});
+    }
+    metal::Call call = first_pass_call(shape, static_cast<int>(items.size()));
+    const msl::Result parts = msl::run(*call.kernel, call.launch, inputs);
+    reports.push_back(parts.report);
+
+    std::vector<float> sinks(Hq, -std::numeric_limits<float>::infinity());
+    if (!p.sink_logits.empty()) sinks = p.sink_logits;
+    const int32_t counts[3] = {static_cast<int32_t>(items.size()), packed, c.group};
+    const int64_t rows = shape.n_rows(), n = static_cast<int64_t>(items.size());
+    const std::vector<float>& inverse = shape.value_transform == 2 ? values.query_matrix
+                                        : values.scale.empty()     ? ones
+                                                                   : values.scale;
+    const std::vector<int64_t> inverse_shape =
+        shape.value_transform == 2 ? std::vector<int64_t>{H, D, D} : std::vector<int64_t>{H, D};
+    call = second_pass_call(shape);
+    const msl::Result merged =
+        msl::run(*call.kernel, call.launch,
+                 {Input(Type::float32, {c.batch, H, n, rows, D}, parts.outputs[0].data()),
+                  Input(Type::float32, {c.batch, H, n, rows, 2}, parts.outputs[1].data()),
+                  Input(Type::int32, {3}, counts), Input(Type::float32, {Hq}, sinks.data()),
+                  Input(Type::float32, inverse_shape, inverse.data())});
+    reports.push_back(merged.report);
+    Result result(c, c.out_dtype);
+    result.out = Tensor(c.out_dtype, c.batch, Hq, Lq, D, 0);
+    result.out.view.stride = {Hq * Lq * D, Lq * D, D, 1};
+    result.out.bytes = merged.outputs[0];
+    result.out.view.data = result.out.bytes.data();
+    result.lse = merged.output<float>(1);
+    return result;
+  }
+};
+
+test::OwnedCodec codec_of(test::Random& random, Side side, const Case& c, const Codes& codes) {
+  return test::random_codec(random, side, c.n_kv_heads, c.head_dim, c.head_dim / codes.sub_dim,
+                            codes.n_centroids, codes.per_head, codes.kind);
+}
+
+std::vector<msl::Report> check(const Decode& d, int cores = 4, uint64_t seed = 11) {
+  test::Random random(seed);
+  const test::OwnedCodec keys = codec_of(random, Side::keys, d.c, d.keys);
+  const test::OwnedCodec values = codec_of(random, Side::values, d.c, d.values);
+  const Scenario p(d.c, keys.codec, values.codec);
+  MetalDecode metal(p, keys, values, d);
+  const Result got = metal.run(cores);
+  const double rounding = d.c.out_dtype == DType::float16    ? 0x1p-11
+                          : d.c.out_dtype == DType::bfloat16 ? 0x1p-8
+                                                             : 0;
+  const double error = worst_error(got, oracle(p));
+  EXPECT_LE(error, 2e-5 + rounding);  // fp32 throughout; 2e-3 would be allowed
+  const Result want = oracle(p);
+  for (size_t i = 0; i < want.lse.size(); ++i) {
+    if (std::isinf(want.lse[i])) {
+      EXPECT_EQ(got.lse[i], want.lse[i]);
+    } else {
+      EXPECT_NEAR(got.lse[i], want.lse[i], 1e-5 * (1 + std::fabs(want.lse[i])));
+    }
+  }
+  return metal.reports;
+}
+
+Case decode_case(int head_dim, int group, int64_t length) {
+  Case c;
+  c.head_dim = head_dim;
+  c.group = group;
+  c.n_queries = 1;
+  c.length = length;
+  c.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  return c;
+}
+
+TEST(MetalDecode, GroupsAndHeadDims) {
+  check({decode_case(128, 4, 400)});
+  check({decode_case(64, 8, 300), {8, 256, false}, {4, 256, true, TransformKind::none}});
+  check({decode_case(256, 1, 200), {4, 256, true}, {8, 256, true}});
+}
+
+TEST(MetalDecode, OddHeadDimsAndCodeWidths) {
+  check({decode_case(80, 3, 270), {4, 64, true}, {2, 16, true, TransformKind::none}});
+  check({decode_case(96, 2, 330), {2, 300, true}, {3, 2000, false, TransformKind::none}});
+  check({decode_case(64, 5, 260), {1, 5, true, TransformKind::none}, {16, 100, true}});
+}
+
+TEST(MetalDecode, DenseTransforms) {
+  const Codes dense{4, 256, false, TransformKind::dense};
+  check({decode_case(64, 2, 300), dense, dense});
+}
+
+TEST(MetalDecode, ManyQueriesMasksCapsSinksAndTypes) {
+  Case c = decode_case(64, 3, 400);
+  c.n_queries = 5;
+  c.batch = 2;
+  c.n_new_blocks = 2;
+  c.strict = true;
+  c.cut = 17;
+  c.q_dtype = c.out_dtype = DType::float16;
+  check({c});
+  c.strict = false;
+  c.sliding_window = 150;
+  c.q_dtype = c.out_dtype = c.exact_dtype = DType::bfloat16;
+  c.sink_logits = true;
+  check({c});
+  c.cut = 0;  // a mask, three spans and three exact arrays would be more buffers than Metal has
+  c.mask = MaskKind::boolean;
+  c.softcap = 20;
+  c.q_dtype = c.out_dtype = DType::float32;
+  check({c});
+  c.mask = MaskKind::additive;
+  c.mask_broadcast = true;
+  c.causal = false;
+  check({c});
+}
+
+TEST(MetalDecode, WithoutPackedBlocks) {
+  Case c = decode_case(96, 4, 40);
+  check({c});
+  c.n_queries = 3;
+  c.length = 3;
+  check({c});
+}
+
+TEST(MetalDecode, ResultsDoNotDependOnTheCut) {
+  for (int cores : {1, 3, 64}) check({decode_case(64, 2, 900)}, cores);
+}
+
+// GQA shares each load: the first pass asks for every packed byte once, at any ratio.
+TEST(MetalDecode, ReadsThePackedBytesOnce) {
+  for (int group : {1, 2, 4, 8}) {
+    SCOPED_TRACE(group);
+    Case c = decode_case(128, group, 64 * 16 + 4 + 64);
+    c.n_kv_heads = 1;
+    const msl::Report report = check({c, {4, 256, true}, {4, 256, true}}, 1)[0];
+    const int64_t side = 16 * 2048;  // 16 blocks of 64 tokens of 32 codes of a byte
+    for (const char* name : {"k0", "v0"}) {
+      EXPECT_EQ(report.buffers.at(name).requested, side) << name;
+      EXPECT_EQ(report.buffers.at(name).once, side) << name;
+    }
+    // All the rest but the exact tokens: what does not grow with the context is the tables and q.
+    int64_t once = 0;
+    for (const auto& [name, traffic] : report.buffers) {
+      if (name[0] != 'e' && name != "q" && name != "k_tables" && name != "v_tables") {
+        once += traffic.once;
+      }
+    }
+    EXPECT_LE(once, 1.05 * 2 * side);
+    EXPECT_LE(report.threadgroup_bytes, 17 * 1024);
+  }
+}
+
+// At 4096 tokens and batch 1 every core of an M1 (8) to an M5 Max (40) has 8 threadgroups.
+TEST(MetalDecode, PlanFillsTheCores) {
+  DecodeShape s;
+  s.head_dim = 128;
+  s.group = 4;
+  s.n_kv_heads = 8;
+  for (int cores : {8, 10, 20, 40}) {
+    const std::vector<Item> items = plan_items(
+        s, {{true, 0, 0, 4096, 4, 64}, {false, 0, 0, 4, 0, 0}, {false, 0, 4, 90, 4100, 0}}, cores);
+    EXPECT_GE(static_cast<int>(items.size()) * s.n_kv_heads, 8 * cores) << cores;
+    int position = 4, packed = 0;
+    for (const Item& item : items) {
+      if (!item.packed) continue;
+      EXPECT_EQ(item.position, position);
+      EXPECT_EQ(item.first, packed / 64);
+      position += item.count;
+      packed += item.count;
+    }
+    EXPECT_EQ(packed, 4096);
+  }
+}
+
+}  // namespace
+}  // namespace veloxquant::attention

@@ -1,0 +1,350 @@
+#include "src/attention/kernel_calls.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+
+#include "src/backends/metal/source.h"
+
+namespace veloxquant::attention {
+namespace {
+
+using metal::Call;
+using metal::Kernel;
+using metal::Type;
+
+const char* const kHeader = "src/attention/metal_decode.h";
+constexpr int kMaxRows = 8;        // of a tile: registers
+constexpr int kMaxSimdgroups = 4;  // of a threadgroup
+constexpr int kThreadgroupsACore = 8;
+constexpr int kMaxItemBlocks = 64;
+constexpr int kStagedHalves = 2048;  // a table of 4 KB is copied into threadgroup memory
+constexpr int kMaxBuffers = 31;      // that a Metal function takes
+
+int tile_rows(const DecodeShape& s) { return std::min(kMaxRows, s.n_rows()); }
+
+int value_lanes(int n_subvectors) {
+  int lanes = 1;
+  while (lanes < n_subvectors && lanes < 32) lanes *= 2;
+  return lanes;
+}
+
+bool staged(const CodeFormat& f) {
+  return f.tables == 1 && f.n_centroids * f.sub_dim <= kStagedHalves;
+}
+
+std::string numbered(const char* name, int i) { return name + std::to_string(i); }
+
+// Picks the array of an item among those of its kind.
+std::string choice(const std::string& name, int n, const std::string& cast) {
+  std::string text = cast + name + "0";
+  for (int i = 1; i < n; ++i) {
+    text = "source == " + std::to_string(i) + " ? " + cast + numbered(name.c_str(), i) + " : (" +
+           text + ")";
+  }
+  return text;
+}
+
+std::string table_text(const char* side, const CodeFormat& f, const char* prefix) {
+  const std::string s = side, p = prefix;
+  std::string text = "    const device half* " + s + "_given = " + s + "_tables + ((int64_t)(" + s +
+                     "_tables_shape[0] == 1 ? 0 : batch) * n_heads + head) * (" + p + "TABLES * " +
+                     p + "C * " + p + "SUB);\n";
+  if (!staged(f)) return text;
+  return text + "    for (uint i = self; i < " + p + "C * " + p + "SUB; i += n_threads) " + s +
+         "_stage[i] = " + s + "_given[i];\n";
+}
+
+std::string exact_text(int i) {
+  const std::string n = std::to_string(i);
+  return "      if (source == " + n +
+         ") veloxquant::attend_exact<DIM, ROWS, BFLOAT, SOFTCAP, MASK, NE>(\n"
+         "          ek" +
+         n + " + (batch * ek" + n + "_strides[0] + head * ek" + n + "_strides[1] + first * ek" + n +
+         "_strides[2]), ek" + n +
+         "_strides[2],\n"
+         "          ev" +
+         n + " + (batch * ev" + n + "_strides[0] + head * ev" + n + "_strides[1] + first * ev" + n +
+         "_strides[2]), ev" + n +
+         "_strides[2],\n"
+         "          count, position, query, power + 64 * ROWS * simdgroup, cap, seen, query_of,\n"
+         "          mask_text, mask_row, mask_step, own, maximum, sum, simdgroup, n_simdgroups, "
+         "lane);\n";
+}
+
+std::string first_pass_body(const DecodeShape& s) {
+  std::string text = R"(
+  threadgroup float query[ROWS * DIM];
+  threadgroup float power[GROUPS * ROWS * 64];
+  threadgroup float merged[ROWS * 2];
+)";
+  if (s.n_spans > 0 && staged(s.keys)) text += "  threadgroup half k_stage[KC * KSUB];\n";
+  if (s.n_spans > 0 && staged(s.values)) text += "  threadgroup half v_stage[VC * VSUB];\n";
+  text +=
+      R"(  const int head = (int)threadgroup_position_in_grid.y, batch = (int)threadgroup_position_in_grid.z;
+  const int n_heads = (int)threadgroups_per_grid.y, n_queries = q_shape[2];
+  const int group_size = q_shape[1] / n_heads, n_rows = n_queries * group_size;
+  const int n_items = (int)threadgroups_per_grid.x / ((n_rows + ROWS - 1) / ROWS);
+  const int item = (int)threadgroup_position_in_grid.x % n_items;
+  const int first_row = (int)threadgroup_position_in_grid.x / n_items * ROWS;
+  const uint self = thread_index_in_threadgroup, n_threads = threads_per_threadgroup.x;
+  const uint lane = self % 32, simdgroup = self / 32, n_simdgroups = n_threads / 32;
+  const int source = plan[6 * item + 1], first = plan[6 * item + 2], count = plan[6 * item + 3];
+  const int position = plan[6 * item + 4];
+  const int64_t head_queries = (int64_t)(batch * n_heads + head) * n_rows * DIM;
+  const float factor = params[0] * M_LOG2E_F, cap = params[1];
+  float maximum[ROWS], sum[ROWS];
+  int query_of[ROWS];
+  int64_t mask_row[ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    const int row = min(first_row + r, n_rows - 1);
+    maximum[r] = -INFINITY;
+    sum[r] = 0.0f;
+    query_of[r] = row / group_size;
+    mask_row[r] = )";
+  text +=
+      s.mask ? "batch * mask_strides[0] + (head * group_size + row % group_size) * mask_strides[1] "
+               "+ query_of[r] * mask_strides[2]"
+             : "0";
+  text += ";\n  }\n  const int64_t mask_step = " + std::string(s.mask ? "mask_strides[3]" : "0") +
+          ";\n";
+  if (s.n_spans > 0) {
+    const std::string k_table = staged(s.keys) ? "k_stage" : "k_given";
+    const std::string v_table = staged(s.values) ? "v_stage" : "v_given";
+    text += "  if (plan[6 * item] == 0) {\n" + table_text("k", s.keys, "K") +
+            table_text("v", s.values, "V");
+    if (s.key_transform == 2) {
+      text +=
+          "    veloxquant::load_queries<DIM, ROWS>(q_codes + head_queries, group_size, n_queries, "
+          "first_row, n_rows, factor, params, false, query, self, n_threads);\n";
+    } else {
+      text +=
+          "    veloxquant::load_queries<DIM, ROWS>(q + head_queries, group_size, n_queries, "
+          "first_row, n_rows, factor, smooth + head * DIM, KEY_TRANSFORM == 1, query, self, "
+          "n_threads);\n"
+          "    if (KEY_TRANSFORM == 1) veloxquant::hadamard_rows<DIM>(query, ROWS, self, "
+          "n_threads);\n";
+    }
+    text +=
+        "    veloxquant::barrier_of_group();\n"
+        "    const int64_t block = (int64_t)(batch * n_heads + head) * plan[6 * item + 5] + "
+        "first;\n"
+        "    const device uint32_t* keys = " +
+        choice("k", s.n_spans, "(const device uint32_t*)") +
+        ";\n    const device uint32_t* values = " +
+        choice("v", s.n_spans, "(const device uint32_t*)") + R"(;
+    keys += block * (DIM / KSUB * veloxquant::vecinfer_row_words(KBITS));
+    values += block * (DIM / VSUB * veloxquant::vecinfer_row_words(VBITS));
+    float own[ROWS][NP];
+    int place[NP];
+    const int lanes = veloxquant::value_lanes(DIM / VSUB);
+    for (int k = 0; k < NP; ++k) {
+      const int m = (int)lane % lanes + k / VSUB * lanes;
+      place[k] = m < DIM / VSUB && (int)lane < lanes ? m * VSUB + k % VSUB : -1;
+      for (int r = 0; r < ROWS; ++r) own[r][k] = 0.0f;
+    }
+    veloxquant::attend_blocks<DIM, ROWS, KSUB, KC, KBITS, KTABLES, VSUB, VC, VBITS, VTABLES, SOFTCAP, MASK, NP>(
+        keys, values, count, position, )" +
+        k_table + ", " + v_table + R"(, query, power + 64 * ROWS * simdgroup, cap, seen, query_of,
+        mask_text, mask_row, mask_step, own, maximum, sum, simdgroup, n_simdgroups, lane);
+    veloxquant::merge_simdgroups<ROWS, DIM, NP>(own, place, maximum, sum, query, merged, simdgroup,
+                                                n_simdgroups, lane);
+  } else {
+)";
+  } else {
+    text += "  {\n";
+  }
+  if (s.n_exact > 0) {
+    text +=
+        R"(    veloxquant::load_queries<DIM, ROWS>(q + head_queries, group_size, n_queries, first_row, n_rows,
+                                        factor, params, false, query, self, n_threads);
+    veloxquant::barrier_of_group();
+    float own[ROWS][NE];
+    int place[NE];
+    for (int k = 0; k < NE; ++k) {
+      place[k] = (int)lane + 32 * k < DIM ? (int)lane + 32 * k : -1;
+      for (int r = 0; r < ROWS; ++r) own[r][k] = 0.0f;
+    }
+)";
+    for (int i = 0; i < s.n_exact; ++i) text += exact_text(i);
+    text +=
+        R"(    veloxquant::merge_simdgroups<ROWS, DIM, NE>(own, place, maximum, sum, query, merged, simdgroup,
+                                                n_simdgroups, lane);
+)";
+  }
+  text += R"(  }
+  const int64_t at = ((int64_t)(batch * n_heads + head) * n_items + item) * n_rows + first_row;
+  for (uint i = self; i < ROWS * DIM; i += n_threads) {
+    if (first_row + (int)(i / DIM) < n_rows) parts[at * DIM + i] = query[i];
+  }
+  for (uint i = self; i < ROWS * 2; i += n_threads) {
+    if (first_row + (int)(i / 2) < n_rows) sums[at * 2 + i] = merged[i];
+  }
+)";
+  // Without a mask the parameter is any pointer.
+  const std::string name = "mask_text", with = s.mask ? "mask" : "params";
+  for (size_t from = 0; (from = text.find(name, from)) != std::string::npos;) {
+    text.replace(from, name.size(), with);
+  }
+  return text;
+}
+
+// Bodies differ in which arrays there are: one kernel for each, built once.
+const Kernel* kernel_once(const std::string& name, const std::vector<std::string>& inputs,
+                          const std::vector<std::string>& outputs, const std::string& body,
+                          bool row_contiguous) {
+  static std::mutex mutex;
+  static std::map<std::string, Kernel> kernels;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto it = kernels.find(body);
+  if (it == kernels.end()) {
+    it =
+        kernels
+            .emplace(body, metal::make_kernel(name, inputs, outputs, kHeader, body, row_contiguous))
+            .first;
+  }
+  return &it->second;
+}
+
+std::vector<std::string> first_pass_inputs(const DecodeShape& s) {
+  std::vector<std::string> inputs = {"q"};
+  if (s.n_spans > 0 && s.key_transform == 2) inputs.push_back("q_codes");
+  inputs.insert(inputs.end(), {"plan", "seen", "params"});
+  if (s.n_spans > 0) inputs.insert(inputs.end(), {"smooth", "k_tables", "v_tables"});
+  for (int i = 0; i < s.n_spans; ++i) {
+    inputs.push_back(numbered("k", i));
+    inputs.push_back(numbered("v", i));
+  }
+  for (int i = 0; i < s.n_exact; ++i) {
+    inputs.push_back(numbered("ek", i));
+    inputs.push_back(numbered("ev", i));
+  }
+  if (s.mask) inputs.push_back("mask");
+  return inputs;
+}
+
+}  // namespace
+
+std::optional<std::string> no_decode_kernel_because(const DecodeShape& s) {
+  if (s.head_dim % 8 != 0 || s.head_dim > 256) return "head_dim must be a multiple of 8 up to 256";
+  if (s.n_queries > 16) return "more than 16 queries";
+  for (const CodeFormat* f : {&s.keys, &s.values}) {
+    if (s.n_spans > 0 && f->sub_dim > 16) return "sub-vectors of more than 16 dimensions";
+  }
+  // Each exact array brings its strides as buffers of their own, a span two arrays.
+  const int buffers =
+      12 + (s.key_transform == 2 ? 1 : 0) + 2 * s.n_spans + 4 * s.n_exact + (s.mask ? 2 : 0);
+  if (buffers > kMaxBuffers) return "more arrays than a Metal function takes";
+  return std::nullopt;
+}
+
+std::vector<Item> plan_items(const DecodeShape& s, const std::vector<Stretch>& stretches,
+                             int cores) {
+  int64_t blocks = 0;
+  for (const Stretch& stretch : stretches) {
+    if (stretch.packed) blocks += (stretch.count + kBlockTokens - 1) / kBlockTokens;
+  }
+  const int64_t tiles = (s.n_rows() + tile_rows(s) - 1) / tile_rows(s);
+  const int64_t groups = static_cast<int64_t>(s.batch) * s.n_kv_heads * tiles;
+  const int64_t wanted = (int64_t{kThreadgroupsACore} * cores + groups - 1) / groups;
+  const int64_t each =
+      std::clamp<int64_t>(blocks / std::max<int64_t>(wanted, 1), 1, kMaxItemBlocks);
+  std::vector<Item> items;
+  for (bool packed : {true, false}) {
+    for (const Stretch& stretch : stretches) {
+      if (stretch.packed != packed) continue;
+      const int step =
+          static_cast<int>(packed ? each * kBlockTokens : kMaxSimdgroups * kBlockTokens);
+      for (int done = 0; done < stretch.count; done += step) {
+        Item item = stretch;
+        item.first += packed ? done / kBlockTokens : done;
+        item.position += done;
+        item.count = std::min(step, stretch.count - done);
+        items.push_back(item);
+      }
+    }
+  }
+  return items;
+}
+
+Call first_pass_call(const DecodeShape& s, int n_items) {
+  Call call;
+  call.kernel = kernel_once("vq_decode_items", first_pass_inputs(s), {"parts", "sums"},
+                            first_pass_body(s), false);
+  const int rows = tile_rows(s), tiles = (s.n_rows() + rows - 1) / rows;
+  auto& arguments = call.launch.arguments;
+  arguments = {{"DIM", s.head_dim},
+               {"ROWS", rows},
+               {"GROUPS", kMaxSimdgroups},
+               {"BFLOAT", s.bfloat_cache ? 1 : 0},
+               {"SOFTCAP", s.softcap ? 1 : 0},
+               {"MASK", s.mask ? 1 : 0},
+               {"NE", (s.head_dim + 31) / 32}};
+  if (s.n_spans > 0) {
+    const int n_values = s.head_dim / s.values.sub_dim, lanes = value_lanes(n_values);
+    const std::vector<metal::TemplateArgument> codes = {
+        {"KSUB", s.keys.sub_dim},
+        {"KC", s.keys.n_centroids},
+        {"KBITS", s.keys.bits},
+        {"KTABLES", s.keys.tables},
+        {"VSUB", s.values.sub_dim},
+        {"VC", s.values.n_centroids},
+        {"VBITS", s.values.bits},
+        {"VTABLES", s.values.tables},
+        {"KEY_TRANSFORM", s.key_transform},
+        {"NP", (n_values + lanes - 1) / lanes * s.values.sub_dim}};
+    arguments.insert(arguments.end(), codes.begin(), codes.end());
+  }
+  const int threads = 32 * kMaxSimdgroups;
+  call.launch.grid = {n_items * tiles * threads, s.n_kv_heads, s.batch};
+  call.launch.threadgroup = {threads, 1, 1};
+  call.launch.outputs = {{Type::float32, {s.batch, s.n_kv_heads, n_items, s.n_rows(), s.head_dim}},
+                         {Type::float32, {s.batch, s.n_kv_heads, n_items, s.n_rows(), 2}}};
+  return call;
+}
+
+Call second_pass_call(const DecodeShape& s) {
+  Call call;
+  call.kernel = kernel_once("vq_decode_merge", {"parts", "sums", "counts", "sinks", "inverse"},
+                            {"out", "lse"}, R"(
+  threadgroup float packed[DIM];
+  threadgroup float moved[DIM];
+  threadgroup float exact[DIM];
+  const uint self = thread_index_in_threadgroup, n_threads = threads_per_threadgroup.x;
+  const int row = (int)threadgroup_position_in_grid.y, n_rows = (int)threadgroups_per_grid.y;
+  const int64_t plane = threadgroup_position_in_grid.z;
+  const int n_items = counts[0], group_size = counts[2], head = (int)(plane % HEADS);
+  const int in_group = row % group_size, query = row / group_size;
+  float maximum, total;
+  veloxquant::merge_items<DIM>(parts + plane * n_items * n_rows * DIM, sums + plane * n_items * n_rows * 2,
+                               n_items, counts[1], n_rows, row,
+                               (float)sinks[head * group_size + in_group] * M_LOG2E_F, packed, exact,
+                               &maximum, &total, self, n_threads);
+  if (TRANSFORM == 1) veloxquant::hadamard_rows<DIM>(packed, 1, self, n_threads);
+  if (TRANSFORM == 2) {
+    veloxquant::multiply_row<DIM>(inverse + (int64_t)head * DIM * DIM, packed, moved, self, n_threads);
+  }
+  const int64_t out_row = (plane * group_size + in_group) * (n_rows / group_size) + query;
+  for (uint d = self; d < DIM; d += n_threads) {
+    float value = TRANSFORM == 2 ? moved[d] : packed[d];
+    if (TRANSFORM == 1) value = value * inverse[head * DIM + d];
+    value = total > 0.0f ? (value + exact[d]) / total : 0.0f;
+    out[out_row * DIM + d] = veloxquant::Narrow<OUT>::of(value);
+  }
+  if (self == 0) lse[out_row] = total > 0.0f ? (maximum + log2(total)) * M_LN2_F : -INFINITY;
+)",
+                            true);
+  call.launch.arguments = {{"DIM", s.head_dim},
+                           {"HEADS", s.n_kv_heads},
+                           {"TRANSFORM", s.n_spans > 0 ? s.value_transform : 0},
+                           {"OUT", s.out}};
+  const int threads = (std::min(s.head_dim, 256) + 31) / 32 * 32;
+  call.launch.grid = {threads, s.n_rows(), s.batch * s.n_kv_heads};
+  call.launch.threadgroup = {threads, 1, 1};
+  const int n_q_heads = s.n_kv_heads * s.group;
+  call.launch.outputs = {{s.out, {s.batch, n_q_heads, s.n_queries, s.head_dim}},
+                         {Type::float32, {s.batch, n_q_heads, s.n_queries}}};
+  return call;
+}
+
+}  // namespace veloxquant::attention

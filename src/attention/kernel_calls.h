@@ -1,0 +1,60 @@
+// The GPU kernels of decode attention on VecInfer's codes (metal_decode.h): what they are given,
+// and the cut into work. What they compute is attend() of veloxquant/attention.h.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "src/backends/metal/kernel.h"
+#include "veloxquant/attention.h"
+
+namespace veloxquant::attention {
+
+// One side's packed format.
+struct CodeFormat {
+  int sub_dim = 0, n_centroids = 0, bits = 0;
+  int tables = 1;  // 1: shared by the sub-vectors of a head
+};
+
+struct DecodeShape {
+  int batch = 1, n_kv_heads = 1, group = 1, n_queries = 1, head_dim = 0;
+  CodeFormat keys, values;  // unused without spans
+  // 0 none, 1 Hadamard with smooth factors, 2 matrices (the queries come transformed as well).
+  int key_transform = 1, value_transform = 1;
+  int n_spans = 0, n_exact = 0;  // arrays of packed blocks, of exact tokens
+  bool bfloat_cache = false, softcap = false, mask = false;
+  metal::Type out = metal::Type::float32;
+
+  int n_rows() const { return group * n_queries; }
+};
+
+// Why there is no kernel for the shape; nothing where there is.
+std::optional<std::string> no_decode_kernel_because(const DecodeShape& shape);
+
+// A piece of work of a threadgroup: see kItem* in metal_decode.h.
+struct Item {
+  bool packed = true;
+  int source = 0, first = 0, count = 0, position = 0, capacity = 0;
+};
+// Tokens [first, first + count) of array `source`, at `position`; capacity: of a span, in blocks.
+using Stretch = Item;
+
+// Stretches cut so that `cores` GPU cores get at least 8 threadgroups each, where the context has
+// as many blocks; packed ones first.
+std::vector<Item> plan_items(const DecodeShape& shape, const std::vector<Stretch>& stretches,
+                             int cores);
+
+// inputs: q [B, Hq, Lq, D]; q_codes fp32 of the same shape (key_transform 2 only); plan int32 [n,
+// 6] (at least 2 rows), seen int32 [Lq, 4], params fp32 [2]: scale, softcap; smooth fp32 [H, D]
+// (ones where a codec has none), k_tables, v_tables fp16 [S, H, M or 1, C, d]; k0, v0, k1, ...: u8
+// spans [B, H, capacity, block bytes]; ek0, ev0, ...: exact arrays [B, H, n, D], last stride 1;
+// mask (float, broadcast to [B, Hq, Lq, length] by strides). q, plan, spans and tables row-major.
+// outputs: parts fp32 [B, H, items, rows, D], sums fp32 [B, H, items, rows, 2].
+metal::Call first_pass_call(const DecodeShape& shape, int n_items);
+// inputs: parts, sums, counts int32 [3]: items, packed items, query heads of a KV head; sinks fp32
+// [Hq] (-inf: none); inverse: smooth [H, D], matrices [H, D, D], or one number. outputs: out
+// [B, Hq, Lq, D], lse fp32 [B, Hq, Lq].
+metal::Call second_pass_call(const DecodeShape& shape);
+
+}  // namespace veloxquant::attention

@@ -1,0 +1,286 @@
+// Fused attention of few query rows over packed codes and exact tokens on Metal.
+//
+// First pass: a threadgroup takes one item of the plan (some blocks of a span, or up to 64 exact
+// tokens a simdgroup) of one KV head, for up to ROWS query rows of its group: every code is loaded
+// once for all of them. Each simdgroup keeps its own online softmax over whole blocks; no barrier
+// of the threadgroup until they merge at the end. Partial results go to `parts` [..][DIM] in the
+// coordinates of the item (codec or original), maximum and sum (base 2) to `sums`.
+// Second pass: merges the items, inverts the codec's transform once per row.
+#pragma once
+
+#include "src/backends/metal/common.h"
+#include "src/codecs/vecinfer/metal_codes.h"
+
+namespace veloxquant {
+
+// An item of the plan is six numbers: 0 packed or 1 exact; which span or exact array; its first
+// block or token there; tokens; position of the first; packed: blocks that the span has room for.
+//
+// What a query sees, four numbers: positions [begin, end); packed tokens below code_end; exact ones
+// below tail_start or from code_end on.
+VQ_CONSTANT int kSeenNumbers = 4;
+
+template <class Seen>
+VQ_FN bool sees(Seen seen, int query, bool packed, int position) {
+  const int begin = seen[kSeenNumbers * query], end = seen[kSeenNumbers * query + 1];
+  const int code_end = seen[kSeenNumbers * query + 2];
+  const int tail_start = seen[kSeenNumbers * query + 3];
+  const bool form = packed ? position < code_end : position < tail_start || position >= code_end;
+  return position >= begin && position < end && form;
+}
+
+// exp2 of a difference that may be -inf - -inf.
+VQ_FN float power_below(float x, float maximum) {
+  return maximum == -INFINITY ? 0.0f : exp2(x - maximum);
+}
+
+// One row's scores of a block, 4 a lane (both halves of a simdgroup hold the same 64), into
+// probabilities p[64] of this simdgroup; returns what earlier sums are multiplied with.
+template <class P>
+VQ_FN float softmax_step(VQ_THREAD const float* score, VQ_THREAD float* maximum,
+                         VQ_THREAD float* sum, P p, uint lane) {
+  const float largest = max(max(score[0], score[1]), max(score[2], score[3]));
+  const float next = max(*maximum, simd_max(largest));
+  const float keep = power_below(*maximum, next);
+  float own = 0.0f;
+  for (uint i = 0; i < 4; ++i) {
+    const float power = power_below(score[i], next);
+    own += power;
+    if (lane < 16) p[4 * lane + i] = power;
+  }
+  *sum = *sum * keep + 0.5f * simd_sum(own);
+  *maximum = next;
+  return keep;
+}
+
+// Rows and sub-vectors to lanes for the sums of values: lane = part * LANES + m, LANES the power of
+// two of sub-vectors that a pass takes; `parts` lanes share a sub-vector and split its tokens.
+VQ_FN int value_lanes(int n_subvectors) {
+  int lanes = 1;
+  while (lanes < n_subvectors && lanes < 32) lanes *= 2;
+  return lanes;
+}
+
+// The merge of simdgroups: out [ROWS][DIM] and sums [ROWS][2] of the threadgroup. All threads.
+// own(row, k): this lane's value number k of a row; place(k): its dimension, or -1.
+template <int ROWS, int DIM, int N, class Out, class Sums>
+VQ_FN void merge_simdgroups(VQ_THREAD float (*own)[N], VQ_THREAD const int* place,
+                            VQ_THREAD const float* maximum, VQ_THREAD const float* sum, Out out,
+                            Sums sums, uint simdgroup, uint n_simdgroups, uint lane) {
+  for (uint turn = 0; turn < n_simdgroups; ++turn) {
+    barrier_of_group();
+    if (turn != simdgroup) continue;
+    for (int r = 0; r < ROWS; ++r) {
+      const float before = turn == 0 ? -INFINITY : sums[2 * r];
+      const float next = max(before, maximum[r]);
+      const float keep = power_below(before, next), add = power_below(maximum[r], next);
+      for (int k = 0; k < N; ++k) {
+        if (place[k] < 0) continue;
+        const float mine = own[r][k] * add;
+        out[r * DIM + place[k]] = turn == 0 ? mine : out[r * DIM + place[k]] * keep + mine;
+      }
+      simdgroup_barrier(mem_flags::mem_threadgroup);  // all lanes have read the old maximum
+      if (lane == 0) {
+        sums[2 * r + 1] = (turn == 0 ? 0.0f : sums[2 * r + 1] * keep) + sum[r] * add;
+        sums[2 * r] = next;
+      }
+    }
+  }
+  barrier_of_group();
+}
+
+// Scores become logits of base 2: scaled (the query carries the scale), capped, masked.
+template <int SOFTCAP, int MASK, class Seen, class Mask>
+VQ_FN float finished_score(float score, float cap, Seen seen, int query, bool packed, int position,
+                           bool there, Mask mask, int64_t mask_row, int64_t mask_step) {
+  if (!there || !sees(seen, query, packed, position)) return -INFINITY;
+  if (SOFTCAP) score = cap * M_LOG2E_F * tanh(score / (cap * M_LOG2E_F));
+  if (MASK) score += M_LOG2E_F * (float)mask[mask_row + position * mask_step];
+  return score;
+}
+
+// Packed blocks first .. of one head, every n_simdgroups-th by this simdgroup.
+// q: [ROWS][DIM], transformed, times scale log2(e). p: [ROWS][64] of this simdgroup.
+template <int DIM, int ROWS, int KSUB, int KC, int KBITS, int KTABLES, int VSUB, int VC, int VBITS,
+          int VTABLES, int SOFTCAP, int MASK, int N, class Blocks, class KTable, class VTable,
+          class Q, class P, class Seen, class Mask>
+VQ_FN void attend_blocks(Blocks keys, Blocks values, int n_tokens, int position, KTable key_table,
+                         VTable value_table, Q q, P p, float cap, Seen seen,
+                         VQ_THREAD const int* query, Mask mask, VQ_THREAD const int64_t* mask_row,
+                         int64_t mask_step, VQ_THREAD float (*own)[N], VQ_THREAD float* maximum,
+                         VQ_THREAD float* sum, uint simdgroup, uint n_simdgroups, uint lane) {
+  const int KM = DIM / KSUB, VM = DIM / VSUB;
+  const int k_words = KM * vecinfer_row_words(KBITS), v_words = VM * vecinfer_row_words(VBITS);
+  const uint word = lane % 16, side = lane / 16;
+  const int lanes = value_lanes(VM), parts = 32 / lanes, part = (int)lane / lanes;
+  for (int block = (int)simdgroup; 64 * block < n_tokens; block += (int)n_simdgroups) {
+    float score[ROWS][4];
+    for (int r = 0; r < ROWS; ++r) {
+      for (int i = 0; i < 4; ++i) score[r][i] = 0.0f;
+    }
+    for (int m = (int)side; m < KM; m += 2) {
+      Blocks row = keys + (int64_t)block * k_words + m * vecinfer_row_words(KBITS);
+      const uint32_t low = vecinfer_low_codes<KBITS>(row, word);
+      const uint32_t high = vecinfer_high_codes<KBITS>(row, word);
+      for (uint i = 0; i < 4; ++i) {
+        KTable entry =
+            key_table +
+            ((KTABLES == 1 ? 0 : m * KC) + (int)vecinfer_code<KBITS, KC>(low, high, i)) * KSUB;
+        for (int j = 0; j < KSUB; ++j) {
+          const float y = (float)entry[j];
+          for (int r = 0; r < ROWS; ++r)
+            score[r][i] = fma(q[r * DIM + m * KSUB + j], y, score[r][i]);
+        }
+      }
+    }
+    const int at = 64 * block + 4 * (int)word;
+    for (int r = 0; r < ROWS; ++r) {
+      for (int i = 0; i < 4; ++i) {
+        const float whole = score[r][i] + simd_shuffle_xor(score[r][i], 16);
+        score[r][i] =
+            finished_score<SOFTCAP, MASK>(whole, cap, seen, query[r], true, position + at + i,
+                                          at + i < n_tokens, mask, mask_row[r], mask_step);
+      }
+      const float keep = softmax_step(score[r], &maximum[r], &sum[r], p + 64 * r, lane);
+      for (int k = 0; k < N; ++k) own[r][k] *= keep;
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    for (int k = 0; k < N / VSUB; ++k) {
+      const int m = (int)lane % lanes + k * lanes;
+      if (m >= VM) continue;
+      Blocks row = values + (int64_t)block * v_words + m * vecinfer_row_words(VBITS);
+      for (uint w = (uint)(part * (16 / parts)); w < (uint)((part + 1) * (16 / parts)); ++w) {
+        const uint32_t low = vecinfer_low_codes<VBITS>(row, w);
+        const uint32_t high = vecinfer_high_codes<VBITS>(row, w);
+        for (uint i = 0; i < 4; ++i) {
+          VTable entry =
+              value_table +
+              ((VTABLES == 1 ? 0 : m * VC) + (int)vecinfer_code<VBITS, VC>(low, high, i)) * VSUB;
+          for (int r = 0; r < ROWS; ++r) {
+            const float weight = p[64 * r + 4 * w + i];
+            for (int j = 0; j < VSUB; ++j) {
+              own[r][k * VSUB + j] = fma(weight, (float)entry[j], own[r][k * VSUB + j]);
+            }
+          }
+        }
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);  // before the next block's probabilities
+  }
+  // Lanes that split the tokens of a sub-vector: their sums together, kept by the first of them.
+  for (int width = lanes; width < 32; width *= 2) {
+    for (int r = 0; r < ROWS; ++r) {
+      for (int k = 0; k < N; ++k) own[r][k] += simd_shuffle_xor(own[r][k], (ushort)width);
+    }
+  }
+}
+
+// Exact tokens: lanes are tokens for the scores (two each), dimensions for the values.
+// keys, values: the first token's row, `key_step`, `value_step` elements from one to the next.
+template <int DIM, int ROWS, int BFLOAT, int SOFTCAP, int MASK, int N, class Keys, class Values,
+          class Q, class P, class Seen, class Mask>
+VQ_FN void attend_exact(Keys keys, int64_t key_step, Values values, int64_t value_step,
+                        int n_tokens, int position, Q q, P p, float cap, Seen seen,
+                        VQ_THREAD const int* query, Mask mask, VQ_THREAD const int64_t* mask_row,
+                        int64_t mask_step, VQ_THREAD float (*own)[N], VQ_THREAD float* maximum,
+                        VQ_THREAD float* sum, uint simdgroup, uint n_simdgroups, uint lane) {
+  for (int tile = (int)simdgroup; 64 * tile < n_tokens; tile += (int)n_simdgroups) {
+    // Four tokens a lane as for packed blocks; the halves of the simdgroup share the dimensions.
+    const uint word = lane % 16, side = lane / 16;
+    float score[ROWS][4];
+    for (int r = 0; r < ROWS; ++r) {
+      for (int i = 0; i < 4; ++i) score[r][i] = 0.0f;
+    }
+    const int at = 64 * tile + 4 * (int)word;
+    for (int i = 0; i < 4; ++i) {
+      if (at + i >= n_tokens) continue;
+      for (int d = (int)side * (DIM / 2); d < ((int)side + 1) * (DIM / 2); ++d) {
+        const float y = as_kept<BFLOAT>((float)keys[(at + i) * key_step + d]);
+        for (int r = 0; r < ROWS; ++r) score[r][i] = fma(q[r * DIM + d], y, score[r][i]);
+      }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      for (int i = 0; i < 4; ++i) {
+        const float whole = score[r][i] + simd_shuffle_xor(score[r][i], 16);
+        score[r][i] =
+            finished_score<SOFTCAP, MASK>(whole, cap, seen, query[r], false, position + at + i,
+                                          at + i < n_tokens, mask, mask_row[r], mask_step);
+      }
+      const float keep = softmax_step(score[r], &maximum[r], &sum[r], p + 64 * r, lane);
+      for (int k = 0; k < N; ++k) own[r][k] *= keep;
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    for (int t = 0; t < min(64, n_tokens - 64 * tile); ++t) {
+      for (int k = 0; k < N; ++k) {
+        const int d = (int)lane + 32 * k;
+        if (d >= DIM) continue;
+        const float y = as_kept<BFLOAT>((float)values[(64 * tile + t) * value_step + d]);
+        for (int r = 0; r < ROWS; ++r) own[r][k] = fma(p[64 * r + t], y, own[r][k]);
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
+// Query rows of a tile into threadgroup memory, times factor (and the codec's smooth factors).
+template <int DIM, int ROWS, class Source, class Scale, class Q>
+VQ_FN void load_queries(Source q, int group_size, int n_queries, int first_row, int n_rows,
+                        float factor, Scale smooth, bool smoothed, Q to, uint self,
+                        uint n_threads) {
+  for (uint i = self; i < ROWS * DIM; i += n_threads) {
+    const int row = first_row + (int)(i / DIM), d = (int)(i % DIM);
+    float x = 0.0f;
+    // Row = query * group_size + head in the group; q is [head][query][DIM] of this group.
+    if (row < n_rows)
+      x = (float)q[((int64_t)(row % group_size) * n_queries + row / group_size) * DIM + d];
+    if (smoothed) x = x * smooth[d];
+    to[i] = x * factor;
+  }
+}
+
+// to_j = sum_i matrix[j][i] from_i of one row, complete before and after.
+template <int DIM, class Matrix, class Row>
+VQ_FN void multiply_row(Matrix matrix, Row from, Row to, uint self, uint n_threads) {
+  barrier_of_group();
+  for (uint j = self; j < DIM; j += n_threads) {
+    float total = 0.0f;
+    for (uint i = 0; i < DIM; ++i) total = fma(from[i], matrix[j * DIM + i], total);
+    to[j] = total;
+  }
+  barrier_of_group();
+}
+
+// Merges the items of a row: parts [items][n_rows][DIM], sums [items][n_rows][2] of one KV head.
+// packed, exact: sums over items in their coordinates [DIM] each, before inverse and division.
+template <int DIM, class Parts, class Sums, class Row>
+VQ_FN void merge_items(Parts parts, Sums sums, int n_items, int n_packed, int n_rows, int row,
+                       float sink, Row packed, Row exact, VQ_THREAD float* maximum,
+                       VQ_THREAD float* total, uint self, uint n_threads) {
+  float m = sink;
+  for (int i = 0; i < n_items; ++i) m = max(m, (float)sums[2 * ((int64_t)i * n_rows + row)]);
+  float l = power_below(sink, m);
+  for (int i = 0; i < n_items; ++i) {
+    const int64_t at = (int64_t)i * n_rows + row;
+    l += sums[2 * at + 1] * power_below(sums[2 * at], m);
+  }
+  for (uint d = self; d < DIM; d += n_threads) {
+    float a = 0.0f, b = 0.0f;
+    for (int i = 0; i < n_items; ++i) {
+      const int64_t at = (int64_t)i * n_rows + row;
+      const float weight = power_below(sums[2 * at], m);
+      if (weight == 0.0f) continue;
+      const float y = weight * parts[at * DIM + d];
+      if (i < n_packed) {
+        a += y;
+      } else {
+        b += y;
+      }
+    }
+    packed[d] = a;
+    exact[d] = b;
+  }
+  *maximum = m;
+  *total = l;
+}
+
+}  // namespace veloxquant
