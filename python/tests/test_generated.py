@@ -45,12 +45,14 @@ def test_any_prefix_has_its_share(loaded, share):
 def test_calibration_reads_the_mixture(loaded):
     model, tokenizer = loaded
     steps = []
-    data = collect(model, tokenizer, 1024, progress=lambda fraction, text: steps.append((fraction, text)))
-    assert [n for _, n in data.windows] == [256] * 4
+    data = collect(model, tokenizer, 4096, progress=lambda fraction, text: steps.append((fraction, text)))
+    assert sum(n for _, n in data.windows) == 4096
     assert steps == sorted(steps, key=lambda step: step[0]) and steps[-1][0] == 1.0
     assert {text for _, text in steps} == {"the model writes calibration text", "running the model"}
-    found = collect(model, tokenizer, 1024, own_share=0)
+    found = collect(model, tokenizer, 4096, own_share=0)
     assert (data.keys[0] != found.keys[0]).any().item()
+    # A trial is not worth the writing.
+    assert list(built_in_texts(model, tokenizer, 4000)) == list(calibration_text())
     # A list of texts is read as it stands.
     assert calibrate(model, tokenizer, texts=["some words " * 100], num_tokens=300)[1].bits_per_element == (2, 2)
 

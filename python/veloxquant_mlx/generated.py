@@ -15,6 +15,7 @@ from veloxquant_mlx.text import calibration_text
 
 OWN_SHARE = 0.5  # of the text, by length
 PASSAGE_TOKENS = 128
+WORTH_WRITING = 2048  # tokens: few passages take as many steps as many, and a calibration of so few tokens is a trial
 _BATCH = 96  # passages at a time: a step reads the weights once for all
 _OPENING_TOKENS = 8  # of a sentence from prose.py that a passage begins with: a genre and a subject
 _TEMPERATURE = 1.0
@@ -24,11 +25,12 @@ _SEED = 1684
 def built_in_texts(model, tokenizer, num_tokens, own_share=OWN_SHARE, progress=None):
     """Yields passages of `num_tokens` tokens in all or more; any prefix has about the share that the model wrote.
 
-    The model writes when the first passage is asked for. progress(fraction) of that.
+    The model writes when the first passage is asked for. progress(fraction) of that. Nothing where it would be
+    fewer than WORTH_WRITING tokens, or with a tokenizer that only encodes.
     """
-    # A tokenizer that only encodes cannot tell what was written.
-    able = hasattr(tokenizer, "decode")
-    own = generated_passages(model, tokenizer, round(own_share * num_tokens), progress) if able else []
+    wanted = round(own_share * num_tokens)
+    able = wanted >= WORTH_WRITING and hasattr(tokenizer, "decode")
+    own = generated_passages(model, tokenizer, wanted, progress) if able else []
     written = found = 0
     for passage in calibration_text():
         while own and written * (1 - own_share) <= found * own_share:
