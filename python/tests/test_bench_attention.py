@@ -27,7 +27,11 @@ def test_rows(capsys, tmp_path):
     long = {row["method"]: row for row in rows if row["context"] == 1024}
     assert "byte look-ups" in long["vecinfer 2 bits"]["kernel"]
     assert long["vecinfer 2 bits"]["bits"] == 2 and long["vecinfer 4 bits d1x16"]["bits"] == 4
-    assert all(row["error"] <= 1e-4 for row in rows if "vecinfer" in row["method"])
+    # 16-bit look-ups in registers round to some 1e-4.
+    assert all(row["error"] <= 1e-3 for row in rows if row["method"] in attention.METHODS)
+    assert all(
+        " codes (" in row["kernel"] for name, row in long.items() if name in attention.METHODS and name != "fp16"
+    )
 
 
 def test_a_wrong_output_stops_the_run(monkeypatch):

@@ -18,16 +18,25 @@ from veloxquant_mlx.cache.codecs import exact, vecinfer
 
 TOLERANCE = 2e-3  # relative L2 error of an output row; fp16 arithmetic of MLX itself: ten times that
 _DROP = 4.0  # what is this many times slower than the fastest in the first round is measured once
-_CHUNK = 4096  # tokens appended at a time
+CHUNK = 4096  # tokens appended at a time
 
-# Name -> (dimensions of a sub-vector, centroids); 0: our exact cache.
+# Name -> a side's codec, or those of keys and values: VecInfer's (dimensions of a sub-vector, centroids), or a
+# method and its bits.
 METHODS = {
-    "fp16": (0, 0),
+    "fp16": ("fp16",),
     "vecinfer 2 bits": (4, 256),
     "vecinfer 2 bits d2x16": (2, 16),
     "vecinfer 4 bits": (2, 256),
     "vecinfer 4 bits d1x16": (1, 16),
     "vecinfer 1 bit": (8, 256),
+    "vecinfer 1/2 bits": [(8, 256), (4, 256)],
+    "rabitq 1/vecinfer 2 bits": [("rabitq", 1), (4, 256)],
+    "rabitq 1 bit": ("rabitq", 1),
+    "turboquant 1 bit": ("turboquant", 1),
+    "turboquant 2 bits": ("turboquant", 2),
+    "turboquant 3 bits": ("turboquant", 3),
+    "turboquant 4 bits": ("turboquant", 4),
+    "turboquant_rvq 1+1 bits": ("turboquant_rvq", 1),
 }
 
 
@@ -172,21 +181,27 @@ def _mlx(q, keys, values):
     return found
 
 
-def _ours(name, q, keys, values, report):
-    sub_dim, n_centroids = METHODS[name]
-    heads, context, dim = keys.shape[1:]
+def codecs(name, heads, dim):
+    """The codecs of keys and values of METHODS[name], with random tables."""
+    sides = METHODS[name] if isinstance(METHODS[name], list) else [METHODS[name]] * 2
 
-    def codec(side):
-        if not sub_dim:
+    def codec(side, what, *of):
+        if what == "fp16":
             return exact.codec(side, heads, dim, mx.float16)
-        tables = mx.random.normal((heads, dim // sub_dim, n_centroids, sub_dim))
-        return vecinfer.codec(side, tables, dim // sub_dim)
+        if isinstance(what, str):
+            return _ext.codec(side, what, heads, dim, {"bits": of[0]})
+        return vecinfer.codec(side, mx.random.normal((heads, dim // what, of[0], what)), dim // what)
 
-    codecs = codec("keys"), codec("values")
-    cache = _ext.ArrayCache(*codecs, 64, 4, mx.float16)
-    for start in range(0, context, _CHUNK):
+    return codec("keys", *sides[0]), codec("values", *sides[1])
+
+
+def _ours(name, q, keys, values, report):
+    heads, context, dim = keys.shape[1:]
+    pair = codecs(name, heads, dim)
+    cache = _ext.ArrayCache(*pair, 64, 4, mx.float16)
+    for start in range(0, context, CHUNK):
         report(f"{name}: appending {context} tokens")
-        end = min(context, start + _CHUNK)
+        end = min(context, start + CHUNK)
         mx.eval([s.spans for s in cache.update(keys[:, :, start:end], values[:, :, start:end])])
     held = cache.snapshot()
 
@@ -199,10 +214,10 @@ def _ours(name, q, keys, values, report):
         reference,
         cache.nbytes,
         TOLERANCE,
-        sum(c.bits_per_element for c in codecs) / 2,
-        is_exact=not sub_dim,
+        sum(c.bits_per_element for c in pair) / 2,
+        is_exact=name == "fp16",
         ours=True,
-        kernel=_ext.kernel_name(*codecs),
+        kernel=_ext.kernel_name(*pair),
     )
 
 

@@ -4,10 +4,11 @@ from typing import Annotated, Optional
 
 import typer
 
-from veloxquant_mlx.cli import bench_attention, options, output
+from veloxquant_mlx.cli import bench_attention, bench_generate, options, output
 
 app = typer.Typer(help="Measure the kernels on this machine.", rich_markup_mode=None, no_args_is_help=True)
-app.command(bench_attention.NAME, epilog=f"Example: {bench_attention.EXAMPLE}")(bench_attention.command)
+for part in (bench_attention, bench_generate):
+    app.command(part.NAME, epilog=f"Example: {part.EXAMPLE}")(part.command)
 
 KERNELS_EXAMPLE = "veloxquant bench kernels --json --plot kernels.png"
 

@@ -31,15 +31,15 @@ def command(
     from veloxquant_mlx import _ext
     from veloxquant_mlx.benchmarks import attention as suite
 
-    layers = [_shape(text, suite.Shape) for text in shapes.split(",")]
-    lengths = [_count("--contexts", text, 64) for text in contexts.split(",")]
+    layers = [shape("--shapes", text, suite.Shape) for text in shapes.split(",")]
+    lengths = [count("--contexts", text, 64) for text in contexts.split(",")]
     names = list(suite.METHODS) if methods == "all" else [name.strip() for name in methods.split(",")]
     for name in names:
         if name not in suite.METHODS:
             raise ValueError(f"--methods: got {name!r}, wanted 'all' or some of {', '.join(suite.METHODS)}")
-    _count("--rounds", rounds, 1)
+    count("--rounds", rounds, 1)
     if threads is not None:
-        _ext.set_num_threads(_count("--threads", threads, 1))
+        _ext.set_num_threads(count("--threads", threads, 1))
     names = ["fp16", *(name for name in names if name != "fp16")]
     rows = []
     with output.progress() as report:
@@ -52,25 +52,25 @@ def command(
     if json:
         output.emit_json({"command": "bench attention", "rows": rows, "plot": plot})
         return
-    for shape in dict.fromkeys(row["shape"] for row in rows):
+    for name in dict.fromkeys(row["shape"] for row in rows):
         first = rows[0]
-        title = f"{shape}, one query token; {first['simd']}, {first['threads']} threads, read {first['read_gbps']} GB/s"
-        output.table(title, _COLUMNS, [_cells(row) for row in rows if row["shape"] == shape])
+        title = f"{name}, one query token; {first['simd']}, {first['threads']} threads, read {first['read_gbps']} GB/s"
+        output.table(title, _COLUMNS, [_cells(row) for row in rows if row["shape"] == name])
 
 
-def _count(option, text, least):
+def count(option, text, least):
     value = int(text) if re.fullmatch(r"\d+", str(text).strip()) else -1
     if value < least:
         raise ValueError(f"{option}: got {text!r}, wanted whole numbers from {least} on")
     return value
 
 
-def _shape(text, make):
+def shape(option, text, make):
     match = re.fullmatch(r"(\d+)/(\d+)x(\d+)", text.strip())
     numbers = [int(x) for x in match.groups()] if match else [0, 0, 0]
     if min(numbers) < 1 or numbers[0] % numbers[1] or numbers[2] % 64:
         raise ValueError(
-            f"--shapes: got {text!r}, wanted query heads/KV heads x head_dim (a multiple of 64), as in 32/8x128"
+            f"{option}: got {text!r}, wanted query heads/KV heads x head_dim (a multiple of 64), as in 32/8x128"
         )
     return make(*numbers)
 
