@@ -22,10 +22,11 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 #if HWY_TARGET == HWY_SCALAR
 
-// hadamard_row of src/math, after a multiplication by `signs` where they are given.
-HWY_INLINE void hadamard_signed_row(float* HWY_RESTRICT x, int head_dim,
+// x = hadamard_row of src/math of `from` (x itself, or apart from it), multiplied by `signs` before
+// where they are given.
+HWY_INLINE void hadamard_signed_row(const float* from, float* x, int head_dim,
                                     const float* HWY_RESTRICT signs) {
-  for (int i = 0; signs != nullptr && i < head_dim; ++i) x[i] = mul(x[i], signs[i]);
+  for (int i = 0; i < head_dim; ++i) x[i] = signs == nullptr ? from[i] : mul(from[i], signs[i]);
   hadamard_row(x, head_dim);
 }
 
@@ -108,7 +109,7 @@ HWY_INLINE void stages_across(RowVec (&v)[kVectors]) {
 
 // One Hadamard block of kVectors vectors, in registers. `signs` (+-1, or null) multiply the input.
 template <int kVectors, bool kSigned, bool kScaled>
-HWY_INLINE void hadamard_registers(float* HWY_RESTRICT x, const float* HWY_RESTRICT signs,
+HWY_INLINE void hadamard_registers(const float* from, float* x, const float* HWY_RESTRICT signs,
                                    float scale) {
   const RowF32 d;
   constexpr int kLanes = HWY_LANES(float);
@@ -116,7 +117,7 @@ HWY_INLINE void hadamard_registers(float* HWY_RESTRICT x, const float* HWY_RESTR
   RowVec v[kVectors];
   VELOXQUANT_UNROLL
   for (int i = 0; i < kVectors; ++i) {
-    v[i] = hn::LoadU(d, x + i * kLanes);
+    v[i] = hn::LoadU(d, from + i * kLanes);
     if (kSigned) v[i] = hn::Mul(v[i], hn::LoadU(d, signs + i * kLanes));
     v[i] = stages_inside(v[i]);
   }
@@ -150,25 +151,26 @@ HWY_INLINE void hadamard_memory(float* HWY_RESTRICT x, int block, int stride, fl
 
 // One block of a power of two, at least a vector.
 template <bool kSigned>
-HWY_INLINE void hadamard_vectors(float* HWY_RESTRICT x, int block,
+HWY_INLINE void hadamard_vectors(const float* from, float* x, int block,
                                  const float* HWY_RESTRICT signs) {
   constexpr int kLanes = HWY_LANES(float);
   constexpr int kHeld = 8;  // vectors: half of the 16 registers, the rest are temporaries
   const float scale = hadamard_scale(block);
   switch (block / kLanes) {
     case 1:
-      return hadamard_registers<1, kSigned, true>(x, signs, scale);
+      return hadamard_registers<1, kSigned, true>(from, x, signs, scale);
     case 2:
-      return hadamard_registers<2, kSigned, true>(x, signs, scale);
+      return hadamard_registers<2, kSigned, true>(from, x, signs, scale);
     case 4:
-      return hadamard_registers<4, kSigned, true>(x, signs, scale);
+      return hadamard_registers<4, kSigned, true>(from, x, signs, scale);
     case 8:
-      return hadamard_registers<8, kSigned, true>(x, signs, scale);
+      return hadamard_registers<8, kSigned, true>(from, x, signs, scale);
     default:
       break;
   }
   for (int i = 0; i < block; i += kHeld * kLanes) {
-    hadamard_registers<kHeld, kSigned, false>(x + i, kSigned ? signs + i : nullptr, scale);
+    hadamard_registers<kHeld, kSigned, false>(from + i, x + i, kSigned ? signs + i : nullptr,
+                                              scale);
   }
   int stride = kHeld * kLanes;
   for (; 4 * stride < block; stride *= 4) hadamard_memory<2, false>(x, block, stride, scale);
@@ -179,27 +181,30 @@ HWY_INLINE void hadamard_vectors(float* HWY_RESTRICT x, int block,
   }
 }
 
-HWY_INLINE void hadamard_one_block(float* HWY_RESTRICT x, int block,
+HWY_INLINE void hadamard_one_block(const float* from, float* x, int block,
                                    const float* HWY_RESTRICT signs) {
   if (block < HWY_LANES(float)) {
-    for (int i = 0; signs != nullptr && i < block; ++i) x[i] = mul(x[i], signs[i]);
+    for (int i = 0; i < block; ++i) x[i] = signs == nullptr ? from[i] : mul(from[i], signs[i]);
     return hadamard_row(x, block);
   }
-  return signs == nullptr ? hadamard_vectors<false>(x, block, signs)
-                          : hadamard_vectors<true>(x, block, signs);
+  return signs == nullptr ? hadamard_vectors<false>(from, x, block, signs)
+                          : hadamard_vectors<true>(from, x, block, signs);
 }
 
-// hadamard_row of src/math, after a multiplication by `signs` where they are given.
-HWY_INLINE void hadamard_signed_row(float* HWY_RESTRICT x, int head_dim,
+HWY_INLINE void hadamard_signed_row(const float* from, float* x, int head_dim,
                                     const float* HWY_RESTRICT signs) {
   for (int start = 0; start < head_dim;) {
     const int block = hadamard_block(head_dim - start);
-    hadamard_one_block(x + start, block, signs == nullptr ? nullptr : signs + start);
+    hadamard_one_block(from + start, x + start, block, signs == nullptr ? nullptr : signs + start);
     start += block;
   }
 }
 
 #endif  // HWY_TARGET == HWY_SCALAR
+
+HWY_INLINE void hadamard_signed_row(float* x, int head_dim, const float* HWY_RESTRICT signs) {
+  hadamard_signed_row(x, x, head_dim, signs);
+}
 
 // rotate_row of src/math. scratch: head_dim values, used where head_dim is no power of two.
 HWY_INLINE void rotate_row_simd(const float* HWY_RESTRICT signs, int head_dim, int step,

@@ -4,6 +4,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "src/codecs/turboquant/nearest_cpu.cpp"
 #include <hwy/aligned_allocator.h>
+#include <hwy/cache_control.h>
 #include <hwy/foreach_target.h>  // must come before highway.h
 #include <hwy/highway.h>
 
@@ -171,6 +172,7 @@ void nearest_values(const ScalarSteps& steps, const float* x, int64_t n, uint8_t
 
 void nearest_of_hadamard(const ScalarSteps& steps, const float* rows, int64_t n_rows, int dim,
                          const float* diag, uint8_t* codes) {
+  constexpr int kLineFloats = 16, kAhead = 1024;
   // Some rows at a time, which stay in L1.
   const int64_t most = HWY_MAX(1, 2048 / dim);
   const auto scratch = hwy::AllocateAligned<float>(static_cast<size_t>(most * dim));
@@ -178,8 +180,10 @@ void nearest_of_hadamard(const ScalarSteps& steps, const float* rows, int64_t n_
     const int64_t count = HWY_MIN(most, n_rows - r);
     for (int64_t i = 0; i < count; ++i) {
       float* row = scratch.get() + i * dim;
-      std::memcpy(row, rows + (r + i) * dim, sizeof(float) * static_cast<size_t>(dim));
-      veloxquant::HWY_NAMESPACE::hadamard_signed_row(row, dim, diag);
+      const float* from = rows + (r + i) * dim;
+      // The transform of a row is too long for the processor to look beyond it.
+      for (int d = 0; d < dim; d += kLineFloats) hwy::Prefetch(from + kAhead + d);
+      veloxquant::HWY_NAMESPACE::hadamard_signed_row(from, row, dim, diag);
     }
     nearest_values(steps, scratch.get(), count * dim, codes + r * dim);
   }
