@@ -3,6 +3,8 @@
 # under qemu: the NEON kernels give the reference's bits and those of tests/golden. `make neon`.
 #
 #   tools/neon.sh [TEST ...]     names without .cpp; default: every test of those layers
+#   VELOXQUANT_CONFORMANCE=<n>   every n-th case of conformance_test (default 4; 1: all)
+#   GTEST_FILTER=<pattern>       some tests of a program only
 #
 # Needs g++-aarch64-linux-gnu, qemu-user and the googletest sources, nothing else built for AArch64.
 set -euo pipefail
@@ -71,14 +73,28 @@ library="$library tests/neon/one_target.cpp"
 make -f "$out/Makefile" -j "${CMAKE_BUILD_PARALLEL_LEVEL:-$(getconf _NPROCESSORS_ONLN)}" --no-print-directory all \
   > "$out/build.log" 2>&1 || { grep -E 'error|undefined' "$out/build.log" | head -20 >&2; exit 1; }
 
+# An emulated core does a hundredth of the work of a real one: every fourth case of the conformance
+# suite (all head dims; all forms of a codec, each at some of them), tests spread over the cores.
+export VELOXQUANT_CONFORMANCE=${VELOXQUANT_CONFORMANCE:-4}
+GTEST_TOTAL_SHARDS=$(getconf _NPROCESSORS_ONLN)
+export GTEST_TOTAL_SHARDS
+
+run() { GTEST_SHARD_INDEX=$2 qemu-aarch64 "$out/$1" --gtest_brief=1 > "$out/$1.$2.log" 2>&1; }
 for source in "${tests[@]}"; do
   name=$(basename "$source" .cpp)
-  printf '%s: ' "$name"
-  if qemu-aarch64 "$out/$name" --gtest_brief=1 > "$out/$name.log" 2>&1; then
-    tail -n 1 "$out/$name.log"
-  else
-    echo FAILED
-    tail -n 40 "$out/$name.log" >&2
-    exit 1
-  fi
+  started=$SECONDS
+  shards=()
+  for ((i = 0; i < GTEST_TOTAL_SHARDS; ++i)); do
+    run "$name" "$i" &
+    shards+=($!)
+  done
+  for ((i = 0; i < GTEST_TOTAL_SHARDS; ++i)); do
+    if ! wait "${shards[$i]}"; then
+      echo "$name: FAILED" >&2
+      tail -n 40 "$out/$name.$i.log" >&2
+      exit 1
+    fi
+  done
+  passed=$(sed -n 's/.*PASSED  \] \([0-9]*\) test.*/\1/p' "$out/$name".*.log | awk '{ n += $1 } END { print n }')
+  echo "$name: $passed passed in $((SECONDS - started)) s"
 done
