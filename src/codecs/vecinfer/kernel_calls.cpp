@@ -39,6 +39,54 @@ std::vector<int64_t> shape_of(const RowShape& s, std::initializer_list<int64_t> 
 
 }  // namespace
 
+std::optional<std::string> no_kernel_because(const BlockShape& s) {
+  if (s.dim > 256) return "head_dim above 256";
+  if (s.sub_dim > 32) return "sub-vectors of more than 32 dimensions";
+  return std::nullopt;
+}
+
+namespace {
+std::vector<metal::TemplateArgument> arguments_of(const BlockShape& s) {
+  return {{"DIM", s.dim},
+          {"SUB", s.sub_dim},
+          {"C", s.n_centroids},
+          {"BITS", s.bits},
+          {"TABLES", s.tables}};
+}
+}  // namespace
+
+Call encode_blocks_call(const BlockShape& s) {
+  static const Kernel kernel = make_kernel("vq_vecinfer_encode_blocks", {"x", "tables", "forward"},
+                                           {"blocks"}, "src/codecs/vecinfer/metal_blocks.h", R"(
+  threadgroup float rows[8 * DIM];
+  threadgroup float moved[8 * DIM];
+  threadgroup ushort tile[8 * (DIM / SUB)];
+  veloxquant::vecinfer_encode_blocks<DIM, SUB, C, BITS, TABLES, TRANSFORM>(
+      x, x_shape[2], x_shape[1], tables_shape[0], tables, forward, blocks, rows, moved, tile,
+      threadgroup_position_in_grid, thread_index_in_threadgroup, threads_per_threadgroup.x);)");
+  Call call{&kernel, {}};
+  call.launch.arguments = arguments_of(s);
+  call.launch.arguments.push_back({"TRANSFORM", s.transform});
+  call.launch.grid = {8 * kThreads, s.n_blocks, s.batch * s.heads};
+  call.launch.threadgroup = {kThreads, 1, 1};
+  call.launch.outputs = {{Type::uint8, {s.batch, s.heads, s.n_blocks, s.block_bytes()}}};
+  return call;
+}
+
+Call decode_blocks_call(const BlockShape& s) {
+  static const Kernel kernel = make_kernel("vq_vecinfer_decode_blocks", {"blocks", "tables"},
+                                           {"out"}, "src/codecs/vecinfer/metal_blocks.h", R"(
+  veloxquant::vecinfer_decode_blocks<DIM, SUB, C, BITS, TABLES>(
+      (const device uint32_t*)blocks, blocks_shape[2], blocks_shape[1], tables_shape[0], tables, out,
+      thread_position_in_grid);)");
+  Call call{&kernel, {}};
+  call.launch.arguments = arguments_of(s);
+  call.launch.grid = {64 * s.dim, s.n_blocks, s.batch * s.heads};
+  call.launch.threadgroup = {kThreads, 1, 1};
+  call.launch.outputs = {{Type::float32, {s.batch, s.heads, int64_t{64} * s.n_blocks, s.dim}}};
+  return call;
+}
+
 std::optional<std::string> no_kernel_because(const RowShape& s) {
   if (s.dim > 1024) return "head_dim above 1024";
   if (s.sub_dim > 32) return "sub-vectors of more than 32 dimensions";

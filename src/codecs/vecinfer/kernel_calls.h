@@ -34,4 +34,19 @@ metal::Call is_hadamard_call(int dim);
 metal::Call encode_decode_call(const RowShape& shape, bool has_matrix, int lambda_rows,
                                metal::Type code_type);
 
+// Packed blocks (format.h) of a codec with tables fp16 [sequences, heads, M or 1, C, sub_dim].
+struct BlockShape {
+  int batch = 1, heads = 1, n_blocks = 0, dim = 0;
+  int sub_dim = 1, n_centroids = 1, bits = 8, tables = 1;
+  int transform = 0;  // 0 none, 1 Hadamard, 2 matrix
+
+  int64_t block_bytes() const { return int64_t{dim} / sub_dim * 8 * bits; }
+};
+std::optional<std::string> no_kernel_because(const BlockShape& shape);
+// inputs: x [batch, heads, 64 n_blocks, dim]; tables; forward fp32: 1 / lambda [heads, dim], E
+// [heads, dim, dim], or one number. outputs: u8 [batch, heads, n_blocks, block bytes].
+metal::Call encode_blocks_call(const BlockShape& shape);
+// inputs: blocks, tables. outputs: fp32 [batch, heads, 64 n_blocks, dim], codec coordinates.
+metal::Call decode_blocks_call(const BlockShape& shape);
+
 }  // namespace veloxquant::vecinfer

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "src/codecs/vecinfer/format.h"
 #include "src/codecs/vecinfer/kernel_calls.h"
 #include "src/math/float16.h"
 #include "src/math/hadamard.h"
@@ -205,6 +206,66 @@ TEST_F(VecInferFunctions, EncodeAndDecodeWithTransforms) {
   check_round_trip({64, 4, 16, 3, 1, Type::float32, 3}, true, true, 0, 23);
   check_round_trip({80, 4, 64, 1, 1, Type::float16, 9}, true, true, 1, 24);
   check_round_trip({96, 2, 64, 3, 48, Type::float32, 2}, false, false, 0, 25);
+}
+
+// Every width of codes, every transform: the bytes of encode_block, the values of decode_block.
+TEST(MetalBlocks, BytesAndDecodedBitsEqualTheCpu) {
+  struct Blocks {
+    int dim, sub_dim, n_centroids;
+    bool per_head;
+    TransformKind kind;
+  };
+  for (const Blocks& c : {Blocks{64, 2, 16, true, TransformKind::hadamard},
+                          Blocks{80, 4, 40, false, TransformKind::none},
+                          Blocks{64, 8, 256, false, TransformKind::dense},
+                          Blocks{96, 4, 700, true, TransformKind::hadamard},
+                          Blocks{32, 4, 4000, true, TransformKind::none}}) {
+    SCOPED_TRACE(testing::Message() << "D" << c.dim << " d" << c.sub_dim << "x" << c.n_centroids);
+    Random random(31);
+    const int H = 2, B = 2, n = 2;
+    const auto owned = test::random_codec(random, Side::keys, H, c.dim, c.dim / c.sub_dim,
+                                          c.n_centroids, c.per_head, c.kind);
+    const Values x(random.normal(B * H * 64 * n * c.dim), Type::float16);
+    BlockShape s;
+    s.batch = B, s.heads = H, s.n_blocks = n, s.dim = c.dim, s.sub_dim = c.sub_dim;
+    s.n_centroids = c.n_centroids, s.bits = code_bits(c.n_centroids);
+    s.tables = c.per_head ? 1 : c.dim / c.sub_dim;
+    s.transform = static_cast<int>(c.kind);
+    ASSERT_EQ(s.block_bytes(), owned.codec->block_bytes());
+    std::vector<uint8_t> blocks(B * H * n * s.block_bytes());
+    std::vector<float> decoded(B * H * n * 64 * c.dim), rows(64 * c.dim);
+    for (int i = 0; i < B * H * n; ++i) {
+      const BlockPlace place{0, i / n % H, 0};
+      for (int k = 0; k < 64 * c.dim; ++k) rows[k] = f16_to_f32(x.narrow[i * 64 * c.dim + k]);
+      uint8_t* block = blocks.data() + i * s.block_bytes();
+      owned.codec->encode_block(Backend::reference, place, rows.data(), 64, block);
+      owned.codec->decode_block(Backend::reference, place, block, 64,
+                                decoded.data() + i * 64 * c.dim, c.dim);
+    }
+    std::vector<float> forward = {0};
+    std::vector<int64_t> forward_shape = {1};
+    if (c.kind == TransformKind::hadamard) {
+      forward.clear();
+      for (float lambda : owned.scale) forward.push_back(1.0f / lambda);
+      forward_shape = {H, c.dim};
+    } else if (c.kind == TransformKind::dense) {
+      forward = owned.encode_matrix;
+      forward_shape = {H, c.dim, c.dim};
+    }
+    const Input tables(Type::float16, {1, H, s.tables, c.n_centroids, c.sub_dim},
+                       owned.tables.data());
+    metal::Call call = encode_blocks_call(s);
+    expect_bits(msl::run(*call.kernel, call.launch,
+                         {Input(Type::float16, {B, H, 64 * n, c.dim}, x.data()), tables,
+                          Input(Type::float32, forward_shape, forward.data())})
+                    .outputs[0],
+                blocks);
+    call = decode_blocks_call(s);
+    expect_bits(msl::run(*call.kernel, call.launch,
+                         {Input(Type::uint8, {B, H, n, s.block_bytes()}, blocks.data()), tables})
+                    .outputs[0],
+                decoded);
+  }
 }
 
 // A product that is fused with the sum it goes into gives other codes: without the pragma of

@@ -1,0 +1,53 @@
+#include "src/codecs/kernel_calls.h"
+
+#include "src/backends/metal/source.h"
+#include "veloxquant/words.h"
+
+namespace veloxquant::metal {
+namespace {
+
+constexpr int kThreads = 256;
+
+}  // namespace
+
+Call pack_words_call(int rows, int n_codes, int bits) {
+  static const Kernel kernel =
+      make_kernel("vq_pack_words", {"codes"}, {"words"}, "src/codecs/metal_words.h", R"(
+  veloxquant::pack_words<BITS>(codes, codes_shape[1], threads_per_grid.x, words,
+                               thread_position_in_grid);)");
+  const int n_words = static_cast<int>(words_per_row(n_codes, bits));
+  Call call{&kernel, {}};
+  call.launch.arguments = {{"BITS", bits}};
+  call.launch.grid = {n_words, rows, 1};
+  call.launch.threadgroup = {kThreads, 1, 1};
+  call.launch.outputs = {{Type::uint32, {rows, n_words}}};
+  return call;
+}
+
+Call unpack_words_call(int rows, int n_codes, int bits) {
+  static const Kernel kernel =
+      make_kernel("vq_unpack_words", {"words"}, {"codes"}, "src/codecs/metal_words.h", R"(
+  veloxquant::unpack_words<BITS>(words, words_shape[1], codes, threads_per_grid.x,
+                                 thread_position_in_grid);)");
+  Call call{&kernel, {}};
+  call.launch.arguments = {{"BITS", bits}};
+  call.launch.grid = {n_codes, rows, 1};
+  call.launch.threadgroup = {kThreads, 1, 1};
+  call.launch.outputs = {{Type::int32, {rows, n_codes}}};
+  return call;
+}
+
+Call hamming_score_call(int n, int n_dims) {
+  static const Kernel kernel =
+      make_kernel("vq_hamming_score", {"query", "codes", "offset", "scale"}, {"scores"},
+                  "src/codecs/rabitq/metal.h", R"(
+  veloxquant::hamming_scan<N_DIMS>(query, codes, offset, scale, scores, thread_position_in_grid.x);)");
+  Call call{&kernel, {}};
+  call.launch.arguments = {{"N_DIMS", n_dims}};
+  call.launch.grid = {n, 1, 1};
+  call.launch.threadgroup = {kThreads, 1, 1};
+  call.launch.outputs = {{Type::float32, {n}}};
+  return call;
+}
+
+}  // namespace veloxquant::metal
