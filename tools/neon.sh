@@ -33,7 +33,7 @@ flags="$flags '-DHWY_DISABLED_TARGETS=(HWY_SVE|HWY_SVE2|HWY_SVE_256|HWY_SVE2_128
 mkdir -p "$out"
 
 is_ours() {  # a test that needs only the layers built here
-  ! grep -qE '#include [<"](rapidcheck|src/(attention|cache|calibration|artifacts)/|nlohmann)' "$1" &&
+  ! grep -qE '#include [<"](rapidcheck|src/(attention|cache|calibration|artifacts)/|tests/msl/|nlohmann)' "$1" &&
     ! grep -qE '#include "veloxquant/(attention|cache|calibration|artifacts|cuda|rvq_attend)\.h"' "$1"
 }
 tests=()
@@ -44,7 +44,7 @@ for source in src/math/*_test.cpp src/codecs/*_test.cpp src/codecs/*/*_test.cpp 
   fi
 done
 library=$(ls src/backends/*.cpp src/backends/cpu/*.cpp src/codecs/*.cpp src/codecs/*/*.cpp |
-  grep -vE '_test\.cpp$|backends/threads\.cpp$|cuda')
+  grep -vE '_test\.cpp$|backends/threads\.cpp$|cuda|kernel_calls')
 library="$library tests/neon/one_target.cpp"
 
 # A makefile, so that only what changed is compiled again and -j works.
