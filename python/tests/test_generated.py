@@ -33,12 +33,15 @@ def test_the_model_writes_the_same_every_time(loaded):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_any_prefix_has_its_share(loaded, share):
-    found, own, total = set(calibration_text()), 0, 0
+    """To within a passage: how long those are that are found depends on what is installed."""
+    found, own, total, longest = set(calibration_text()), 0, 0, 0
     for text in built_in_texts(*loaded, 10_000, share):  # a token is a byte here
         own += len(text) * (text not in found)
         total += len(text)
-        if 5_000 < total < 9_000:
-            assert own / total == pytest.approx(share, abs=0.1)
+        longest = max(longest, len(text))
+        if total < 9_000:
+            assert abs(own - share * total) <= longest
+    assert longest < 4_000
     assert total >= 9_000
 
 
