@@ -122,7 +122,8 @@ def load_or_calibrate(model_name, model, tokenizer, bits, recipe=Recipe()):
         where = kept[missing[0]].parent
         output.note(f"calibrating on {QUICK_TOKENS} tokens of built-in text, once; kept in {where}")
         with output.progress() as report:
-            made = calibrate(model, tokenizer, missing, None, QUICK_TOKENS, report, recipe)
+            # Found text alone: the model's writing would take longer than all the rest.
+            made = calibrate(model, tokenizer, missing, None, QUICK_TOKENS, report, recipe, own_share=0)
         for b, trained in made.items():
             with atomic_directory(kept[b]) as temporary:
                 save(temporary, trained)
