@@ -14,6 +14,7 @@ import numpy as np
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
 from veloxquant_mlx import _ext
+from veloxquant_mlx.benchmarks.measure import time_calls
 from veloxquant_mlx.cache.codecs import exact, vecinfer
 
 TOLERANCE = 2e-3  # relative L2 error of an output row; fp16 arithmetic of MLX itself: ten times that
@@ -77,7 +78,7 @@ def rows(shape, context, methods, rounds, report=lambda what: None):
     for index in range(rounds):
         report(f"{shape}, {context} tokens: round {index + 1} of {rounds}")
         for candidate in running:
-            times[candidate.name] += _time(candidate.call, least=0.02 if index else 0.0)
+            times[candidate.name] += time_calls(candidate.call, least=0.02 if index else 0.0)
         if index == 0:
             fastest = min(times[c.name][0] for c in candidates)
             running = [c for c in candidates if times[c.name][0] <= _DROP * fastest or c.ours]
@@ -229,14 +230,3 @@ def _verify(candidate):
     if not worst <= candidate.tolerance:
         raise RuntimeError(f"{candidate.name}: relative error {worst:.2g}, wanted at most {candidate.tolerance:.0e}")
     return worst
-
-
-def _time(call, least):
-    """Seconds of every call made: one, and more until `least` seconds have passed."""
-    times, total = [], 0.0
-    while not times or (total < least and len(times) < 50):
-        start = time.perf_counter()
-        mx.eval(call())
-        times.append(time.perf_counter() - start)
-        total += times[-1]
-    return times

@@ -48,7 +48,7 @@ def row(case, rounds, report=lambda what: None):
             # Short calls are repeated, so that every candidate sees the same weather.
             if name == "one thread":
                 _ext.set_num_threads(1)
-            times[name] += _time(call, least=0.02 if index else 0.0)
+            times[name] += time_calls(call, least=0.02 if index else 0.0)
             if name == "one thread":
                 _ext.set_num_threads(threads)
         if index == 0:
@@ -91,7 +91,7 @@ def _verify(case, formulations):
             raise RuntimeError(f"{case.function} against '{name}': {error}") from None
 
 
-def _time(call, least):
+def time_calls(call, least):
     """Seconds of every call made: one, and more until `least` seconds have passed."""
     times, total = [], 0.0
     while not times or (total < least and len(times) < 50):
