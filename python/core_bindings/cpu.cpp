@@ -93,15 +93,6 @@ void attend_row(const SideTables& key_side, const SideTables& value_side, const 
     view.ndim = 4;
     return view;
   };
-  const auto mutable_of = [](const TensorView& view) {
-    MutableTensorView to;
-    to.data = const_cast<void*>(view.data);
-    to.dtype = view.dtype;
-    to.ndim = view.ndim;
-    to.shape = view.shape;
-    to.stride = view.stride;
-    return to;
-  };
   const int64_t heads = key_side.codec()->n_kv_heads(), dim = key_side.codec()->head_dim();
   const TensorView q = batched(q_array, "q"), result = batched(out, "out");
   KeyValueSource source;
@@ -178,8 +169,8 @@ void attend_row(const SideTables& key_side, const SideTables& value_side, const 
     log_sums.stride[0] = 0;
   }
   nb::gil_scoped_release release;
-  attend(default_backend(), q, source, params, mutable_of(result),
-         lse ? mutable_of(log_sums) : MutableTensorView());
+  attend(default_backend(), q, source, params, writable(result),
+         lse ? writable(log_sums) : MutableTensorView());
 }
 
 // Codes of one sequence -> x fp32 [H, n, D] in the original coordinates.

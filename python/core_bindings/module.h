@@ -38,10 +38,8 @@ TensorView view_of(const Array& array, const char* what, const char* name) {
   return view;
 }
 
-// A writable view of an array that Python shares with us.
-template <class Array>
-MutableTensorView writable(const Array& array, const char* what, const char* name) {
-  const TensorView view = view_of(array, what, name);
+// Writes what Python shares with us.
+inline MutableTensorView writable(const TensorView& view) {
   MutableTensorView out;
   out.data = const_cast<void*>(view.data);
   out.dtype = view.dtype;
@@ -49,6 +47,10 @@ MutableTensorView writable(const Array& array, const char* what, const char* nam
   out.shape = view.shape;
   out.stride = view.stride;
   return out;
+}
+template <class Array>
+MutableTensorView writable(const Array& array, const char* what, const char* name) {
+  return writable(view_of(array, what, name));
 }
 
 // One side of one layer: its tables and transform, the CPU codec, and what CUDA needs of it.
