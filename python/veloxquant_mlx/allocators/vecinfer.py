@@ -218,7 +218,7 @@ def undo_rope(model, data) -> CalibrationData:
     for i, rope in enumerate(detect_ropes(model)):
         keys.append(rope.core().unrotate(data.keys[i], positions).astype(mx.float16))
         if moments is not None:
-            moments[i] = (moments[i] + moments[i][:, rope.partners()]) / 2
+            moments[i] = np.array(rope.turned_moments(mx.array(moments[i])))
     return replace(data, keys=keys)
 
 

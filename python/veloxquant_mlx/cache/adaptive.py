@@ -169,7 +169,8 @@ def fit(core, plan, moments, window, sinks, dtype):
         seen = x[:, :, min(sinks, plan.tokens - 1) : plan.tokens]
         seen = seen[:, :, :: -(-seen.shape[2] // VECTORS)]
         if side == "keys" and plan.rope is not None and plan.context > plan.tokens:
-            seen, queries = _at_later_positions(seen, plan), _turned(queries, plan.rope)
+            seen = _at_later_positions(seen, plan)
+            queries = None if queries is None else plan.rope.turned_moments(queries)
         seen = seen.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[3])
         transform, tables, errors[side] = fit_learned(seen, how, queries)
         codecs.append(vecinfer.codec(side, tables, how.n_subvectors, **transform.matrices()))
@@ -198,11 +199,6 @@ def _at_later_positions(keys, plan):
     if copies == 0:
         return mx.concatenate([keys[:, :, ::2], turned(keys[:, :, 1::2], 1)], axis=2)
     return mx.concatenate([keys, *(turned(keys, number + 1) for number in range(copies))], axis=2)
-
-
-def _turned(moments, rope):
-    """E q_i^2 of queries as they meet such keys: RoPE mixes the two channels of a pair."""
-    return None if moments is None else (moments + moments[:, mx.array(rope.partners())]) / 2
 
 
 def history(core, sinks, dtype):

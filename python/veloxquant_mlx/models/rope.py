@@ -54,6 +54,10 @@ class LayerRope:
         partners[:n] = partners[:n] ^ 1 if self.traditional else np.roll(partners[:n], n // 2)
         return partners
 
+    def turned_moments(self, moments: mx.array) -> mx.array:
+        """E q_i^2 [H, D] of queries that RoPE turns by every angle: both channels of a pair get the mean of the two."""
+        return (moments + moments[:, mx.array(self.partners())]) / 2
+
     def core(self):
         """The C++ Rope: rotate(x, positions), unrotate(x, positions)."""
         return _ext.Rope(
