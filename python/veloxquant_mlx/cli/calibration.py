@@ -122,8 +122,7 @@ def load_or_calibrate(model_name, model, tokenizer, bits, recipe=Recipe()):
         where = kept[missing[0]].parent
         output.note(f"calibrating on {QUICK_TOKENS} tokens of built-in text, once; kept in {where}")
         with output.progress() as report:
-            # Found text alone: the model's writing would take longer than all the rest.
-            made = calibrate(model, tokenizer, missing, None, QUICK_TOKENS, report, recipe, own_share=0)
+            made = calibrate_quickly(model, tokenizer, missing, report, recipe)
         for b, trained in made.items():
             with atomic_directory(kept[b]) as temporary:
                 save(temporary, trained)
@@ -162,6 +161,11 @@ def calibrate(
         codebook = train(model, tokenizer, keys, values, num_tokens=n_tokens, texts=texts, progress=step)
         made[keys, values] = Trained(recipe.method, codebook)
     return made
+
+
+def calibrate_quickly(model, tokenizer, bits, report, recipe=Recipe()):
+    """A first look: on found text alone, since the model's writing would take longer than all the rest."""
+    return calibrate(model, tokenizer, bits, None, QUICK_TOKENS, report, recipe, own_share=0)
 
 
 def best_transform(model):

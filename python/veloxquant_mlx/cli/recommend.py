@@ -120,7 +120,7 @@ def measured(model_name, model, tokenizer, found, window, sinks):
 
     chosen = [c for c in found if c.fits and c.bits != (16.0, 16.0)][:MEASURED]
     with output.progress() as report:
-        made = calibration.calibrate(model, tokenizer, [c.bits for c in chosen], None, calibration.QUICK_TOKENS, report)
+        made = calibration.calibrate_quickly(model, tokenizer, [c.bits for c in chosen], report)
         # The end of the text, which calibration did not reach.
         trial = "\n".join(list(read_texts(None))[-20:])
         tokens = tokenizer.encode(trial, add_special_tokens=False)[-_TRIAL_TOKENS:]
