@@ -1,7 +1,7 @@
 """The built-in calibration text: what the model writes itself, mixed with what text.py finds.
 
-What a model says is near to what it will be asked to remember; what others wrote is more varied. docs/quality.md
-has the perplexities of several mixtures.
+What a model says is near to what it will be asked to remember; what others wrote is more varied. Which share is
+best has not been measured (docs/quality.md).
 """
 
 import re
