@@ -1,7 +1,8 @@
 """Decode attention of one layer: our caches against exact and quantised attention, interleaved in one run.
 
-Keys, values and tables are random: the time does not depend on them. Every output is verified against fp32
-attention over what its own cache holds.
+Keys, values, tables and rotations are random: the time does not depend on them. VecInfer's tables come with
+rotations as learned ones do, since that is the setting whose quality is known. Every output is verified against
+fp32 attention over what its own cache holds.
 """
 
 import statistics
@@ -14,6 +15,7 @@ import numpy as np
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
 from veloxquant_mlx import _ext
+from veloxquant_mlx.benchmarks import llama, quality
 from veloxquant_mlx.benchmarks.measure import time_calls
 from veloxquant_mlx.cache.codecs import exact, vecinfer
 
@@ -35,9 +37,11 @@ METHODS = {
     "rabitq 1 bit": ("rabitq", 1),
     "turboquant 1 bit": ("turboquant", 1),
     "turboquant 2 bits": ("turboquant", 2),
+    "turboquant 3/2 bits": [("turboquant", 3), ("turboquant", 2)],
     "turboquant 3 bits": ("turboquant", 3),
     "turboquant 4 bits": ("turboquant", 4),
     "turboquant_rvq 1+1 bits": ("turboquant_rvq", 1),
+    "turboquant_rvq 2+2 bits": ("turboquant_rvq", 2),
 }
 
 
@@ -53,7 +57,8 @@ class Shape:
 
 @dataclass
 class Candidate:
-    """One way to attend. is_exact: nothing is quantised, hence a baseline."""
+    """One way to attend. is_exact: nothing is quantised, hence a baseline. always: measured in every round,
+    however slow. rest: called after a block of timed calls."""
 
     name: str
     call: object
@@ -62,14 +67,16 @@ class Candidate:
     tolerance: float
     bits: float
     is_exact: bool = False
-    ours: bool = False
+    always: bool = False
     kernel: str = "mlx"
+    rest: object = lambda: None
 
 
-def rows(shape, context, methods, rounds, report=lambda what: None):
-    """The rows of `bench attention --json` for one shape and context."""
+def rows(shape, context, methods, rounds, report=lambda what: None, with_llama=False):
+    """The rows of `bench attention --json` for one shape and context. with_llama: after llama.build()."""
     q, keys, values = _random(shape, context)
-    candidates = _mlx(q, keys, values) + [_ours(name, q, keys, values, report) for name in methods]
+    candidates = _mlx(q, keys, values) + (_llama(q, keys, values, report) if with_llama else [])
+    candidates += [_ours(name, q, keys, values, report) for name in methods]
     for candidate in candidates:
         report(f"{candidate.name}: checking the output")
     errors = {c.name: _verify(c) for c in candidates}
@@ -79,9 +86,10 @@ def rows(shape, context, methods, rounds, report=lambda what: None):
         report(f"{shape}, {context} tokens: round {index + 1} of {rounds}")
         for candidate in running:
             times[candidate.name] += time_calls(candidate.call, least=0.02 if index else 0.0)
+            candidate.rest()
         if index == 0:
             fastest = min(times[c.name][0] for c in candidates)
-            running = [c for c in candidates if times[c.name][0] <= _DROP * fastest or c.ours]
+            running = [c for c in candidates if times[c.name][0] <= _DROP * fastest or c.always]
             if rounds > 1:
                 for candidate in running:  # the first call warms up
                     times[candidate.name].clear()
@@ -109,6 +117,7 @@ def rows(shape, context, methods, rounds, report=lambda what: None):
             "speedup": round(seconds[baseline] / seconds[c.name], 2),
             "error": float(f"{errors[c.name]:.2g}"),
             "n_times": len(times[c.name]),
+            **quality.fields(c.name, c.name in METHODS),
         }
         for c in candidates
     ]
@@ -182,6 +191,40 @@ def _mlx(q, keys, values):
     return found
 
 
+def _llama(q, keys, values, report):
+    found, scale = [], _scale(q)
+    inputs = [np.array(x[0]) for x in (q, keys, values)]
+    for kind in llama.TYPES:
+        report(f"llama.cpp {kind}: filling the cache")
+        attend = llama.Attention(kind, *inputs, scale, _ext.num_threads())
+
+        def output(attend=attend):
+            return mx.array(attend()[None, :, None])
+
+        def reference(attend=attend):
+            return _sdpa(q, *(mx.array(x[None]) for x in attend.held()))
+
+        n_bytes, bits = attend.nbytes, 8.0 * attend.nbytes / (keys.size + values.size)
+        # With q8_0 and q4_0 ggml rounds queries to 8 bits. Sums of f16 values are kept in fp16: n roundings of a sum
+        # that grows as sqrt(n), relative to what it has become.
+        tolerance = TOLERANCE + 2.0**-12 * keys.shape[2] ** 0.5 if kind == "f16" else 10 * TOLERANCE
+        found.append(
+            Candidate(
+                f"llama.cpp {kind}",
+                output,
+                reference,
+                n_bytes,
+                tolerance,
+                bits,
+                is_exact=kind == "f16",
+                always=True,
+                kernel=attend.kernel,
+                rest=attend.rest,
+            )
+        )
+    return found
+
+
 def codecs(name, heads, dim):
     """The codecs of keys and values of METHODS[name], with random tables."""
     sides = METHODS[name] if isinstance(METHODS[name], list) else [METHODS[name]] * 2
@@ -191,9 +234,18 @@ def codecs(name, heads, dim):
             return exact.codec(side, heads, dim, mx.float16)
         if isinstance(what, str):
             return _ext.codec(side, what, heads, dim, {"bits": of[0]})
-        return vecinfer.codec(side, mx.random.normal((heads, dim // what, of[0], what)), dim // what)
+        rotations = {"encode_matrix": _rotation(heads, dim)}
+        # Learned ones of keys are two arrays, weights divided out of one and multiplied into the other.
+        rotations["query_matrix"] = (
+            mx.array(rotations["encode_matrix"]) if side == "keys" else rotations["encode_matrix"]
+        )
+        return vecinfer.codec(side, mx.random.normal((heads, dim // what, of[0], what)), dim // what, **rotations)
 
     return codec("keys", *sides[0]), codec("values", *sides[1])
+
+
+def _rotation(heads, dim):
+    return mx.array(np.linalg.qr(np.random.default_rng(dim).standard_normal((heads, dim, dim)))[0], mx.float32)
 
 
 def _ours(name, q, keys, values, report):
@@ -217,7 +269,7 @@ def _ours(name, q, keys, values, report):
         TOLERANCE,
         sum(c.bits_per_element for c in pair) / 2,
         is_exact=name == "fp16",
-        ours=True,
+        always=True,
         kernel=_ext.kernel_name(*pair),
     )
 

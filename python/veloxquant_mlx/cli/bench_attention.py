@@ -10,7 +10,7 @@ from veloxquant_mlx.cli import options, output
 NAME = "attention"
 EXAMPLE = "veloxquant bench attention --contexts 1024,8192,32768 --plot attention.png"
 
-_COLUMNS = ["cache", "tokens", "bits", "us", "GB/s", "of read", "times", "than", "error"]
+_COLUMNS = ["cache", "tokens", "bits", "us", "GB/s", "of read", "times", "than", "error", "perplexity, KL"]
 
 
 def command(
@@ -21,15 +21,21 @@ def command(
     ] = "vecinfer 2 bits,vecinfer 4 bits",
     rounds: Annotated[int, typer.Option(help="Rounds of interleaved calls; the median counts.")] = 7,
     threads: Annotated[Optional[int], typer.Option(help="Worker threads; every core if left out.")] = None,
+    with_llama: Annotated[
+        bool,
+        typer.Option("--llama", help="Also llama.cpp's f16, q8_0 and q4_0; compiles it on first use (80 MB, minutes)."),
+    ] = False,
     json: options.Json = False,
     plot: Annotated[Optional[str], typer.Option(metavar="FILE.png", help="Draw time against context.")] = None,
 ):
     """One query token against a cache of random tokens, every output verified.
 
-    Baseline: the fastest exact attention of the run, of MLX (fp32, fp16) or ours (fp16).
+    Baseline: the fastest exact attention of the run, of MLX (fp32, fp16), llama.cpp (f16) or ours (fp16).
+    Perplexity and KL: what `veloxquant eval` printed of the same setting on SmolLM2, if anyone ran it.
     """
     from veloxquant_mlx import _ext
     from veloxquant_mlx.benchmarks import attention as suite
+    from veloxquant_mlx.benchmarks import llama, quality
 
     layers = [shape("--shapes", text, suite.Shape) for text in shapes.split(",")]
     lengths = [count("--contexts", text, 64) for text in contexts.split(",")]
@@ -43,10 +49,12 @@ def command(
     names = ["fp16", *(name for name in names if name != "fp16")]
     rows = []
     with output.progress() as report:
+        if with_llama:
+            llama.build(lambda what: report(0.0, what))
         for i, layer in enumerate(layers):
             for k, length in enumerate(lengths):
                 done = (i * len(lengths) + k) / (len(layers) * len(lengths))
-                rows += suite.rows(layer, length, names, rounds, lambda what, done=done: report(done, what))
+                rows += suite.rows(layer, length, names, rounds, lambda what, done=done: report(done, what), with_llama)
     if plot:
         _plot(rows, plot)
     if json:
@@ -55,7 +63,7 @@ def command(
     for name in dict.fromkeys(row["shape"] for row in rows):
         first = rows[0]
         title = f"{name}, one query token; {first['simd']}, {first['threads']} threads, read {first['read_gbps']} GB/s"
-        output.table(title, _COLUMNS, [_cells(row) for row in rows if row["shape"] == name])
+        output.table(title, _COLUMNS, [[*_cells(row), quality.text(row)] for row in rows if row["shape"] == name])
 
 
 def count(option, text, least):
