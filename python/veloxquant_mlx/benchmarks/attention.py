@@ -108,6 +108,7 @@ def rows(shape, context, methods, rounds, report=lambda what: None, with_llama=F
             "threads": _ext.num_threads(),
             "kernel": c.kernel,
             "us": round(seconds[c.name] * 1e6, 1),
+            "us_p10": round(sorted(times[c.name])[len(times[c.name]) // 10] * 1e6, 1),
             "gbps": round(c.n_bytes / seconds[c.name] / 1e9, 3),
             "read_gbps": round(bandwidth / 1e9, 2),
             "roofline_us": round(c.n_bytes / bandwidth * 1e6, 1),
