@@ -99,26 +99,20 @@ class VecInferCodec final : public Codec {
   }
 
   void transform_query(int kv_head, float* q, int64_t n) const override {
+    if (transform_.kind == TransformKind::dense) return multiply_rows(kv_head, q, n, false);
+    if (transform_.kind != TransformKind::hadamard) return;
     for (int64_t r = 0; r < n; ++r) {
-      float* row = q + r * dim_;
-      if (transform_.kind == TransformKind::hadamard) {
-        multiply(row, scale(kv_head));
-        hadamard_row(row, dim_);
-      } else if (transform_.kind == TransformKind::dense) {
-        multiply_matrix(row, matrix(transform_.query_matrix, kv_head), false);
-      }
+      multiply(q + r * dim_, scale(kv_head));
+      hadamard_row(q + r * dim_, dim_);
     }
   }
 
   void inverse(int kv_head, float* y, int64_t n) const override {
+    if (transform_.kind == TransformKind::dense) return multiply_rows(kv_head, y, n, true);
+    if (transform_.kind != TransformKind::hadamard) return;
     for (int64_t r = 0; r < n; ++r) {
-      float* row = y + r * dim_;
-      if (transform_.kind == TransformKind::hadamard) {
-        hadamard_row(row, dim_);
-        multiply(row, scale(kv_head));
-      } else if (transform_.kind == TransformKind::dense) {
-        multiply_matrix(row, matrix(transform_.query_matrix, kv_head), true);
-      }
+      hadamard_row(y + r * dim_, dim_);
+      multiply(y + r * dim_, scale(kv_head));
     }
   }
 
@@ -244,25 +238,12 @@ class VecInferCodec final : public Codec {
     }
   }
 
-  // row <- row M, or row <- row M^T; ascending sums.
-  void multiply_matrix(float* row, const float* m, bool transposed) const {
-    std::vector<float> sum(dim_);
-    if (transposed) {
-      // Eight outputs at a time: each is one chain of additions, which the processor overlaps.
-      constexpr int kChains = 8;  // divides every head_dim
-      for (int j = 0; j < dim_; j += kChains) {
-        for (int c = 0; c < kChains; ++c) sum[j + c] = mul(row[0], m[(j + c) * dim_]);
-        for (int i = 1; i < dim_; ++i) {
-          for (int c = 0; c < kChains; ++c) sum[j + c] += mul(row[i], m[(j + c) * dim_ + i]);
-        }
-      }
-    } else {
-      for (int j = 0; j < dim_; ++j) sum[j] = mul(row[0], m[j]);
-      for (int i = 1; i < dim_; ++i) {
-        for (int j = 0; j < dim_; ++j) sum[j] += mul(row[i], m[i * dim_ + j]);
-      }
-    }
-    std::memcpy(row, sum.data(), sizeof(float) * dim_);
+  // Rows <- rows M, or rows M^T, of the query matrix.
+  void multiply_rows(int kv_head, float* rows, int64_t n, bool transposed) const {
+    const std::vector<float> from(rows, rows + n * dim_);
+    kernels_of(default_backend())
+        .dense_rows(matrix(transform_.query_matrix, kv_head), dim_, transposed, from.data(), n,
+                    rows);
   }
 
   Side side_;

@@ -246,6 +246,49 @@ void dense_tile(const float* matrix, int head_dim, const float* x_t, float* y_t)
   }
 }
 
+// ROWS rows of x times one vector of columns; `columns` has head_dim rows, `stride` apart.
+template <int ROWS, class D>
+HWY_INLINE void dense_columns(D df, const float* HWY_RESTRICT columns, int stride, int head_dim,
+                              const float* HWY_RESTRICT x, float* HWY_RESTRICT y) {
+  hn::Vec<D> sums[ROWS];
+  const auto first = hn::LoadU(df, columns);
+  for (int r = 0; r < ROWS; ++r) sums[r] = hn::Mul(hn::Set(df, x[r * head_dim]), first);
+  for (int i = 1; i < head_dim; ++i) {
+    const auto column = hn::LoadU(df, columns + i * stride);
+    for (int r = 0; r < ROWS; ++r) {
+      sums[r] = hn::Add(sums[r], hn::Mul(hn::Set(df, x[r * head_dim + i]), column));
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) hn::StoreU(sums[r], df, y + r * head_dim);
+}
+
+void dense_rows(const float* HWY_RESTRICT matrix, int head_dim, bool transposed,
+                const float* HWY_RESTRICT x, int64_t n, float* HWY_RESTRICT y) {
+  const hn::CappedTag<float, 8> df;  // 8 divides every head_dim
+  const int lanes = static_cast<int>(hn::Lanes(df));
+  float turned[8 * kMaxHeadDim];  // `lanes` rows of the matrix as columns
+  for (int j = 0; j < head_dim; j += lanes) {
+    const float* columns = matrix + j;
+    if (transposed) {
+      for (int c = 0; c < lanes; ++c) {
+        for (int i = 0; i < head_dim; ++i) turned[i * lanes + c] = matrix[(j + c) * head_dim + i];
+      }
+      columns = turned;
+    }
+    const int stride = transposed ? lanes : head_dim;
+    int64_t r = 0;
+    // Four chains of additions at a time, as many as the query heads of a group often are.
+    for (; r + 4 <= n; r += 4) {
+      dense_columns<4>(df, columns, stride, head_dim, x + r * head_dim, y + r * head_dim + j);
+    }
+    const float* rest = x + r * head_dim;
+    float* to = y + r * head_dim + j;
+    if (n - r == 3) dense_columns<3>(df, columns, stride, head_dim, rest, to);
+    if (n - r == 2) dense_columns<2>(df, columns, stride, head_dim, rest, to);
+    if (n - r == 1) dense_columns<1>(df, columns, stride, head_dim, rest, to);
+  }
+}
+
 void query_lut(const float* HWY_RESTRICT q, const float* HWY_RESTRICT columns, int n_centroids,
                int sub_dim, float* HWY_RESTRICT out) {
   const F32 df;
@@ -279,6 +322,7 @@ HWY_EXPORT(decode_block);
 HWY_EXPORT(decode_block_transposed);
 HWY_EXPORT(hadamard_tile);
 HWY_EXPORT(dense_tile);
+HWY_EXPORT(dense_rows);
 HWY_EXPORT(nearest_centroids);
 HWY_EXPORT(query_lut);
 
@@ -299,6 +343,9 @@ const Kernels& cpu_kernels() {
       },
       [](const float* matrix, int head_dim, const float* x_t, float* y_t) {
         HWY_DYNAMIC_DISPATCH(dense_tile)(matrix, head_dim, x_t, y_t);
+      },
+      [](const float* matrix, int head_dim, bool transposed, const float* x, int64_t n, float* y) {
+        HWY_DYNAMIC_DISPATCH(dense_rows)(matrix, head_dim, transposed, x, n, y);
       },
       [](const float* x, int64_t x_stride, int64_t n, const float* table, int n_centroids,
          int sub_dim, uint16_t* codes, float* distance) {

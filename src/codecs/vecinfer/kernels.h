@@ -25,6 +25,11 @@ using HadamardTile = void (*)(const float* inverse_scale, int head_dim, float* x
 // y_t[j][t] = sum_i x_t[i][t] * matrix[i][j], ascending i.
 using DenseTile = void (*)(const float* matrix, int head_dim, const float* x_t, float* y_t);
 
+// y[r] = x[r] * matrix, or x[r] * matrix^T, for n rows of head_dim floats that do not overlap;
+// every sum in ascending order of what it runs over.
+using DenseRows = void (*)(const float* matrix, int head_dim, bool transposed, const float* x,
+                           int64_t n, float* y);
+
 using NearestCentroids = void (*)(const float* x, int64_t x_stride, int64_t n, const float* table,
                                   int n_centroids, int sub_dim, uint16_t* codes, float* distance);
 
@@ -38,6 +43,7 @@ struct Kernels {
   DecodeBlockTransposed decode_block_transposed;
   HadamardTile hadamard_tile;
   DenseTile dense_tile;
+  DenseRows dense_rows;
   NearestCentroids nearest_centroids;
   QueryLut query_lut;
 };

@@ -87,6 +87,21 @@ void dense_tile(const float* matrix, int head_dim, const float* x_t, float* y_t)
   }
 }
 
+void dense_rows(const float* matrix, int head_dim, bool transposed, const float* x, int64_t n,
+                float* y) {
+  for (int64_t r = 0; r < n; ++r) {
+    for (int j = 0; j < head_dim; ++j) {
+      float sum = 0.0f;
+      for (int i = 0; i < head_dim; ++i) {
+        const float factor = transposed ? matrix[j * head_dim + i] : matrix[i * head_dim + j];
+        const float product = mul(x[r * head_dim + i], factor);
+        sum = i == 0 ? product : sum + product;
+      }
+      y[r * head_dim + j] = sum;
+    }
+  }
+}
+
 void query_lut(const float* q, const float* columns, int n_centroids, int sub_dim, float* out) {
   for (int c = 0; c < n_centroids; ++c) {
     float sum = mul(q[0], columns[c]);
@@ -98,9 +113,8 @@ void query_lut(const float* q, const float* columns, int n_centroids, int sub_di
 }  // namespace
 
 const Kernels& reference_kernels() {
-  static const Kernels kernels{encode_block,  decode_block, decode_block_transposed,
-                               hadamard_tile, dense_tile,   nearest_centroids,
-                               query_lut};
+  static const Kernels kernels{encode_block, decode_block, decode_block_transposed, hadamard_tile,
+                               dense_tile,   dense_rows,   nearest_centroids,       query_lut};
   return kernels;
 }
 

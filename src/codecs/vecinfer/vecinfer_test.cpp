@@ -241,6 +241,28 @@ TEST(Format, RowsAreTheDocumentedBytes) {
   EXPECT_EQ(row[1], 5);
 }
 
+TEST(Transform, DenseRowsHaveTheBitsOfTheReference) {
+  Random random(11);
+  for (const int dim : {8, 24, 64, 128, 256}) {
+    const std::vector<float> matrix = random.normal(dim * dim);
+    for (const int64_t n : {1, 2, 3, 4, 7, 9}) {
+      const std::vector<float> x = random.normal(n * dim);
+      for (const bool transposed : {false, true}) {
+        std::vector<float> want(x.size()), got(x.size());
+        vecinfer::reference_kernels().dense_rows(matrix.data(), dim, transposed, x.data(), n,
+                                                 want.data());
+        for (const std::string& level : simd_levels()) {
+          set_simd_level(level);
+          vecinfer::cpu_kernels().dense_rows(matrix.data(), dim, transposed, x.data(), n,
+                                             got.data());
+          ASSERT_EQ(got, want) << level << ", " << dim << ", " << n << ", " << transposed;
+        }
+        set_simd_level("");
+      }
+    }
+  }
+}
+
 TEST(Transform, PreservesScores) {
   Random random(13);
   for (TransformKind kind : {TransformKind::hadamard, TransformKind::dense, TransformKind::none}) {
