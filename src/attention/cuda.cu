@@ -1,6 +1,6 @@
 // Decode attention on the device: checks the arguments, lays out the scratch, launches three
 // kernels.
-#include "src/attention/cuda_combine.cuh"
+#include "src/attention/cuda_combine_rows.cuh"
 #include "src/attention/cuda_launch.cuh"
 #include "src/attention/cuda_query.cuh"
 #include "veloxquant/cuda.h"
@@ -203,13 +203,24 @@ void decode_attention(const DecodeArgs& args, Stream stream) {
                                      static_cast<int>(k.sub_dim), padded_dim(k)),
                   "decode_attention");
   plan.launcher(plan.params, device, at);
-  const auto combine =
-      plan.params.heads_per_group <= 4 ? impl::combine_kernel<4> : impl::combine_kernel<8>;
-  config.gridDim = dim3(plan.params.n_pairs * plan.params.heads_per_group);
-  config.blockDim = dim3(impl::kCombineThreads);
+  const impl::DecodeParams& p = plan.params;
   const SideFormat& v = args.values.format;
-  backends::check(cudaLaunchKernelEx(&config, combine, plan.params, 8 * v.n_chunks,
-                                     static_cast<int>(v.sub_dim)),
+  const int value_dim = 8 * v.n_chunks, value_sub_dim = static_cast<int>(v.sub_dim);
+  const int head_groups = p.n_kv_heads * p.n_groups, rows = p.batch * p.heads_per_group;
+  const int heads = p.heads_per_group <= 4 ? 4 : 8;
+  config.blockDim = dim3(impl::kCombineThreads);
+  if (head_groups * rows <= 2 * p.n_ctas) {
+    config.gridDim = dim3(head_groups * rows);
+    const auto combine = heads == 4 ? impl::combine_kernel<4> : impl::combine_kernel<8>;
+    backends::check(cudaLaunchKernelEx(&config, combine, p, value_dim, value_sub_dim),
+                    "decode_attention");
+    return;
+  }
+  // As few rows a CTA as leave one wave of CTAs.
+  const bool four = head_groups * impl::divide_up(rows, 4) <= p.n_ctas;
+  config.gridDim = dim3(head_groups * impl::divide_up(rows, four ? 4 : 8));
+  const auto combine = four ? impl::combine_rows_kernel<4> : impl::combine_rows_kernel<8>;
+  backends::check(cudaLaunchKernelEx(&config, combine, p, heads, value_dim, value_sub_dim),
                   "decode_attention");
 }
 

@@ -121,6 +121,24 @@ double check_attention(Problem& problem, int runs, double tolerance) {
   return worst;
 }
 
+// Many short sequences, so that a CTA of the combination takes several rows: 4 with 35 sequences of
+// 2 KV heads and 5 query heads each, 8 with 70.
+ProblemShape many_sequences(int dim, int batch, int group, int kind) {
+  ProblemShape s;
+  s.head_dim = dim;
+  s.n_q_heads = 2 * group;
+  s.transform = static_cast<TransformKind>(kind);
+  s.key_sub_dim = s.value_sub_dim = kind == 1 ? 2 : 4;
+  s.seed = dim + batch + group;
+  s.n_packed.clear();
+  s.n_exact.clear();
+  for (int i = 0; i < batch; ++i) {
+    s.n_packed.push_back((i * 37) % 5 == 0 ? 0 : 130 * (i % 3) + i % 7);
+    s.n_exact.push_back(i % 4 == 0 ? 0 : i % 40);
+  }
+  return s;
+}
+
 std::vector<ProblemShape> cases(bool quick, const std::vector<int>& dims) {
   std::vector<ProblemShape> all;
   ProblemShape base;
@@ -135,6 +153,7 @@ std::vector<ProblemShape> cases(bool quick, const std::vector<int>& dims) {
     base.head_dim = 64;
     base.n_q_heads = 16;
     all.push_back(base);
+    all.push_back(many_sequences(64, 70, 5, 2));
     return all;
   }
   for (int n : {0, 1, 31, 32, 33, 63, 64, 65, 8191}) {
@@ -166,6 +185,13 @@ std::vector<ProblemShape> cases(bool quick, const std::vector<int>& dims) {
         s.seed = 10 * group + mode;
         all.push_back(s);
       }
+    }
+  }
+  for (int dim : dims) {
+    for (int kind = 0; kind < 3; ++kind) {
+      all.push_back(many_sequences(dim, 35, 5, kind));
+      all.push_back(many_sequences(dim, 70, 5, kind));
+      all.push_back(many_sequences(dim, 43, 9, kind));
     }
   }
   for (float std : {0.1f, 1.0f, 4.0f, 8.0f}) {
