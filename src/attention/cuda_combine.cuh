@@ -21,6 +21,24 @@ __device__ __forceinline__ void add_groups(const float* rows, int groups, int D,
   __syncthreads();
 }
 
+// Takes another part's maximum, and its sum of exponentials over that, into (top, sum).
+__device__ __forceinline__ void add_part(float& top, float& sum, float other_top,
+                                         float other_sum) {
+  const float next = fmaxf(top, other_top);
+  sum = sum * exp2_fast(top - next) + other_sum * exp2_fast(other_top - next);
+  top = next;
+}
+
+// The same over the lanes of a warp, to all of them.
+__device__ __forceinline__ void add_lanes(float& top, float& sum) {
+#pragma unroll
+  for (int step = 16; step >= 1; step >>= 1) {
+    const float other = __shfl_xor_sync(0xffffffffu, top, step);
+    const float other_sum = __shfl_xor_sync(0xffffffffu, sum, step);
+    add_part(top, sum, other, other_sum);
+  }
+}
+
 // HEADS: of a partial result. Grid: pairs x heads_per_group.
 template <int HEADS>
 __global__ void __launch_bounds__(kCombineThreads)
@@ -72,20 +90,10 @@ __global__ void __launch_bounds__(kCombineThreads)
   // The maximum and the sum over all parts.
   float top = kNothing, sum = 0.0f;
   for (int i = t; i < n_parts; i += kCombineThreads) {
-    const float m = __ldcg(partials + i * size + HEADS * D + h),
-                l = __ldcg(partials + i * size + HEADS * D + HEADS + h);
-    const float next = fmaxf(top, m);
-    sum = sum * exp2_fast(top - next) + l * exp2_fast(m - next);
-    top = next;
+    add_part(top, sum, __ldcg(partials + i * size + HEADS * D + h),
+             __ldcg(partials + i * size + HEADS * D + HEADS + h));
   }
-#pragma unroll
-  for (int step = 16; step >= 1; step >>= 1) {
-    const float other = __shfl_xor_sync(0xffffffffu, top, step);
-    const float other_sum = __shfl_xor_sync(0xffffffffu, sum, step);
-    const float next = fmaxf(top, other);
-    sum = sum * exp2_fast(top - next) + other_sum * exp2_fast(other - next);
-    top = next;
-  }
+  add_lanes(top, sum);
   if (lane == 0) {
     warp_top[warp] = top;
     warp_sum[warp] = sum;
@@ -94,11 +102,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   if (t == 0) {
     top = kNothing;
     sum = 0.0f;
-    for (int w = 0; w < kCombineWarps; ++w) {
-      const float next = fmaxf(top, warp_top[w]);
-      sum = sum * exp2_fast(top - next) + warp_sum[w] * exp2_fast(warp_top[w] - next);
-      top = next;
-    }
+    for (int w = 0; w < kCombineWarps; ++w) add_part(top, sum, warp_top[w], warp_sum[w]);
     float exact_top = kNothing, exact_sum = 0.0f;
     if (has_exact) {
       exact_top = __ldcg(exact + HEADS * D + h);

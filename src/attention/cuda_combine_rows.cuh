@@ -134,20 +134,10 @@ __global__ void __launch_bounds__(kCombineThreads, 2)
     load_parts(warp % kShare);
     float top = kNothing, sum = 0.0f;
     for (int i = lane; i < n_parts; i += 32) {
-      const float m = __ldcg(partials + i * size + heads * D + h),
-                  l = __ldcg(partials + i * size + heads * D + heads + h);
-      const float next = fmaxf(top, m);
-      sum = sum * exp2_fast(top - next) + l * exp2_fast(m - next);
-      top = next;
+      add_part(top, sum, __ldcg(partials + i * size + heads * D + h),
+               __ldcg(partials + i * size + heads * D + heads + h));
     }
-#pragma unroll
-    for (int step = 16; step >= 1; step >>= 1) {
-      const float other = __shfl_xor_sync(0xffffffffu, top, step);
-      const float other_sum = __shfl_xor_sync(0xffffffffu, sum, step);
-      const float next = fmaxf(top, other);
-      sum = sum * exp2_fast(top - next) + other_sum * exp2_fast(other - next);
-      top = next;
-    }
+    add_lanes(top, sum);
     const float both = fmaxf(top, exact_top);
     const float total = sum * exp2_fast(top - both) + exact_sum * exp2_fast(exact_top - both);
     const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
