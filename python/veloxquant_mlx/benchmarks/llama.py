@@ -1,6 +1,6 @@
 """llama.cpp's CPU attention as a baseline: ggml from the sdist of llama-cpp-python, built on first use and kept.
 
-`library()` downloads the sdist with pip and compiles ggml's CPU part with llama/attention.cpp for this machine,
+`build()` downloads the sdist with pip and compiles ggml's CPU part with llama/attention.cpp for this machine,
 into veloxquant's folder of caches; nothing of it is needed elsewhere.
 """
 
