@@ -106,6 +106,14 @@ def test_a_library_that_does_not_build_says_where_the_log_is(monkeypatch, tmp_pa
     assert "CMakeLists.txt" in (llama._folder() / "build.log").read_text()
 
 
+def test_a_missing_program_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("VELOXQUANT_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (llama._folder() / "ggml").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="llama.cpp: got no program 'cmake' on PATH"):
+        llama.build()
+
+
 @pytest.mark.skipif(not llama.built().exists(), reason="made by `veloxquant bench attention --llama`")
 def test_llama_rows(capsys):
     llama.library.cache_clear()

@@ -7,6 +7,7 @@ into veloxquant's folder of caches; nothing of it is needed elsewhere.
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -134,7 +135,10 @@ def _extract_ggml(sdist, to):
 
 
 def _run(folder, *command):
-    """RuntimeError with the end of the output where a command fails; all of it is in build.log."""
+    """RuntimeError with the end of the output where a command fails; all of it is in build.log. FileNotFoundError
+    for a program that is not installed."""
+    if not shutil.which(command[0]):
+        raise FileNotFoundError(f"llama.cpp: got no program {command[0]!r} on PATH, wanted it to build ggml")
     result = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with open(folder / "build.log", "a") as log:
         log.write(result.stdout)
