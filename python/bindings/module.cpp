@@ -24,4 +24,5 @@ NB_MODULE(_ext, m) {
   veloxquant::bind_scalar(m);
   veloxquant::bind_vecinfer(m);
   veloxquant::bind_signs(m);
+  veloxquant::bind_gpu(m);
 }

@@ -15,6 +15,7 @@ void bind_commvq(nanobind::module_& m);       // RoPE, CommVQ's training and fun
 void bind_artifacts(nanobind::module_& m);    // the store
 void bind_scalar(nanobind::module_& m);       // turboquant, rvq, bit packing
 void bind_vecinfer(nanobind::module_& m);     // the functions of metal/_vecinfer.py
+void bind_gpu(nanobind::module_& m);          // GPU kernels, as tests see them
 void bind_signs(nanobind::module_& m);        // RaBitQ and QJL functions
 
 }  // namespace veloxquant

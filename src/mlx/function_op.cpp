@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "src/mlx/gpu_launch.h"
 #include "src/mlx/primitives.h"
 #include "src/mlx/views.h"
 
@@ -47,6 +48,7 @@ class FunctionPrimitive : public CpuPrimitive {
 std::vector<mx::array> function_op(const std::string& name, const std::vector<mx::array>& inputs,
                                    const std::vector<OutputSpec>& outputs, ArrayFunction run,
                                    mx::StreamOrDevice s) {
+  note_cpu(name, s, "no GPU kernel for it yet");
   const mx::Stream stream = cpu_stream(s);
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> dtypes;
@@ -69,16 +71,22 @@ std::vector<mx::array> function_op(const std::string& name, const std::vector<mx
 }
 
 mx::array dense(const mx::array& a, mx::Dtype dtype, mx::StreamOrDevice s) {
+  return dense_on(cpu_stream(s), a, dtype);
+}
+
+mx::array dense_on(const mx::Stream& stream, const mx::array& a, mx::Dtype dtype) {
   // An operation of the graph that has nothing to do costs some 5 us, as much as a short kernel.
   if (a.dtype() == dtype && a.is_available() && a.flags().row_contiguous) return a;
-  const mx::Stream stream = cpu_stream(s);
   return mx::contiguous(mx::astype(a, dtype, stream), false, stream);
 }
 
+mx::Dtype core_float(mx::Dtype dtype) {
+  const bool kept = dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
+  return kept ? dtype : mx::float32;
+}
+
 mx::array dense_floats(const mx::array& a, mx::StreamOrDevice s) {
-  const bool kept =
-      a.dtype() == mx::float32 || a.dtype() == mx::float16 || a.dtype() == mx::bfloat16;
-  return dense(a, kept ? a.dtype() : mx::float32, s);
+  return dense(a, core_float(a.dtype()), s);
 }
 
 int64_t row_count(const mx::array& a) {

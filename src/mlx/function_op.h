@@ -32,10 +32,14 @@ std::vector<mlx::core::array> function_op(const std::string& name,
                                           const std::vector<OutputSpec>& outputs, ArrayFunction run,
                                           mlx::core::StreamOrDevice s = {});
 
-// The array row-major in `dtype`, itself where it already is.
+// The array row-major in `dtype`, itself where it already is: by the CPU, or on any stream.
+mlx::core::array dense_on(const mlx::core::Stream& stream, const mlx::core::array& a,
+                          mlx::core::Dtype dtype);
 mlx::core::array dense(const mlx::core::array& a, mlx::core::Dtype dtype,
                        mlx::core::StreamOrDevice s = {});
-// Row-major in its own dtype where that is float32, float16 or bfloat16, else in float32.
+// float32, float16 and bfloat16 stay, the rest becomes float32.
+mlx::core::Dtype core_float(mlx::core::Dtype dtype);
+// Row-major in core_float of its dtype.
 mlx::core::array dense_floats(const mlx::core::array& a, mlx::core::StreamOrDevice s = {});
 
 // The product of all dimensions but the last.

@@ -3,11 +3,14 @@
 #include <mlx/ops.h>
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 
+#include "src/codecs/kernel_calls.h"
 #include "src/math/lloyd_max_tables.h"
 #include "src/math/rotation.h"
 #include "src/mlx/function_op.h"
+#include "src/mlx/gpu_launch.h"
 #include "src/mlx/views.h"
 #include "veloxquant/rvq_attend.h"
 #include "veloxquant/words.h"
@@ -46,6 +49,11 @@ std::pair<mx::array, int> centroid_table(const char* name, const mx::array& cent
   require(centroids.size() >= 1 && centroids.size() <= 256, "[", name, "] centroids: got ",
           shape_text(centroids), ", wanted 1 to 256");
   return {dense(centroids, mx::float32, s), static_cast<int>(centroids.size())};
+}
+
+std::optional<std::string> too_many(size_t elements) {
+  if (elements > size_t{INT_MAX}) return "more than 2^31 elements";
+  return std::nullopt;
 }
 
 // Any integers as uint8 codes: what exceeds a byte, and what is negative, is out of every table's
@@ -167,10 +175,21 @@ mx::array pack_words_op(const mx::array& indices, int bits, mx::StreamOrDevice s
   require_bits(name, bits, 1, 8);
   require(indices.ndim() >= 1, "[", name, "] indices: got a scalar, wanted [..., n]");
   const bool bytes = indices.dtype() == mx::uint8 || indices.dtype() == mx::bool_;
-  const int64_t n = indices.shape(-1);
+  const int64_t n = indices.shape(-1), row_words = words_per_row(n, bits);
+  const mx::Dtype code_dtype = bytes ? mx::uint8 : mx::int32;
+  const int n_rows = static_cast<int>(row_count(indices)), n_codes = static_cast<int>(n);
+  if (const auto out = on_gpu(
+          name, s, too_many(indices.size()),
+          [&] { return metal::pack_words_call(n_rows, n_codes, bits); },
+          [&](const mx::Stream& gpu) {
+            return std::vector<mx::array>{
+                mx::reshape(dense_on(gpu, indices, code_dtype), {n_rows, n_codes}, gpu)};
+          },
+          {leading(indices, {row_words})})) {
+    return (*out)[0];
+  }
   return function_op(
-      name, {dense(indices, bytes ? mx::uint8 : mx::int32, s)},
-      {{leading(indices, {words_per_row(n, bits)}), mx::uint32}},
+      name, {dense(indices, code_dtype, s)}, {{leading(indices, {row_words}), mx::uint32}},
       [n, bits, bytes](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
         uint32_t* words = out[0].data<uint32_t>();
         const int64_t rows = row_count(in[0]);
@@ -191,6 +210,17 @@ mx::array unpack_words_op(const mx::array& packed, int bits, int64_t n, mx::Stre
   const int64_t row_words = packed.shape(-1), most = row_words * codes_per_word(bits);
   require(n >= 0 && n <= most, "[", name, "] original_length: got ", n, ", wanted 0 to ", most,
           " (", row_words, " words of ", codes_per_word(bits), " codes)");
+  const int n_rows = static_cast<int>(row_count(packed)), n_codes = static_cast<int>(n);
+  if (const auto out = on_gpu(
+          name, s, too_many(static_cast<size_t>(n) * n_rows),
+          [&] { return metal::unpack_words_call(n_rows, n_codes, bits); },
+          [&](const mx::Stream& gpu) {
+            return std::vector<mx::array>{mx::reshape(dense_on(gpu, packed, mx::uint32),
+                                                      {n_rows, static_cast<int>(row_words)}, gpu)};
+          },
+          {leading(packed, {n})})) {
+    return (*out)[0];
+  }
   return function_op(
       name, {dense(packed, mx::uint32, s)}, {{leading(packed, {n}), mx::int32}},
       [n, bits, row_words](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
@@ -208,7 +238,7 @@ mx::array pack_bytes_op(const mx::array& indices, int bits, mx::StreamOrDevice s
   const int64_t n = static_cast<int64_t>(indices.size()), per_byte = 8 / bits;
   require(n % per_byte == 0, "[", name, "] indices: got N=", n, ", wanted it divisible by ",
           per_byte, " (= 8/b)");
-  const mx::Stream stream = cpu_stream(s);
+  const mx::Stream stream = mx::to_stream(s);
   const mx::array flat = mx::reshape(indices, {static_cast<mx::ShapeElem>(n)}, stream);
   const mx::array words = pack_words_op(flat, bits, s);
   return mx::slice(mx::view(words, mx::uint8, stream), {0},
@@ -223,7 +253,7 @@ mx::array unpack_bytes_op(const mx::array& packed, int64_t n, int bits, mx::Stre
   const int64_t needed = (n * bits + 7) / 8, size = static_cast<int64_t>(packed.size());
   require(size >= needed, "[", name, "] packed: got ", size, " byte(s) but N=", n, " at b=", bits,
           " needs ", needed);
-  const mx::Stream stream = cpu_stream(s);
+  const mx::Stream stream = mx::to_stream(s);
   mx::array bytes = mx::reshape(mx::astype(packed, mx::uint8, stream),
                                 {static_cast<mx::ShapeElem>(size)}, stream);
   bytes = mx::pad(bytes, std::vector<std::pair<int, int>>{{0, static_cast<int>(-size & 3)}},

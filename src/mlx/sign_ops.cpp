@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "src/backends/cpu/convert.h"
+#include "src/codecs/kernel_calls.h"
 #include "src/mlx/function_op.h"
+#include "src/mlx/gpu_launch.h"
 #include "src/mlx/views.h"
 #include "veloxquant/qjl.h"
 #include "veloxquant/rabitq.h"
@@ -76,6 +78,23 @@ mx::array rabitq_hamming_score_op(const mx::array& qbits, const mx::array& bits,
   } catch (const std::invalid_argument&) {
     fail(name, "leading axes: got qbits ", shape_text(qbits), ", bits ", shape_text(bits), ", Cx ",
          shape_text(cx), ", wanted axes that broadcast");
+  }
+  const auto one_query = [&]() -> std::optional<std::string> {
+    if (product(lead) != 1) return "a launch takes one query and its keys, no leading axes";
+    return std::nullopt;
+  };
+  if (const auto scores = on_gpu(
+          "rabitq_hamming_score", s, one_query(),
+          [&] { return metal::hamming_score_call(n, 8 * n_bytes); },
+          [&](const mx::Stream& gpu) {
+            return std::vector<mx::array>{
+                mx::reshape(dense_on(gpu, qbits, mx::uint8), {n_bytes}, gpu),
+                mx::reshape(dense_on(gpu, bits, mx::uint8), {n, n_bytes}, gpu),
+                mx::reshape(dense_on(gpu, cx, mx::float32), {n}, gpu),
+                mx::reshape(dense_on(gpu, scale, mx::float32), {1}, gpu)};
+          },
+          {joined(lead, {n})})) {
+    return (*scores)[0];
   }
   const std::vector<mx::array> inputs{dense(qbits, mx::uint8, s), dense(bits, mx::uint8, s),
                                       dense(cx, mx::float32, s), dense(scale, mx::float32, s)};

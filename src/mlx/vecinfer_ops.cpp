@@ -2,7 +2,11 @@
 
 #include <mlx/ops.h>
 
+#include <climits>
+
+#include "src/codecs/vecinfer/kernel_calls.h"
 #include "src/mlx/function_op.h"
+#include "src/mlx/gpu_launch.h"
 #include "src/mlx/views.h"
 #include "veloxquant/vecinfer_functions.h"
 
@@ -74,6 +78,45 @@ View view4(Data* data, DType dtype, const Layout& layout, int64_t last) {
   return View(data, dtype, {layout.batches, layout.heads, layout.rows, last});
 }
 
+// The same for the GPU kernels. Where all heads share the tables, all rows are one plane.
+vecinfer::RowShape row_shape(const Layout& layout, bool keep_heads = false) {
+  vecinfer::RowShape s;
+  s.heads = static_cast<int>(layout.heads);
+  s.planes = static_cast<int>(layout.batches * layout.heads);
+  s.rows = static_cast<int>(layout.rows);
+  s.dim = static_cast<int>(layout.dim);
+  s.sub_dim = layout.codebook[3];
+  s.n_centroids = layout.codebook[2];
+  s.tables = layout.codebook[1];
+  s.table_heads = layout.codebook[0];
+  const int64_t all_rows = layout.batches * layout.heads * layout.rows;
+  if (s.table_heads == 1 && !keep_heads && all_rows <= INT_MAX) {
+    s.rows = static_cast<int>(all_rows);
+    s.planes = s.heads = 1;
+  }
+  return s;
+}
+
+// elements: of the largest array.
+std::optional<std::string> no_kernel_because(const vecinfer::RowShape& s, int64_t elements) {
+  if (elements > INT_MAX) return "more than 2^31 elements";
+  return vecinfer::no_kernel_because(s);
+}
+
+mx::array as_planes(const mx::Stream& gpu, const mx::array& a, const vecinfer::RowShape& s,
+                    int64_t last) {
+  return mx::reshape(a, {s.planes, s.rows, static_cast<mx::ShapeElem>(last)}, gpu);
+}
+
+mx::array as_tables(const mx::Stream& gpu, const mx::array& codebook, mx::Dtype dtype,
+                    const Layout& layout) {
+  return mx::reshape(dense_on(gpu, codebook, dtype), layout.codebook, gpu);
+}
+
+mx::array floats_on(const mx::Stream& gpu, const mx::array& a) {
+  return dense_on(gpu, a, core_float(a.dtype()));
+}
+
 TensorView codebook_view(const mx::array& a, const Layout& layout) {
   const mx::Shape& c = layout.codebook;
   return TensorView(a.data<uint8_t>(), dtype_of(a.dtype()), {c[0], c[1], c[2], c[3]});
@@ -86,7 +129,20 @@ mx::array vecinfer_quantize_op(const mx::array& x, const mx::array& codebook, in
   const char* name = "vecinfer_quantize_metal";
   require_floats(name, "x", x);
   const Layout layout = layout_of(name, "x", x, false, codebook, sub_dim);
-  mx::array table = dense(codebook, x.dtype() == mx::float16 ? mx::float16 : mx::float32, s);
+  const mx::Dtype rounded = x.dtype() == mx::float16 ? mx::float16 : mx::float32;
+  const vecinfer::RowShape shape = row_shape(layout);
+  if (const auto out = on_gpu(
+          name, s, no_kernel_because(shape, static_cast<int64_t>(x.size())),
+          [&] { return vecinfer::quantize_call(shape); },
+          [&](const mx::Stream& gpu) {
+            const mx::array table = as_tables(gpu, codebook, rounded, layout);
+            return std::vector<mx::array>{as_planes(gpu, floats_on(gpu, x), shape, layout.dim),
+                                          dense_on(gpu, table, mx::float32)};
+          },
+          {layout.with({layout.n_subvectors})})) {
+    return (*out)[0];
+  }
+  const mx::array table = dense(codebook, rounded, s);
   return function_op(
       name, {dense_floats(x, s), dense(table, mx::float32, s)},
       {{layout.with({layout.n_subvectors}), mx::int32}},
@@ -113,8 +169,21 @@ mx::array vecinfer_dequant_op(const mx::array& indices, const mx::array& codeboo
   const Layout layout = layout_of(name, "indices", indices, true, codebook, sub_dim);
   // The bits of a 32-bit index are read as unsigned: a negative one is out of range, as published.
   const bool is_32bit = indices.dtype() == mx::int32 || indices.dtype() == mx::uint32;
+  const mx::Dtype code_dtype = is_32bit ? indices.dtype() : mx::int32;
+  const vecinfer::RowShape shape = row_shape(layout);
+  if (const auto out = on_gpu(
+          name, s, no_kernel_because(shape, static_cast<int64_t>(indices.size()) * sub_dim),
+          [&] { return vecinfer::dequantize_call(shape, metal_type(dtype)); },
+          [&](const mx::Stream& gpu) {
+            const mx::array codes = dense_on(gpu, indices, code_dtype);
+            return std::vector<mx::array>{as_planes(gpu, codes, shape, layout.n_subvectors),
+                                          as_tables(gpu, codebook, dtype, layout)};
+          },
+          {layout.with({layout.dim})})) {
+    return (*out)[0];
+  }
   return function_op(
-      name, {dense(indices, is_32bit ? indices.dtype() : mx::int32, s), dense(codebook, dtype, s)},
+      name, {dense(indices, code_dtype, s), dense(codebook, dtype, s)},
       {{layout.with({layout.dim}), dtype}},
       [layout](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
         vecinfer_dequantize(
@@ -137,25 +206,50 @@ std::pair<mx::array, mx::array> vecinfer_encode_decode_op(const char* name, cons
   Layout layout = layout_of(name, "x", x, false, codebook, sub_dim);
   layout.batches = x.shape(0);
   layout.heads = x.shape(1);
-  std::vector<mx::array> inputs = {dense_floats(x, s), dense(codebook, mx::float32, s)};
   if (matrix) {
     require(matrix->ndim() == 2 && matrix->shape(0) == layout.dim && matrix->shape(1) == layout.dim,
             "[", name, "] H_mat: got ", shape_text(*matrix), ", wanted [", layout.dim, ", ",
             layout.dim, "]");
-    inputs.push_back(dense(*matrix, mx::float32, s));
   }
-  int64_t smooth_rows = 1;
   if (smooth) {
     require((smooth->ndim() == 1 || smooth->ndim() == 2) && smooth->shape(-1) == layout.dim &&
                 smooth->size() > 0,
             "[", name, "] smooth: got ", shape_text(*smooth), ", wanted [", layout.dim, "] or [R, ",
             layout.dim, "]");
-    mx::array rows = mx::reshape(mx::astype(*smooth, mx::float32, cpu_stream(s)),
-                                 {-1, static_cast<mx::ShapeElem>(layout.dim)}, cpu_stream(s));
-    if (rows.shape(0) != layout.heads) rows = mx::mean(rows, 0, true, cpu_stream(s));
-    smooth_rows = rows.shape(0);
-    inputs.push_back(dense(rows, mx::float32, s));
   }
+  const int given_rows = smooth ? static_cast<int>(smooth->size() / layout.dim) : 0;
+  const int64_t smooth_rows = given_rows == layout.heads ? layout.heads : 1;
+  // [R, D] per head where R = H, else their mean [1, D].
+  auto lambda_rows = [&](const mx::Stream& stream) {
+    mx::array rows = mx::reshape(mx::astype(*smooth, mx::float32, stream),
+                                 {-1, static_cast<mx::ShapeElem>(layout.dim)}, stream);
+    if (given_rows != layout.heads) rows = mx::mean(rows, 0, true, stream);
+    return dense_on(stream, rows, mx::float32);
+  };
+  const vecinfer::RowShape shape = row_shape(layout, true);
+  const int lambdas = smooth ? static_cast<int>(smooth_rows) : 0;
+  if (auto out = on_gpu(
+          name, s, no_kernel_because(shape, static_cast<int64_t>(x.size())),
+          [&] {
+            return vecinfer::encode_decode_call(shape, matrix.has_value(), lambdas,
+                                                metal_type(code_dtype));
+          },
+          [&](const mx::Stream& gpu) {
+            const mx::array none = mx::zeros({1}, mx::float32, gpu);
+            const mx::array flat = matrix ? dense_on(gpu, *matrix, mx::float32) : none;
+            const mx::array flag =
+                matrix ? launch(vecinfer::is_hadamard_call(shape.dim), {flat}, *gpu_stream(gpu))[0]
+                       : mx::zeros({1}, mx::uint32, gpu);
+            return std::vector<mx::array>{floats_on(gpu, x),
+                                          as_tables(gpu, codebook, mx::float32, layout), flat, flag,
+                                          smooth ? lambda_rows(gpu) : none};
+          },
+          {layout.with({layout.dim}), layout.with({layout.n_subvectors})})) {
+    return {(*out)[0], (*out)[1]};
+  }
+  std::vector<mx::array> inputs = {dense_floats(x, s), dense(codebook, mx::float32, s)};
+  if (matrix) inputs.push_back(dense(*matrix, mx::float32, s));
+  if (smooth) inputs.push_back(lambda_rows(cpu_stream(s)));
   const bool has_matrix = matrix.has_value(), has_smooth = smooth.has_value();
   std::vector<mx::array> out = function_op(
       name, inputs,
@@ -187,8 +281,20 @@ mx::array vecinfer_query_lut_op(const mx::array& q, const mx::array& codebook, i
   const char* name = "compute_query_lut";
   require_floats(name, "q", q);
   const Layout layout = layout_of(name, "q", q, false, codebook, sub_dim);
-  const mx::array rows = dense_floats(q, s);
   const int64_t n_centroids = layout.codebook[2];
+  const mx::Dtype row_dtype = core_float(q.dtype());
+  const vecinfer::RowShape shape = row_shape(layout);
+  if (const auto out = on_gpu(
+          name, s, no_kernel_because(shape, static_cast<int64_t>(q.size()) / sub_dim * n_centroids),
+          [&] { return vecinfer::query_lut_call(shape, metal_type(row_dtype)); },
+          [&](const mx::Stream& gpu) {
+            return std::vector<mx::array>{as_planes(gpu, floats_on(gpu, q), shape, layout.dim),
+                                          as_tables(gpu, codebook, mx::float32, layout)};
+          },
+          {layout.with({layout.n_subvectors, n_centroids})})) {
+    return mx::astype((*out)[0], q.dtype(), s);
+  }
+  const mx::array rows = dense_floats(q, s);
   const mx::array lut = function_op(
       name, {rows, dense(codebook, mx::float32, s)},
       {{layout.with({layout.n_subvectors, n_centroids}), rows.dtype()}},

@@ -2,8 +2,6 @@
 
 #include <sstream>
 
-#include "veloxquant/backend.h"
-
 namespace veloxquant {
 namespace mx = mlx::core;
 
@@ -78,7 +76,6 @@ MutableTensorView mutable_view_of(mx::array& a) { return make_view<MutableTensor
 mx::Stream cpu_stream(mx::StreamOrDevice s) {
   mx::Stream stream = mx::to_stream(s);
   if (stream.device == mx::Device::cpu) return stream;
-  log_once("kernels run on the CPU: no kernel for the GPU is built in");
   return mx::default_stream(mx::Device::cpu);
 }
 

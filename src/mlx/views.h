@@ -21,7 +21,7 @@ TensorView view_of(const mlx::core::array& a);
 MutableTensorView mutable_view_of(mlx::core::array& a);
 
 // The CPU stream that an operation runs on: the given or current one where it is a CPU stream,
-// else the default CPU stream (said once in the debug log).
+// else the default CPU stream.
 mlx::core::Stream cpu_stream(mlx::core::StreamOrDevice s);
 
 }  // namespace veloxquant

@@ -1,0 +1,229 @@
+// Metal's kernels as CUDA: the text that MLX would hand to NVRTC compiles, for every kernel there
+// is. Needs libnvrtc (of any CUDA toolkit), no GPU. What they compute is proven on one:
+// tools/gpu/mlx.sh.
+#include <dlfcn.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "src/attention/kernel_calls.h"
+#include "src/backends/metal/cuda_text.h"
+#include "src/codecs/kernel_calls.h"
+#include "src/codecs/vecinfer/kernel_calls.h"
+
+namespace veloxquant::metal {
+namespace {
+
+using testing::HasSubstr;
+
+const char* cuda_type(Type type) {
+  if (type == Type::float16) return "__half";
+  if (type == Type::bfloat16) return "__nv_bfloat16";
+  return type_name(type);
+}
+
+// As MLX 0.32 writes it (mlx/backend/cuda/custom_kernel.cpp). Of its headers only what the text
+// needs: the whole of them takes NVRTC two seconds a kernel.
+std::string mlx_cuda_source(const Kernel& kernel, const Launch& launch,
+                            const std::vector<ArrayShape>& inputs) {
+  std::string text = R"(
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+typedef int int32_t;
+typedef long long int64_t;
+namespace mlx::core::cu {
+template <class T> struct Numbers { T of[10]; const T& operator[](int i) const { return of[i]; } };
+using Shape = Numbers<int32_t>;
+using Strides = Numbers<int64_t>;
+}
+)" + kernel.header + "namespace mlx::core::cu {\n__global__ void kernel(\n";
+  EXPECT_EQ(inputs.size(), kernel.inputs.size()) << kernel.name;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const std::string& name = kernel.inputs[i];
+    auto has = [&](const char* suffix) {
+      return kernel.body.find(name + suffix) != std::string::npos;
+    };
+    text += std::string("    const ") + cuda_type(inputs[i].type) + "* " + name + ",\n";
+    if (has("_shape")) text += "    const __grid_constant__ Shape " + name + "_shape,\n";
+    if (has("_strides")) text += "    const __grid_constant__ Strides " + name + "_strides,\n";
+    if (has("_ndim")) text += "    const __grid_constant__ int " + name + "_ndim,\n";
+  }
+  for (size_t i = 0; i < launch.outputs.size(); ++i) {
+    text += std::string("    ") + cuda_type(launch.outputs[i].type) + "* " + kernel.outputs[i] +
+            (i + 1 < launch.outputs.size() ? ",\n" : ") {\n");
+  }
+  for (const TemplateArgument& a : launch.arguments) {
+    if (const int* n = std::get_if<int>(&a.value)) {
+      text += "  constexpr int " + a.name + " = " + std::to_string(*n) + ";\n";
+    } else if (const bool* b = std::get_if<bool>(&a.value)) {
+      text += "  constexpr bool " + a.name + " = " + (*b ? "true" : "false") + ";\n";
+    } else {
+      text += "  using " + a.name + " = " + cuda_type(std::get<Type>(a.value)) + ";\n";
+    }
+  }
+  return text + kernel.body + "\n}\n}\n";
+}
+
+#if defined(VELOXQUANT_NVRTC)
+struct Nvrtc {
+  using Program = struct OpaqueProgram*;
+  int (*create)(Program*, const char*, const char*, int, const char* const*, const char* const*);
+  int (*compile)(Program, int, const char* const*);
+  int (*log_size)(Program, size_t*);
+  int (*log)(Program, char*);
+  int (*destroy)(Program*);
+
+  static const Nvrtc* get() {
+    static const Nvrtc* nvrtc = []() -> const Nvrtc* {
+      void* library = dlopen(VELOXQUANT_NVRTC, RTLD_NOW);
+      if (library == nullptr) return nullptr;
+      auto* n = new Nvrtc;  // for the whole process
+      auto find = [&](auto& function, const char* name) {
+        function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name));
+        return function != nullptr;
+      };
+      const bool all =
+          find(n->create, "nvrtcCreateProgram") && find(n->compile, "nvrtcCompileProgram") &&
+          find(n->log_size, "nvrtcGetProgramLogSize") && find(n->log, "nvrtcGetProgramLog") &&
+          find(n->destroy, "nvrtcDestroyProgram");
+      return all ? n : nullptr;
+    }();
+    return nvrtc;
+  }
+
+  // What it says; "" where it compiles. The options are those of MLX.
+  std::string errors(const std::string& source) const {
+    Program program = nullptr;
+    if (create(&program, source.c_str(), "kernel.cu", 0, nullptr, nullptr) != 0) return "create";
+    const char* options[] = {"--device-as-default-execution-space", "--gpu-architecture=sm_90a",
+                             "--include-path=" VELOXQUANT_CUDA_INCLUDE};
+    const int status = compile(program, 3, options);
+    size_t size = 0;
+    log_size(program, &size);
+    std::string text(size, 0);
+    log(program, text.data());
+    destroy(&program);
+    return status == 0 ? std::string() : "NVRTC: " + text.substr(0, 3000);
+  }
+};
+
+void expect_compiles(const Call& call, std::vector<ArrayShape> inputs) {
+  ASSERT_FALSE(no_cuda_launch_because(*call.kernel, call.launch)) << call.kernel->name;
+  const Kernel cuda = cuda_kernel_of(*call.kernel);
+  if (threads_are_single(*call.kernel)) inputs.push_back({Type::int32, {3}});
+  EXPECT_EQ(Nvrtc::get()->errors(mlx_cuda_source(cuda, call.launch, inputs)), "")
+      << call.kernel->name;
+}
+
+class CudaText : public testing::Test {
+  void SetUp() override {
+    if (Nvrtc::get() == nullptr) GTEST_SKIP() << "NOT TESTED: no libnvrtc at " VELOXQUANT_NVRTC;
+  }
+};
+
+TEST_F(CudaText, WordsAndScoresCompile) {
+  expect_compiles(pack_words_call(3, 37, 3), {{Type::uint8, {3, 37}}});
+  expect_compiles(unpack_words_call(3, 37, 3), {{Type::uint32, {3, 4}}});
+  expect_compiles(
+      hamming_score_call(300, 61),
+      {{Type::uint8, {8}}, {Type::uint8, {300, 8}}, {Type::float32, {300}}, {Type::float32, {1}}});
+}
+
+TEST_F(CudaText, VecInferCompiles) {
+  for (Type type : {Type::float32, Type::float16, Type::bfloat16}) {
+    vecinfer::RowShape s;
+    s.planes = 2, s.rows = 9, s.dim = 96, s.sub_dim = 4, s.n_centroids = 64;
+    const ArrayShape x{type, {2, 9, 96}}, table{Type::float32, {1, 1, 64, 4}};
+    const ArrayShape one{Type::float32, {1}};
+    expect_compiles(vecinfer::quantize_call(s), {x, table});
+    expect_compiles(vecinfer::dequantize_call(s, type),
+                    {{Type::int32, {2, 9, 24}}, {type, {1, 1, 64, 4}}});
+    expect_compiles(vecinfer::query_lut_call(s, type), {x, table});
+    expect_compiles(
+        vecinfer::encode_decode_call(s, true, 1, Type::int32),
+        {x, table, {Type::float32, {96, 96}}, {Type::uint32, {1}}, {Type::float32, {1, 96}}});
+    expect_compiles(vecinfer::encode_decode_call(s, false, 0, Type::uint32),
+                    {x, table, one, {Type::uint32, {1}}, one});
+  }
+  expect_compiles(vecinfer::is_hadamard_call(96), {{Type::float32, {96, 96}}});
+  for (int transform : {0, 1, 2}) {
+    vecinfer::BlockShape b;
+    b.batch = 2, b.heads = 2, b.n_blocks = 3, b.dim = 64, b.sub_dim = 4;
+    b.n_centroids = transform == 0 ? 4000 : 256, b.bits = transform == 0 ? 12 : 8;
+    b.transform = transform;
+    const ArrayShape tables{Type::float16, {1, 2, 1, b.n_centroids, 4}};
+    expect_compiles(vecinfer::encode_blocks_call(b),
+                    {{Type::float16, {2, 2, 192, 64}}, tables, {Type::float32, {2, 64, 64}}});
+    expect_compiles(vecinfer::decode_blocks_call(b),
+                    {{Type::uint8, {2, 2, 3, b.block_bytes()}}, tables});
+  }
+}
+
+TEST_F(CudaText, DecodeAttentionCompiles) {
+  for (bool full : {false, true}) {
+    attention::DecodeShape s;
+    s.batch = 1, s.n_kv_heads = 2, s.group = 3, s.n_queries = 2, s.head_dim = 64;
+    s.keys = {4, 256, 8, 1}, s.values = {2, 16, 4, 32};
+    s.n_spans = 2, s.n_exact = 2, s.softcap = full, s.mask = full, s.bfloat_cache = full;
+    s.key_transform = s.value_transform = full ? 2 : 1;
+    s.out = full ? Type::bfloat16 : Type::float16;
+    const ArrayShape q{s.out, {1, 6, 2, 64}}, span{Type::uint8, {1, 2, 4, 1024}};
+    const ArrayShape tables{Type::float16, {1, 2, 1, 256, 4}};
+    const ArrayShape exact{full ? Type::bfloat16 : Type::float16, {1, 2, 132, 64}};
+    std::vector<ArrayShape> inputs{q};
+    if (full) inputs.push_back({Type::float32, {1, 6, 2, 64}});
+    inputs.insert(inputs.end(),
+                  {{Type::int32, {4, 6}}, {Type::int32, {2, 4}}, {Type::float32, {2}}});
+    inputs.insert(inputs.end(),
+                  {{Type::float32, {2, 64}}, tables, {Type::float16, {1, 2, 32, 16, 2}}});
+    inputs.insert(inputs.end(), {span, span, span, span, exact, exact, q, q});
+    if (full) inputs.push_back({Type::float32, {1, 6, 2, 300}});
+    expect_compiles(attention::first_pass_call(s, 4), inputs);
+    expect_compiles(attention::second_pass_call(s), {{Type::float32, {1, 2, 4, 6, 64}},
+                                                     {Type::float32, {1, 2, 4, 6, 2}},
+                                                     {Type::int32, {3}},
+                                                     {Type::float32, {6}},
+                                                     {Type::float32, {2, 64, 64}}});
+  }
+}
+#else
+TEST(CudaText, Compiles) { GTEST_SKIP() << "NOT TESTED: CMake found no libnvrtc"; }
+#endif
+
+TEST(CudaGrid, SingleThreadsAreOneRowAndTheRestLeave) {
+  const Call call = pack_words_call(70000, 37, 3);
+  ASSERT_TRUE(threads_are_single(*call.kernel));
+  const Kernel cuda = cuda_kernel_of(*call.kernel);
+  EXPECT_EQ(cuda.name, call.kernel->name);
+  EXPECT_EQ(cuda.inputs.back(), kGridInput);
+  EXPECT_THAT(cuda.body, HasSubstr("return;"));
+  EXPECT_THAT(cuda.body, HasSubstr(call.kernel->body));
+  EXPECT_THAT(cuda.header, HasSubstr(call.kernel->header));
+  const CudaGrid grid = cuda_grid_of(*call.kernel, call.launch);
+  EXPECT_EQ(grid.grid[0], (4 * 70000 + 255) / 256 * 256);
+  EXPECT_EQ(grid.grid[1], 1);
+  EXPECT_FALSE(no_cuda_launch_because(*call.kernel, call.launch));
+  const Call large = pack_words_call(1 << 30, 37, 3);
+  EXPECT_THAT(*no_cuda_launch_because(*large.kernel, large.launch), HasSubstr("more threads"));
+}
+
+TEST(CudaGrid, ThreadgroupsStayAsTheyAre) {
+  vecinfer::RowShape s;
+  s.planes = 3, s.rows = 9, s.dim = 64, s.sub_dim = 4, s.n_centroids = 16;
+  const Call call = vecinfer::quantize_call(s);
+  ASSERT_FALSE(threads_are_single(*call.kernel));
+  const Kernel cuda = cuda_kernel_of(*call.kernel);
+  EXPECT_EQ(cuda.inputs, call.kernel->inputs);
+  EXPECT_THAT(cuda.body, HasSubstr("const uint3 threadgroup_position_in_grid = {blockIdx.x"));
+  EXPECT_THAT(cuda.body, Not(HasSubstr("const uint3 threadgroups_per_grid")));
+  EXPECT_EQ(cuda_grid_of(*call.kernel, call.launch).grid, call.launch.grid);
+  s.planes = 65536;
+  const Call many = vecinfer::quantize_call(s);
+  EXPECT_THAT(*no_cuda_launch_because(*many.kernel, many.launch), HasSubstr("65535"));
+}
+
+}  // namespace
+}  // namespace veloxquant::metal
