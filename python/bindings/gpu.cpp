@@ -1,4 +1,5 @@
 #include <mlx/array.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -45,6 +46,8 @@ nb::dict described(const GpuLaunch& launch) {
 }  // namespace
 
 void bind_gpu(nb::module_& m) {
+  m.def("gpu_launches", &gpu_launches,
+        "Kernels handed to MLX's GPU by this process, by name, and how often.");
   m.def(
       "_set_gpu_launcher",
       [](const nb::object& run, const std::string& gpu) {

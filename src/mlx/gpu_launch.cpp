@@ -74,6 +74,15 @@ const mx::fast::CustomKernelFunction& function_of(const GpuLaunch& launch) {
   return it->second;
 }
 
+struct Counts {
+  std::mutex mutex;
+  std::map<std::string, int64_t> of;
+};
+Counts& counts() {
+  static Counts counts;
+  return counts;
+}
+
 // Kernels with CUDA's text around them, once each.
 const metal::Kernel& text_of(const metal::Kernel& kernel, Gpu gpu) {
   if (gpu == Gpu::metal) return kernel;
@@ -148,6 +157,10 @@ std::vector<mx::array> launch(const metal::Call& call, std::vector<mx::array> in
   }
   require(inputs.size() == launch.inputs.size(), "[", launch.name, "] inputs: got ", inputs.size(),
           ", wanted ", launch.inputs.size());
+  {
+    const std::lock_guard<std::mutex> lock(counts().mutex);
+    ++counts().of[launch.name.substr(0, launch.name.rfind('_'))];
+  }
   if (test_launcher().run) return test_launcher().run(launch, inputs, gpu.stream);
   return function_of(launch)(inputs, launch.shapes, launch.dtypes, launch.grid, launch.threadgroup,
                              launch.arguments, std::nullopt, false, gpu.stream);
@@ -176,6 +189,11 @@ std::optional<std::vector<mx::array>> on_gpu(
   }
   note_cpu(name, s, *reason);
   return std::nullopt;
+}
+
+std::map<std::string, int64_t> gpu_launches() {
+  const std::lock_guard<std::mutex> lock(counts().mutex);
+  return counts().of;
 }
 
 void note_cpu(const std::string& name, mx::StreamOrDevice s, const std::string& because) {

@@ -14,6 +14,7 @@
 #include <mlx/utils.h>
 
 #include <functional>
+#include <map>
 #include <optional>
 #include <string>
 #include <utility>
@@ -68,6 +69,9 @@ std::optional<std::vector<mlx::core::array>> on_gpu(
 // Says once that the operation runs on the CPU though its stream is a GPU's; nothing where an
 // earlier reason was given.
 void note_cpu(const std::string& name, mlx::core::StreamOrDevice s, const std::string& because);
+
+// Kernels handed to MLX by this process, and how often: names without the hash of their text.
+std::map<std::string, int64_t> gpu_launches();
 
 metal::Type metal_type(mlx::core::Dtype dtype);  // throws Error for one that kernels have not
 
