@@ -97,3 +97,71 @@ def outputs(result):
     result = result if isinstance(result, tuple | list) else (result,)
     bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
     return [np.array(a.view(bits[a.dtype.size])) for a in result]
+
+
+def cache_cases():
+    """(name, cache's arguments, what is done) of caches whose decode steps run on a GPU."""
+    return {
+        "Hadamard": {"kind": "hadamard"},
+        "as they are, tables per sub-vector": {"kind": "none", "tables": 16, "centroids": 64},
+        "dense": {"kind": "dense", "dtype": mx.bfloat16},
+    }
+
+
+def make_cache(kind, tables=1, centroids=256, dtype=mx.float16, heads=2, dim=64, window=64, sinks=4):
+    from veloxquant_mlx import _ext
+    from veloxquant_mlx.cache.codecs import vecinfer
+
+    r = np.random.default_rng(23)
+    sides = []
+    for side in ("keys", "values"):
+        table = mx.array(r.standard_normal((heads, tables, centroids, 4), dtype=np.float32))
+        options = {"hadamard": kind == "hadamard"}
+        if kind == "hadamard" and side == "keys":
+            options["scale"] = mx.array(0.5 + r.random((heads, dim), dtype=np.float32))
+        if kind == "dense":
+            q = np.stack([np.linalg.qr(r.standard_normal((dim, dim)))[0] for _ in range(heads)])
+            options["encode_matrix"] = options["query_matrix"] = mx.array(q.astype(np.float32))
+        sides.append(vecinfer.codec(side, table, dim // 4, **options))
+    return _ext.ArrayCache(*sides, window, sinks, dtype)
+
+
+def drive(cache, steps, group=3, dtype=mx.float16, seed=29, bad=False, **options):
+    """Appends steps[i] tokens and attends them; -n trims. -> outputs of attention (fp32), arrays of the cache."""
+    from veloxquant_mlx import _ext
+
+    r = np.random.default_rng(seed)
+    outs, mask = [], options.get("mask")
+    for i, n in enumerate(steps):
+        if n < 0:
+            cache.trim(-n)
+            continue
+        k, v, q = (
+            mx.array(r.standard_normal((2, n, h, 64), dtype=np.float32)).astype(dtype).swapaxes(1, 2)
+            for h in (2, 2, 2 * group)
+        )
+        if bad and i % 5 == 1:
+            k = mx.where(mx.arange(64) == 3, float("nan"), k)
+            v = mx.where(mx.arange(64) == 5, -float("inf"), v)
+        keys, values = cache.update(k, v)
+        if "mask" in options:
+            options["mask"] = mask[: keys.length]
+        out, lse = _ext.attend(q, keys, values, scale=0.125, causal=True, **options)
+        outs += [out.astype(mx.float32), lse]
+        mx.eval(outs[-2:], cache.arrays())
+    return [np.array(a) for a in outs], [np.array(a.view(mx.uint8)) for a in cache.arrays()], cache.positions()
+
+
+# Tokens at a time: from inside the sinks on, seals while decoding and while prefilling, trims the tail and into blocks.
+STEPS = [3, 2, 90, 16, 16, 16, 1, 70, 3, -3, 16, 16, 16, 16, 1, -100, 1, 79, 16, 16, 16, 1]
+
+
+def ready(names, steps):
+    """Options of attention by name; masks see the whole history whatever its length."""
+    given = {
+        "sliding_window": 100,
+        "logit_softcap": 5.0,
+        "mask": mx.arange(sum(steps)) % 7 != 2,
+        "sinks": mx.array(np.linspace(-1, 2, 6, dtype=np.float32)),
+    }
+    return {name: given[name] for name in names}

@@ -1,15 +1,18 @@
 """The launch layer without a GPU: what it hands to MLX runs on the MSL machine, and gives the CPU's bits."""
 
+import contextlib
+
 import mlx.core as mx
 import numpy as np
 import pytest
-from gpu_cases import cases, outputs
+from gpu_cases import STEPS, cache_cases, cases, drive, make_cache, outputs, ready
 from msl import on_machine
 
 from veloxquant_mlx import _ext
 from veloxquant_mlx.metal import rabitq_hamming_score, turboquant_scalar_quantize, vecinfer_quantize_metal
 
 CASES = cases()
+OPTIONS = [("sliding_window",), ("logit_softcap",), ("mask",), ("sinks",), ("mask", "sinks", "logit_softcap")]
 
 
 @pytest.mark.parametrize("name, call, kernels", CASES, ids=[name for name, _, _ in CASES])
@@ -87,3 +90,74 @@ def test_what_no_kernel_takes_runs_on_the_cpu(record):
 def test_a_wrong_launcher_name_is_refused():
     with pytest.raises(ValueError, match=r"\[_set_gpu_launcher\] gpu: got 'vulkan', wanted 'metal' or 'cuda'"):
         _ext._set_gpu_launcher(None, "vulkan")
+
+
+def errors(got, expected):
+    """The largest relative error of a row."""
+    worst = 0.0
+    for a, b in zip(got, expected, strict=True):
+        if a.ndim == 4:
+            worst = max(worst, np.max(np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)))
+        else:
+            worst = max(worst, np.max(np.abs(a - b) / (1 + np.abs(b))))
+    return worst
+
+
+@pytest.mark.parametrize("name", cache_cases())
+def test_decode_steps_keep_the_bytes_and_attend_within_tolerance(name):
+    arguments = cache_cases()[name]
+    dtype = arguments.get("dtype", mx.float32)
+    steps, seals = (STEPS, 3) if name == "Hadamard" else (STEPS[:7], 1)
+    expected, arrays, positions = drive(make_cache(**arguments), steps, dtype=dtype)
+    with on_machine() as machine:
+        got, gpu_arrays, gpu_positions = drive(make_cache(**arguments), steps, dtype=dtype)
+    assert gpu_positions == positions
+    assert len(arrays) == len(gpu_arrays) and all(map(np.array_equal, arrays, gpu_arrays))
+    assert errors(got, expected) < (1e-2 if dtype == mx.bfloat16 else 2e-3)
+    one_step = ["vq_decode_items", "vq_decode_merge"]
+    assert machine.names.count(one_step[0]) == machine.names.count(one_step[1]) == sum(0 < n <= 16 for n in steps)
+    assert machine.names.count("vq_vecinfer_encode_blocks") == 2 * seals
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=[", ".join(o) for o in OPTIONS])
+def test_masks_sinks_windows_and_soft_caps(options):
+    steps = [150, 1, 5]
+    expected, _, _ = drive(make_cache("hadamard"), steps, **ready(options, steps))
+    with on_machine() as machine:
+        got, _, _ = drive(make_cache("hadamard"), steps, **ready(options, steps))
+    assert machine.names.count("vq_decode_items") == 2
+    assert errors(got, expected) < 2e-3
+
+
+def test_values_that_are_not_finite_are_counted_on_a_gpu_too():
+    steps, caches, results = [100, 2, 16, 16, 1], [], []
+    for place in (contextlib.nullcontext(), on_machine()):
+        with place:
+            caches.append(make_cache("hadamard"))
+            results.append(drive(caches[-1], steps, bad=True))
+    assert caches[0].nonfinite == caches[1].nonfinite == 2 * 2 * 2 * 2
+    assert all(map(np.array_equal, results[0][1], results[1][1]))
+
+
+def test_a_long_history_is_few_spans():
+    steps = [1500, 1100, 1100, 1100, 1100, 1, 1]
+    expected, arrays, positions = drive(make_cache("none", tables=16, centroids=16), steps, group=1)
+    with on_machine():
+        got, gpu_arrays, gpu_positions = drive(make_cache("none", tables=16, centroids=16), steps, group=1)
+    spans, gpu_spans = len(positions[2:]) // 3, len(gpu_positions[2:]) // 3
+    assert spans == 5 and gpu_spans == 4
+    for side in range(2):
+        before = np.concatenate(arrays[2 + side * spans : 2 + (side + 1) * spans], 2)
+        after = np.concatenate(gpu_arrays[2 + side * gpu_spans : 2 + (side + 1) * gpu_spans], 2)
+        assert np.array_equal(before, after)
+    assert errors(got, expected) < 2e-3
+
+
+def test_other_methods_stay_on_the_cpu(record):
+    from veloxquant_mlx.cache.codecs import exact
+
+    sides = [exact.codec(side, 2, 64, mx.float16) for side in ("keys", "values")]
+    expected, _, _ = drive(_ext.ArrayCache(*sides, 64, 4, mx.float16), [150, 1])
+    recorder = record("cuda")
+    got, _, _ = drive(_ext.ArrayCache(*sides, 64, 4, mx.float16), [150, 1])
+    assert all(map(np.array_equal, got, expected)) and recorder.launches == []

@@ -5,6 +5,7 @@
 
 #include <limits>
 
+#include "src/mlx/gpu_cache.h"
 #include "src/mlx/views.h"
 #include "veloxquant/interchange.h"
 
@@ -87,6 +88,40 @@ void ArrayCache::store(std::vector<mx::array>& spans, const mx::array& blocks, b
   }
 }
 
+// A kernel on a GPU takes few spans: neighbours are joined, the smallest first, so that a token is
+// copied some log(length) times. Not behind a block that trim cut short.
+void ArrayCache::merge_spans(const mx::Stream& stream) {
+  std::vector<PackedSpan>& packed = geometry_.packed;
+  while (packed.size() > kGpuSpans) {
+    size_t best = packed.size();
+    for (size_t i = 0; i + 1 < packed.size(); ++i) {
+      if (packed[i].last_count != kBlockTokens) continue;
+      const auto together = [&](size_t at) {
+        return packed[at].n_blocks + packed[at + 1].n_blocks;
+      };
+      if (best == packed.size() || together(i) < together(best)) best = i;
+    }
+    if (best == packed.size()) return;
+    const auto at = static_cast<std::ptrdiff_t>(best);
+    for (std::vector<mx::array>* spans : {&key_spans_, &value_spans_}) {
+      (*spans)[best] = mx::concatenate({(*spans)[best], (*spans)[best + 1]}, 2, stream);
+      spans->erase(spans->begin() + at + 1);
+    }
+    packed[best].n_blocks += packed[best + 1].n_blocks;
+    packed[best].last_count = packed[best + 1].last_count;
+    packed.erase(packed.begin() + at + 1);
+  }
+}
+
+int64_t ArrayCache::nonfinite() const {
+  int64_t counted = *nonfinite_;
+  if (gpu_nonfinite_) {
+    mx::array total = *gpu_nonfinite_;
+    counted += total.item<int>();
+  }
+  return counted;
+}
+
 std::pair<Snapshot, Snapshot> ArrayCache::update(const mx::array& keys, const mx::array& values,
                                                  bool strict, mx::StreamOrDevice s) {
   auto check = [&](const mx::array& a, const char* name) {
@@ -106,7 +141,16 @@ std::pair<Snapshot, Snapshot> ArrayCache::update(const mx::array& keys, const mx
   check(keys, "keys");
   check(values, "values");
 
-  const mx::Stream stream = cpu_stream(s);
+  // A decode step runs where MLX does. Prefill, and what has no GPU kernel, on the CPU throughout:
+  // an array that both read is moved under MLX's hands (CUDA).
+  std::optional<GpuStream> gpu = gpu_stream(s);
+  if (gpu) {
+    std::optional<std::string> reason = no_gpu_cache_because(*keys_, *values_);
+    if (!reason && keys.shape(2) > kGpuQueries) reason = "more than 16 tokens at once: prefill";
+    if (reason) note_cpu("append", s, *reason);
+    if (reason) gpu.reset();
+  }
+  const mx::Stream stream = gpu ? gpu->stream : cpu_stream(s);
   batch_ = keys.shape(0);
   key_dtype_ = keys.dtype();
   value_dtype_ = values.dtype();
@@ -120,14 +164,28 @@ std::pair<Snapshot, Snapshot> ArrayCache::update(const mx::array& keys, const mx
   Snapshot value_side = side(values_, {}, exact_, false);
 
   const AppendPlan plan = geometry_.plan_append(keys.shape(2));
-  const std::vector<mx::array> next = append_op(keys, values, exact_->keys, exact_->values, keys_,
-                                                values_, geometry_, plan, nonfinite_, stream);
+  std::vector<mx::array> next;
+  if (gpu && plan.n_new > 0) {
+    GpuAppend append = append_on_gpu(keys, values, exact_->keys, exact_->values, *keys_, *values_,
+                                     geometry_, plan, *gpu);
+    next = std::move(append.outputs);
+    gpu_nonfinite_ =
+        gpu_nonfinite_ ? mx::add(*gpu_nonfinite_, append.nonfinite, stream) : append.nonfinite;
+    // The count is evaluated with the cache, or its graph would keep every step's keys.
+    const std::vector<mx::array> kept = mx::depends({next[0], next[1]}, {*gpu_nonfinite_});
+    next[0] = kept[0];
+    next[1] = kept[1];
+  } else {
+    next = append_op(keys, values, exact_->keys, exact_->values, keys_, values_, geometry_, plan,
+                     nonfinite_, stream);
+  }
   exact_ = Exact{next[0], next[1]};
   if (plan.n_sealed > 0) {
     store(key_spans_, next[2], plan.extends_last_span, stream);
     store(value_spans_, next[3], plan.extends_last_span, stream);
   }
   geometry_.commit(plan);
+  if (gpu) merge_spans(stream);
 
   auto finish = [&](Snapshot& snapshot, const std::vector<mx::array>& spans,
                     const mx::array& chunk) {

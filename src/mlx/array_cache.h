@@ -30,7 +30,7 @@ class ArrayCache {
 
   const CacheGeometry& geometry() const { return geometry_; }
   int64_t nbytes() const;  // packed spans + exact storage, codebooks not included
-  int64_t nonfinite() const { return *nonfinite_; }
+  int64_t nonfinite() const;
 
   // The whole state: arrays (exact keys, exact values, key spans, value spans; none while empty)
   // and positions (length, tail start, then start, blocks, last count of each span).
@@ -51,6 +51,7 @@ class ArrayCache {
                 const std::optional<Exact>& exact, bool keys) const;
   void store(std::vector<mlx::core::array>& spans, const mlx::core::array& blocks, bool extend,
              const mlx::core::Stream& stream);
+  void merge_spans(const mlx::core::Stream& stream);
 
   SharedCodec keys_, values_;
   DType exact_dtype_;
@@ -60,6 +61,7 @@ class ArrayCache {
   mlx::core::Dtype key_dtype_ = mlx::core::float32, value_dtype_ = mlx::core::float32;
   int batch_ = 1;
   Counter nonfinite_;
+  std::optional<mlx::core::array> gpu_nonfinite_;  // int32: what appends on a GPU counted
 };
 
 }  // namespace veloxquant

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "src/artifacts/manifest.h"
+#include "src/mlx/gpu_cache.h"
 #include "src/mlx/views.h"
 
 namespace veloxquant {
@@ -36,6 +37,30 @@ std::pair<mx::array, mx::array> attend_op(const mx::array& q, const Snapshot& ke
           " tokens of another cache or shape, "
           "wanted the values that belong to the keys (",
           keys.layout.length, " tokens)");
+  // [B, H_q, L_q, length] by strides, in a dtype of the core.
+  auto full_mask = [&](const mx::Stream& stream) -> std::optional<mx::array> {
+    if (!options.mask) return std::nullopt;
+    mx::array mask = *options.mask;
+    require(mask.dtype() == mx::bool_ || mx::issubdtype(mask.dtype(), mx::floating),
+            "[attention] mask: got ", shape_text(mask), ", wanted a bool or floating point array");
+    if (mask.dtype() != mx::bool_ && !is_core_float(mask.dtype())) {
+      mask = mx::astype(mask, mx::float32, stream);
+    }
+    const mx::Shape full{q.shape(0), q.shape(1), q.shape(2), static_cast<int>(keys.layout.length)};
+    try {
+      return mx::broadcast_to(mask, full, stream);
+    } catch (const std::invalid_argument&) {
+      fail("[attention] mask: got ", shape_text(*options.mask),
+           ", wanted a shape that broadcasts to [", full[0], ", ", full[1], ", ", full[2], ", ",
+           full[3], "]");
+    }
+  };
+  require(!options.sinks || (options.sinks->ndim() == 1 && options.sinks->shape(0) == q.shape(1)),
+          "[attention] sinks: got ", options.sinks ? shape_text(*options.sinks) : std::string(),
+          ", wanted [", q.shape(1), "]");
+  if (const auto gpu = gpu_stream(s)) {
+    if (auto out = attend_on_gpu(q, keys, values, options, full_mask(gpu->stream), s)) return *out;
+  }
   const mx::Stream stream = cpu_stream(s);
   CacheAttend::Spec spec;
   spec.layout = keys.layout;
@@ -55,27 +80,11 @@ std::pair<mx::array, mx::array> attend_op(const mx::array& q, const Snapshot& ke
   side = values.inputs();
   spec.n_value_inputs = static_cast<int64_t>(side.size());
   append_all(inputs, side);
-  if (options.mask) {
-    mx::array mask = *options.mask;
-    require(mask.dtype() == mx::bool_ || mx::issubdtype(mask.dtype(), mx::floating),
-            "[attention] mask: got ", shape_text(mask), ", wanted a bool or floating point array");
-    if (mask.dtype() != mx::bool_ && !is_core_float(mask.dtype())) {
-      mask = mx::astype(mask, mx::float32, stream);
-    }
-    const mx::Shape full{q.shape(0), q.shape(1), q.shape(2), static_cast<int>(keys.layout.length)};
-    try {
-      mask = mx::broadcast_to(mask, full, stream);
-    } catch (const std::invalid_argument&) {
-      fail("[attention] mask: got ", shape_text(*options.mask),
-           ", wanted a shape that broadcasts to [", full[0], ", ", full[1], ", ", full[2], ", ",
-           full[3], "]");
-    }
+  if (const auto mask = full_mask(stream)) {
     spec.has_mask = true;
-    inputs.push_back(mask);
+    inputs.push_back(*mask);
   }
   if (options.sinks) {
-    require(options.sinks->ndim() == 1 && options.sinks->shape(0) == q.shape(1),
-            "[attention] sinks: got ", shape_text(*options.sinks), ", wanted [", q.shape(1), "]");
     spec.has_sinks = true;
     inputs.push_back(
         mx::contiguous(mx::astype(*options.sinks, mx::float32, stream), false, stream));
@@ -89,6 +98,7 @@ std::pair<mx::array, mx::array> attend_op(const mx::array& q, const Snapshot& ke
 mx::array dequantize_op(const Snapshot& snapshot, mx::StreamOrDevice s) {
   const mx::Shape shape{snapshot.batch, snapshot.codec->spec.n_kv_heads,
                         static_cast<int>(snapshot.layout.length), snapshot.codec->spec.head_dim};
+  note_cpu("dequantize", s, "no GPU kernel for it yet");
   return mx::array(
       shape, snapshot.dtype,
       std::make_shared<CacheDequantize>(cpu_stream(s), snapshot.layout, snapshot.codec,
