@@ -11,6 +11,7 @@
 
 #include "python/bindings/module.h"
 #include "src/mlx/array_cache.h"
+#include "src/mlx/gpu_cache.h"
 #include "src/mlx/views.h"
 
 namespace nb = nanobind;
@@ -109,6 +110,11 @@ void bind_snapshot(nb::module_& m) {
   m.def(
       "kernel_name",
       [](const CodecHandle& keys, const CodecHandle& values) {
+        const auto gpu = gpu_stream({});
+        if (gpu && !no_gpu_cache_because(*keys.codec, *values.codec)) {
+          return std::string(gpu->gpu == Gpu::metal ? "metal" : "cuda") + " codes (" +
+                 keys.core().name() + ")";
+        }
         KeyValueSource history;
         history.key_codec = keys.codec->core;
         history.value_codec = values.codec->core;

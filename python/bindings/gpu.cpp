@@ -46,6 +46,22 @@ nb::dict described(const GpuLaunch& launch) {
 }  // namespace
 
 void bind_gpu(nb::module_& m) {
+  m.def(
+      "gpu_operations",
+      [] {
+        std::vector<std::pair<std::string, std::string>> all;
+        for (const GpuOperation& o : gpu_operations()) all.emplace_back(o.name, o.limits);
+        return all;
+      },
+      "(name, limits) of what runs on a GPU stream; all else runs on the CPU.");
+  m.def(
+      "gpu_backend",
+      []() -> std::string {
+        const auto gpu = gpu_stream({});
+        return !gpu ? "" : gpu->gpu == Gpu::metal ? "metal" : "cuda";
+      },
+      "'metal' or 'cuda': what launches kernels on MLX's default device; '' where that is the "
+      "CPU.");
   m.def("gpu_launches", &gpu_launches,
         "Kernels handed to MLX's GPU by this process, by name, and how often.");
   m.def(

@@ -108,8 +108,13 @@ def cache_cases():
     }
 
 
-def make_cache(kind, tables=1, centroids=256, dtype=mx.float16, heads=2, dim=64, window=64, sinks=4):
+def make_cache(kind, dtype=mx.float16, window=64, sinks=4, **codecs):
     from veloxquant_mlx import _ext
+
+    return _ext.ArrayCache(*make_codecs(kind, **codecs), window, sinks, dtype)
+
+
+def make_codecs(kind, tables=1, centroids=256, heads=2, dim=64):
     from veloxquant_mlx.cache.codecs import vecinfer
 
     r = np.random.default_rng(23)
@@ -123,7 +128,7 @@ def make_cache(kind, tables=1, centroids=256, dtype=mx.float16, heads=2, dim=64,
             q = np.stack([np.linalg.qr(r.standard_normal((dim, dim)))[0] for _ in range(heads)])
             options["encode_matrix"] = options["query_matrix"] = mx.array(q.astype(np.float32))
         sides.append(vecinfer.codec(side, table, dim // 4, **options))
-    return _ext.ArrayCache(*sides, window, sinks, dtype)
+    return sides
 
 
 def drive(cache, steps, group=3, dtype=mx.float16, seed=29, bad=False, **options):

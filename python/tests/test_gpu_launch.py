@@ -5,13 +5,23 @@ import contextlib
 import mlx.core as mx
 import numpy as np
 import pytest
-from gpu_cases import STEPS, cache_cases, cases, drive, make_cache, outputs, ready
+from gpu_cases import STEPS, cache_cases, cases, drive, make_cache, make_codecs, outputs, ready
 from msl import on_machine
 
 from veloxquant_mlx import _ext
 from veloxquant_mlx.metal import rabitq_hamming_score, turboquant_scalar_quantize, vecinfer_quantize_metal
 
 CASES = cases()
+FUNCTIONS = {
+    "vq_vecinfer_quantize": ["vecinfer_quantize_metal"],
+    "vq_vecinfer_dequantize": ["vecinfer_dequant_metal"],
+    "vq_vecinfer_query_lut": ["compute_query_lut"],
+    "vq_is_walsh_hadamard": [],
+    "vq_vecinfer_encode_decode": ["vecinfer_encode_decode_metal", "vecinfer_encode_decode_simple_metal"],
+    "vq_pack_words": ["turboquant_bit_pack"],
+    "vq_unpack_words": ["turboquant_bit_unpack"],
+    "vq_hamming_score": ["rabitq_hamming_score"],
+}
 OPTIONS = [("sliding_window",), ("logit_softcap",), ("mask",), ("sinks",), ("mask", "sinks", "logit_softcap")]
 
 
@@ -161,3 +171,19 @@ def test_other_methods_stay_on_the_cpu(record):
     recorder = record("cuda")
     got, _, _ = drive(_ext.ArrayCache(*sides, 64, 4, mx.float16), [150, 1])
     assert all(map(np.array_equal, got, expected)) and recorder.launches == []
+
+
+def test_devices_names_what_runs_where(record):
+    from veloxquant_mlx.cli.devices import collect
+
+    sides = make_codecs("hadamard")
+    before = collect()["gpu_kernels"]
+    assert before["backend"] is None and before["operations"] == [] and "the CPU" in before["description"]
+    assert _ext.kernel_name(*sides).startswith("cpu/")
+    record("cuda")
+    on_gpu = collect()["gpu_kernels"]
+    assert on_gpu["backend"] == "cuda" and on_gpu["description"].startswith("cuda: ")
+    assert _ext.kernel_name(*sides) == "cuda codes (vecinfer d4x256)"
+    # Every function that is named has a case above, and those that are not launch nothing (test_what_no_kernel_takes).
+    tested = {name for names in map(FUNCTIONS.get, {k for _, _, ks in CASES for k in ks}) for name in names}
+    assert tested | {"append", "attend"} == {operation["name"] for operation in on_gpu["operations"]}

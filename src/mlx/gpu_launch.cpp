@@ -106,6 +106,23 @@ bool has_empty_output(const metal::Call& call) {
 
 }  // namespace
 
+const std::vector<GpuOperation>& gpu_operations() {
+  static const std::vector<GpuOperation> operations = {
+      {"vecinfer_quantize_metal", "head_dim up to 1024, sub-vectors of up to 32"},
+      {"vecinfer_dequant_metal", "head_dim up to 1024, sub-vectors of up to 32"},
+      {"vecinfer_encode_decode_metal", "head_dim up to 1024, sub-vectors of up to 32"},
+      {"vecinfer_encode_decode_simple_metal", "head_dim up to 1024, sub-vectors of up to 32"},
+      {"compute_query_lut", "head_dim up to 1024, sub-vectors of up to 32"},
+      {"turboquant_bit_pack", "any"},
+      {"turboquant_bit_unpack", "any"},
+      {"rabitq_hamming_score", "one query"},
+      {"append", "caches of method vecinfer, up to 16 tokens at a time"},
+      {"attend",
+       "caches of method vecinfer, up to 16 queries, head_dim a multiple of 8 up to 256, "
+       "sub-vectors of up to 16"}};
+  return operations;
+}
+
 void set_gpu_launcher(Launcher launcher, Gpu gpu) { test_launcher() = {std::move(launcher), gpu}; }
 
 std::optional<GpuStream> gpu_stream(mx::StreamOrDevice s) {

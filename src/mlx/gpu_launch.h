@@ -70,6 +70,12 @@ std::optional<std::vector<mlx::core::array>> on_gpu(
 // earlier reason was given.
 void note_cpu(const std::string& name, mlx::core::StreamOrDevice s, const std::string& because);
 
+// What runs on a GPU stream, and within which limits; all else runs on the CPU and says so.
+struct GpuOperation {
+  std::string name, limits;
+};
+const std::vector<GpuOperation>& gpu_operations();
+
 // Kernels handed to MLX by this process, and how often: names without the hash of their text.
 std::map<std::string, int64_t> gpu_launches();
 

@@ -58,4 +58,6 @@ g++ -shared -o "$build/python/veloxquant_mlx/_ext.so" "$build"/objects/*.o "$bui
   -Wl,-rpath,"$build/site/mlx/lib" -L"$build" -l:libhwy.so.1 -l:libtbb.so.12 -l:libz.so.1 -Wl,-rpath,"$build"
 echo "built after $SECONDS s"
 export PYTHONPATH=$build/python:$build/python/tests:$build/site PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MLX_PTX_CACHE_DIR=$build/ptx
+# Products of a model in fp32, as the CPU has them: what differs then is ours.
+export MLX_ENABLE_TF32=${MLX_ENABLE_TF32:-0}
 $python tools/gpu/mlx_check.py "$out" "$@"

@@ -1,14 +1,18 @@
 """On a GPU machine, run by tools/gpu/mlx.sh: every operation on the GPU against the CPU, then what is asked for.
 
-mlx_check.py OUT [functions]     the parts: functions. All of them where none is named.
+mlx_check.py OUT [PART...]     functions, cache, generate; all but the last where none is named
+
+generate wants SmolLM2 as MODEL (a .gguf) and a calibrated ARTIFACTS directory in the environment.
 """
 
+import os
 import sys
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from gpu_cases import cases, outputs
+from gpu_cases import STEPS, cache_cases, cases, drive, make_cache, outputs, ready
 
 from veloxquant_mlx import _ext
 
@@ -48,11 +52,127 @@ def functions():
             check(name + ", own stream", equal(outputs(call()), expected))
 
 
-PARTS = {"functions": functions}
+def launched_since(before):
+    return {k: n - before.get(k, 0) for k, n in _ext.gpu_launches().items() if n > before.get(k, 0)}
+
+
+def row_error(got, expected):
+    worst = 0.0
+    for a, b in zip(got, expected, strict=True):
+        norm = np.linalg.norm(b, axis=-1) if a.ndim == 4 else 1 + np.abs(b)
+        worst = max(worst, np.max((np.linalg.norm(a - b, axis=-1) if a.ndim == 4 else np.abs(a - b)) / norm))
+    return worst
+
+
+def cache():
+    """Bytes equal to the CPU's, attention within tolerance: every transform, options, long histories."""
+    for name, arguments in cache_cases().items():
+        dtype = arguments.get("dtype", mx.float32)
+        steps = STEPS if name == "Hadamard" else STEPS[:7]
+        mx.set_default_device(mx.cpu)
+        expected, arrays, positions = drive(make_cache(**arguments), steps, dtype=dtype)
+        mx.set_default_device(mx.gpu)
+        before = _ext.gpu_launches()
+        start = time.perf_counter()
+        got, gpu_arrays, gpu_positions = drive(make_cache(**arguments), steps, dtype=dtype)
+        seconds, launched = time.perf_counter() - start, launched_since(before)
+        decoded = sum(0 < n <= 16 for n in steps)
+        check(f"bytes: {name}", positions == gpu_positions and equal(gpu_arrays, arrays), f"{seconds:.1f} s {launched}")
+        check(f"kernels: {name}", launched["vq_decode_items"] == launched["vq_decode_merge"] == decoded)
+        error = row_error(got, expected)
+        check(f"attention: {name}", error < (1e-2 if dtype == mx.bfloat16 else 2e-3), f"row error {error:.1e}")
+    for options in (["sliding_window"], ["mask", "sinks", "logit_softcap"]):
+        steps = [150, 1, 5]
+        mx.set_default_device(mx.cpu)
+        expected, _, _ = drive(make_cache("hadamard"), steps, **ready(options, steps))
+        mx.set_default_device(mx.gpu)
+        got, _, _ = drive(make_cache("hadamard"), steps, **ready(options, steps))
+        check(f"attention: {options}", row_error(got, expected) < 2e-3, f"row error {row_error(got, expected):.1e}")
+    steps = [1500, 1100, 1100, 1100, 1100, 1, 1]
+    mx.set_default_device(mx.cpu)
+    expected, _, _ = drive(make_cache("none", tables=16, centroids=16), steps, group=1, bad=True)
+    mx.set_default_device(mx.gpu)
+    long = make_cache("none", tables=16, centroids=16)
+    got, _, positions = drive(long, steps, group=1, bad=True)
+    check("attention: 5,902 tokens in 4 spans", row_error(got, expected) < 2e-3 and len(positions) == 2 + 3 * 4)
+    speed()
+
+
+def speed():
+    """A decode step's attention and append on the GPU: host and device together, steps in flight."""
+    r = np.random.default_rng(1)
+    for length in (4096, 32768):
+        cache = make_cache("hadamard", heads=8, dim=128)
+        k = mx.array(r.standard_normal((1, 8, length, 128), dtype=np.float32)).astype(mx.float16)
+        cache.update(k, k)
+        mx.eval(cache.arrays())
+        one, q = k[:, :, :1], mx.repeat(k[:, :, :1], 4, 1)
+        for _ in range(70):  # every kernel compiled, those of a block that is sealed too
+            out = _ext.attend(q, *cache.update(one, one), scale=0.1, causal=True)
+            mx.eval(out, cache.arrays())
+        start, n = time.perf_counter(), 40
+        for _ in range(n):
+            out = _ext.attend(q, *cache.update(one, one), scale=0.1, causal=True)
+            mx.async_eval(out, cache.arrays())
+        mx.eval(out)
+        each = (time.perf_counter() - start) / n
+        print(f"speed: append + attend, 32/8 heads d128, 2 bits, {length} tokens: {1e6 * each:.0f} us a layer")
+
+
+def generate():
+    """SmolLM2 through mlx_lm with a calibrated cache, GPU and CPU as default device."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from veloxquant_mlx.cli.generate import chat_tokens, run
+    from veloxquant_mlx.cli.methods import Wanted
+    from veloxquant_mlx.cli.setup import Settings, make_methods, open_model
+    from veloxquant_mlx.models.gguf import convert
+    from veloxquant_mlx.prose import PASSAGES
+
+    target = Path("/tmp/veloxquant_mlx/smollm2")
+    if not target.exists():
+        target.mkdir()
+        mx.set_default_device(mx.cpu)
+        convert(Path(os.environ["MODEL"]), target)
+    prompt = f"{PASSAGES[2]}\n{PASSAGES[9]}\nIn a few sentences: what does a river do to the land?"
+    answers, rows = {}, {}
+    for device in (mx.gpu, mx.cpu):
+        mx.set_default_device(device)
+        model, tokenizer = open_model(str(target))
+        method = make_methods(
+            str(target), model, tokenizer, [Wanted("vecinfer")], Settings(artifacts=[os.environ["ARTIFACTS"]])
+        )[0]
+        tokens = chat_tokens(tokenizer, prompt)
+        before = _ext.gpu_launches()
+        for attempt in range(2 if device == mx.gpu else 1):  # once more: compiled
+            fields = run(model, tokenizer, tokens, method, 64)
+            print({k: v for k, v in fields.items() if k != "text"}, launched_since(before), attempt)
+        print(device, repr(fields["text"]))
+        answers[device] = fields
+        # Logits of a fixed continuation, token by token, behind the same prompt.
+        ids = mx.array(tokens)
+        for kind in ("ours", "exact"):
+            caches = method.build(model) if kind == "ours" else make_prompt_cache(model)
+            mx.eval(model(ids[None, :-40], cache=caches))
+            start = time.perf_counter()
+            steps = [model(ids[None, i : i + 1], cache=caches)[0, -1] for i in range(len(tokens) - 40, len(tokens))]
+            rows[device, kind] = np.array(mx.stack(steps).astype(mx.float32))
+            print(device, kind, f"{40 / (time.perf_counter() - start):.1f} tokens/s, one token at a time")
+    gpu, cpu = rows[mx.gpu, "ours"], rows[mx.cpu, "ours"]
+    exact = np.abs(rows[mx.gpu, "exact"] - rows[mx.cpu, "exact"])
+    median, top1 = np.median(np.abs(gpu - cpu)), np.mean(gpu.argmax(-1) == cpu.argmax(-1))
+    note = f"median |difference of logits| {median:.1e} (exact cache {np.median(exact):.1e}), top-1 equal {top1:.2f}"
+    check("SmolLM2: logits of the GPU and of the CPU", median < 0.05 and top1 >= 0.9, note)
+    check("SmolLM2: the same answer", answers[mx.gpu]["text"] == answers[mx.cpu]["text"])
+    check("SmolLM2: the same size", answers[mx.gpu]["cache_bytes"] == answers[mx.cpu]["cache_bytes"])
+    mx.set_default_device(mx.gpu)
+
+
+PARTS = {"functions": functions, "cache": cache, "generate": generate}
 
 
 def main():
-    wanted = sys.argv[2:] or list(PARTS)
+    wanted = sys.argv[2:] or ["functions", "cache"]
     mx.set_default_device(mx.gpu)
     print("MLX", mx.__version__, mx.default_device(), mx.device_info().get("device_name", ""))
     for part in wanted:

@@ -23,10 +23,22 @@ def command(json: options.Json = False):
         return
     rows = [[f"{backend['name']} backend", backend["description"]] for backend in fields["backends"]]
     rows += [[key.replace("_", " "), str(fields[key])] for key in ("threads", "mlx", "default_device", "metal", "cuda")]
+    rows.append(["GPU kernels", fields["gpu_kernels"]["description"]])
     rows.append(["BLAS", " ".join(filter(None, (fields["blas"]["name"], fields["blas"]["path"])))])
     output.table("VeloxQuant on this machine", ["what", "found"], rows)
     if fields["advice"]:
         output.note(fields["advice"])
+
+
+def _gpu_kernels():
+    """Which operations run on MLX's default device where that is a GPU."""
+    backend = _ext.gpu_backend()
+    operations = [{"name": name, "limits": limits} for name, limits in _ext.gpu_operations()]
+    if not backend:
+        text = f"none run: MLX's default device is the CPU ({len(operations)} operations have one)"
+        return {"backend": None, "operations": [], "description": text}
+    names = ", ".join(operation["name"] for operation in operations)
+    return {"backend": backend, "operations": operations, "description": f"{backend}: {names}; the rest on the CPU"}
 
 
 def collect():
@@ -53,5 +65,6 @@ def collect():
         "blas": blas,
         "metal": mx.metal.is_available(),
         "cuda": mx.cuda.is_available(),
+        "gpu_kernels": _gpu_kernels(),
         "advice": "" if blas["fast"] else _SLOW_BLAS,
     }

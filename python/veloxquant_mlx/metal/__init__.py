@@ -42,7 +42,8 @@ __all__ = ["metal_available", *_MODULE_OF]
 
 
 def metal_available() -> bool:
-    """True where MLX has a Metal device to run kernels on."""
+    """True where MLX has a Metal device to run kernels on. `veloxquant devices` names the functions that do; the
+    others run on the CPU there too."""
     return mx.metal.is_available()
 
 
