@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gpu_cases import STEPS, cache_cases, cases, drive, make_cache, make_codecs, outputs, ready
-from msl import on_machine
+from msl import Machine, on_machine
 
 from veloxquant_mlx import _ext
 from veloxquant_mlx.metal import rabitq_hamming_score, turboquant_scalar_quantize, vecinfer_quantize_metal
@@ -187,3 +187,39 @@ def test_devices_names_what_runs_where(record):
     # Every function that is named has a case above, and those that are not launch nothing (test_what_no_kernel_takes).
     tested = {name for names in map(FUNCTIONS.get, {k for _, _, ks in CASES for k in ks}) for name in names}
     assert tested | {"append", "attend"} == {operation["name"] for operation in on_gpu["operations"]}
+
+
+def test_selftest_passes_on_the_machine_and_sees_a_wrong_kernel(capsys):
+    from veloxquant_mlx.cli import main, selftest
+
+    assert main(["devices", "--selftest"]) == 2
+    assert "wanted a GPU" in capsys.readouterr().err
+
+    class Wrong(Machine):
+        def __call__(self, launch, inputs):
+            outputs = super().__call__(launch, inputs)
+            wrong = launch["name"].startswith(("vq_vecinfer_quantize", "vq_decode_merge", "vq_pack_words"))
+            return [a + 1 if wrong else a for a in outputs]
+
+    for launcher, failed in (
+        (Machine(), set()),
+        (Wrong(), {"vecinfer_quantize_metal", "turboquant_bit_pack", "attend"}),
+    ):
+
+        @contextlib.contextmanager
+        def on_cpu(launcher=launcher):
+            _ext._set_gpu_launcher(None)
+            yield
+            _ext._set_gpu_launcher(launcher)
+
+        _ext._set_gpu_launcher(launcher)
+        try:
+            fields = selftest.run(on_cpu, rows=9)
+        finally:
+            _ext._set_gpu_launcher(None)
+        report = selftest.text(fields)
+        got = {check["name"] for check in fields["checks"] if not check["passed"]}
+        assert got == failed, report
+        assert fields["passed"] == (not failed) and f"11 checks, {len(failed)} failed" in report
+    names = {check["name"] for check in fields["checks"]}
+    assert names == {name for name, _ in _ext.gpu_operations()} | {"no fused multiply-add in encode"}

@@ -1,6 +1,6 @@
 """On a GPU machine, run by tools/gpu/mlx.sh: every operation on the GPU against the CPU, then what is asked for.
 
-mlx_check.py OUT [PART...]     functions, cache, generate; all but the last where none is named
+mlx_check.py OUT [PART...]     functions, cache, selftest, speed, generate; all but the last where none is named
 
 generate wants SmolLM2 as MODEL (a .gguf) and a calibrated ARTIFACTS directory in the environment.
 """
@@ -95,7 +95,6 @@ def cache():
     long = make_cache("none", tables=16, centroids=16)
     got, _, positions = drive(long, steps, group=1, bad=True)
     check("attention: 5,902 tokens in 4 spans", row_error(got, expected) < 2e-3 and len(positions) == 2 + 3 * 4)
-    speed()
 
 
 def speed():
@@ -168,11 +167,19 @@ def generate():
     mx.set_default_device(mx.gpu)
 
 
-PARTS = {"functions": functions, "cache": cache, "generate": generate}
+def selftest():
+    from veloxquant_mlx.cli import selftest
+
+    fields = selftest.run()
+    print(selftest.text(fields))
+    check("devices --selftest", fields["passed"])
+
+
+PARTS = {"functions": functions, "cache": cache, "selftest": selftest, "speed": speed, "generate": generate}
 
 
 def main():
-    wanted = sys.argv[2:] or ["functions", "cache"]
+    wanted = sys.argv[2:] or ["functions", "cache", "selftest", "speed"]
     mx.set_default_device(mx.gpu)
     print("MLX", mx.__version__, mx.default_device(), mx.device_info().get("device_name", ""))
     for part in wanted:

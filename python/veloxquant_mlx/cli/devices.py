@@ -1,5 +1,9 @@
 """veloxquant devices: what this machine runs the kernels on."""
 
+from typing import Annotated
+
+import typer
+
 from veloxquant_mlx import _ext, _runtime
 from veloxquant_mlx.cli import options, output
 
@@ -12,11 +16,18 @@ _SLOW_BLAS = (
 )
 
 
-def command(json: options.Json = False):
+def command(
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="Run every GPU kernel against the CPU; prints a report to paste.")
+    ] = False,
+    json: options.Json = False,
+):
     """Show what the kernels run on.
 
     Backends with SIMD levels or device names, threads, MLX, BLAS.
     """
+    if selftest:
+        return _selftest(json)
     fields = collect()
     if json:
         output.emit_json(fields)
@@ -28,6 +39,23 @@ def command(json: options.Json = False):
     output.table("VeloxQuant on this machine", ["what", "found"], rows)
     if fields["advice"]:
         output.note(fields["advice"])
+
+
+def _selftest(json):
+    from veloxquant_mlx.cli import selftest
+
+    if not _ext.gpu_backend():
+        raise ValueError(
+            "--selftest: got a machine whose default device in MLX is the CPU, wanted a GPU (Metal, or MLX for CUDA): "
+            "there is nothing to compare with the CPU"
+        )
+    fields = selftest.run()
+    if json:
+        output.emit_json(fields)
+    else:
+        output.text(selftest.text(fields))
+    if not fields["passed"]:
+        raise typer.Exit(1)
 
 
 def _gpu_kernels():
