@@ -1,6 +1,7 @@
 """bench attention: the rows say what was measured, and a wrong output is never timed."""
 
 import json
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -47,15 +48,29 @@ def test_a_wrong_output_stops_the_run(monkeypatch):
 
 @pytest.mark.parametrize(
     "option, value",
-    [("--shapes", "32x128"), ("--shapes", "9/2x64"), ("--contexts", "0"), ("--methods", "turbo"), ("--rounds", "0")],
+    [
+        ("--shapes", "32x128"),
+        ("--shapes", "9/2x64"),
+        ("--contexts", "0"),
+        ("--methods", "turbo"),
+        ("--rounds", "0"),
+        ("--backend", "metal"),
+    ],
 )
 def test_wrong_arguments(option, value, capsys):
     assert cli.main(["bench", "attention", option, value]) == 2
     assert option in capsys.readouterr().err
 
 
+def test_cuda_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "veloxquant", None)  # as where it is not installed
+    assert cli.main(["bench", "attention", "--backend", "cuda"]) == 2
+    assert "wanted `pip install" in capsys.readouterr().err
+
+
 def test_every_figure_is_of_a_setting_that_is_timed_and_says_how_it_was_measured():
     timed = {"mlx fp32", "mlx fp16", "mlx_lm 4 bits", *attention.METHODS, *(f"llama.cpp {t}" for t in llama.TYPES)}
+    timed.add("vecinfer 2 bits, a table a head, int8 tables")  # by veloxquant.bench
     for name, entry in quality.table().items():
         assert name.removesuffix(", 16-bit look-ups") in timed
         assert entry["windows"] >= 1 and entry["kl"] >= 0

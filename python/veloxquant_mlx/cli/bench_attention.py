@@ -21,6 +21,10 @@ def command(
     ] = "vecinfer 2 bits,vecinfer 4 bits",
     rounds: Annotated[int, typer.Option(help="Rounds of interleaved calls; the median counts.")] = 7,
     threads: Annotated[Optional[int], typer.Option(help="Worker threads; every core if left out.")] = None,
+    backend: Annotated[
+        str,
+        typer.Option(help="cpu, or cuda: the package veloxquant beside PyTorch's cuDNN and flash, rows of its own."),
+    ] = "cpu",
     with_llama: Annotated[
         bool,
         typer.Option("--llama", help="Also llama.cpp's f16, q8_0 and q4_0; compiles it on first use (80 MB, minutes)."),
@@ -33,6 +37,9 @@ def command(
     Baseline: the fastest exact attention of the run, of MLX (fp32, fp16), llama.cpp (f16) or ours (fp16).
     Perplexity and KL: what `veloxquant eval` printed of the same setting on SmolLM2, if anyone ran it.
     """
+    if backend != "cpu":
+        _on_cuda(backend, json)
+        return
     from veloxquant_mlx import _ext
     from veloxquant_mlx.benchmarks import attention as suite
     from veloxquant_mlx.benchmarks import llama, quality
@@ -64,6 +71,28 @@ def command(
         first = rows[0]
         title = f"{name}, one query token; {first['simd']}, {first['threads']} threads, read {first['read_gbps']} GB/s"
         output.table(title, _COLUMNS, [[*_cells(row), quality.text(row)] for row in rows if row["shape"] == name])
+
+
+def _on_cuda(backend, json):
+    if backend != "cuda":
+        raise ValueError(f"--backend: got {backend!r}, wanted cpu or cuda")
+    try:
+        from veloxquant import bench
+    except ImportError:
+        raise ValueError(
+            "--backend: got cuda without the package veloxquant, wanted `pip install 'python/core[torch]'` with nvcc"
+        ) from None
+    try:
+        with output.progress() as report:
+            rows = bench.rows(report=lambda what: report(0.0, what))
+    except bench.Error as error:
+        raise ValueError(str(error)) from None
+    if json:
+        output.emit_json({"command": "bench attention", "backend": "cuda", "rows": rows})
+        return
+    first = rows[0]
+    title = f"{first['device']}, torch {first['torch']}, cuDNN {first['cudnn']}; one query token"
+    output.table(title, list(bench.COLUMNS), [bench.cells(row) for row in rows])
 
 
 def count(option, text, least):
