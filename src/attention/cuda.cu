@@ -1,5 +1,7 @@
 // Decode attention on the device: checks the arguments, lays out the scratch, launches three
 // kernels.
+#include <algorithm>
+
 #include "src/attention/cuda_combine_rows.cuh"
 #include "src/attention/cuda_launch.cuh"
 #include "src/attention/cuda_query.cuh"
@@ -41,8 +43,22 @@ impl::SideView view_of(const PackedSide& side) {
   return view;
 }
 
-// head_dim 80 runs as 96.
-int padded_dim(const SideFormat& f) { return f.head_dim == 80 ? 96 : f.head_dim; }
+using QueryKernel = void (*)(impl::DecodeParams, int, int);
+
+template <bool kHalfK, int HEADS>
+QueryKernel query_kernel_of(int head_dim) {
+  switch (head_dim) {
+    case 64:
+      return impl::query_kernel<kHalfK, HEADS, 64>;
+    case 80:  // runs as 96
+    case 96:
+      return impl::query_kernel<kHalfK, HEADS, 96>;
+    case 128:
+      return impl::query_kernel<kHalfK, HEADS, 128>;
+    default:
+      return impl::query_kernel<kHalfK, HEADS, 256>;
+  }
+}
 
 void check_side(const PackedSide& side, Side wanted, const DecodeArgs& args, const char* name) {
   const SideFormat& f = side.format;
@@ -146,6 +162,8 @@ Plan make_plan(const DecodeArgs& args) {
       break;
   }
   p.n_ctas = device.multiprocessors;
+  p.most_pieces = std::max(p.n_ctas / (k.n_kv_heads * p.n_groups), 1);
+  p.even_pieces = std::max(p.n_ctas / p.n_pairs, 1);
 
   const auto place = [&plan](int64_t bytes) {
     const int64_t at = plan.bytes;
@@ -156,7 +174,6 @@ Plan make_plan(const DecodeArgs& args) {
   p.plan_at = place(4 * (int64_t{args.batch} + 1));
   p.query_at = place(int64_t{p.n_pairs} * 16 * p.query_row_bytes);
   p.query_scale_at = place(int64_t{p.n_pairs} * 32);
-  p.exact_query_at = place(int64_t{p.n_pairs} * (32 * padded_dim(k) + 32));
   p.partial_at = place(int64_t{impl::max_items(p.n_pairs, p.n_ctas)} * partial_bytes);
   p.exact_at = place(p.n_pairs * partial_bytes);
   return plan;
@@ -189,25 +206,32 @@ void decode_attention(const DecodeArgs& args, Stream stream) {
   const cudaStream_t at = static_cast<cudaStream_t>(stream);
   const SideFormat& k = args.keys.format;
   const bool half = k.entry == Entry::half2;
-  const auto query = plan.params.heads_per_group <= 4
-                         ? (half ? impl::query_kernel<true, 4> : impl::query_kernel<false, 4>)
-                         : (half ? impl::query_kernel<true, 8> : impl::query_kernel<false, 8>);
+  const impl::DecodeParams& p = plan.params;
+  const int heads = p.heads_per_group <= 4 ? 4 : 8, head_groups = p.n_kv_heads * p.n_groups;
+  const QueryKernel query =
+      heads == 4
+          ? (half ? query_kernel_of<true, 4>(k.head_dim) : query_kernel_of<false, 4>(k.head_dim))
+          : (half ? query_kernel_of<true, 8>(k.head_dim) : query_kernel_of<false, 8>(k.head_dim));
+  const int shared = 4 * impl::query_shared_floats(heads, k.head_dim == 80 ? 96 : k.head_dim);
+  backends::check(cudaFuncSetAttribute(query, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+                  "decode_attention");
   cudaLaunchAttribute attribute = impl::overlap_attribute();
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(plan.params.n_pairs);
+  config.gridDim = dim3(impl::query_tiles(p.batch, head_groups, p.n_ctas) * head_groups +
+                        (p.n_exact == nullptr ? 0 : p.n_pairs));
   config.blockDim = dim3(impl::kQueryThreads);
+  config.dynamicSmemBytes = shared;
   config.stream = at;
   config.attrs = &attribute;
   config.numAttrs = device.major >= 9 ? 1 : 0;
-  backends::check(cudaLaunchKernelEx(&config, query, plan.params, 8 * k.n_chunks,
-                                     static_cast<int>(k.sub_dim), padded_dim(k)),
-                  "decode_attention");
-  plan.launcher(plan.params, device, at);
-  const impl::DecodeParams& p = plan.params;
+  backends::check(
+      cudaLaunchKernelEx(&config, query, p, 8 * k.n_chunks, static_cast<int>(k.sub_dim)),
+      "decode_attention");
+  config.dynamicSmemBytes = 0;
+  plan.launcher(p, device, at);
   const SideFormat& v = args.values.format;
   const int value_dim = 8 * v.n_chunks, value_sub_dim = static_cast<int>(v.sub_dim);
-  const int head_groups = p.n_kv_heads * p.n_groups, rows = p.batch * p.heads_per_group;
-  const int heads = p.heads_per_group <= 4 ? 4 : 8;
+  const int rows = p.batch * p.heads_per_group;
   config.blockDim = dim3(impl::kCombineThreads);
   if (head_groups * rows <= 2 * p.n_ctas) {
     config.gridDim = dim3(head_groups * rows);

@@ -2,7 +2,7 @@
 // is.
 #pragma once
 
-#include "src/attention/cuda_exact.cuh"
+#include "src/attention/cuda_parts.cuh"
 #include "src/codecs/vecinfer/cuda_layout.h"
 
 namespace veloxquant::attention::cuda {
@@ -22,43 +22,63 @@ struct Shape {
   // As many warps as their registers allow without spilling in the loop: local memory would go
   // through the sliver of first-level cache that the tables leave.
   static constexpr int WARPS = kDim == 256 ? 8 : 12;
-  // The next step's codes set out before this one's are used, where registers allow.
-  static constexpr bool kEarly = KC <= 4 && VC <= 4;
+
+  // Steps of codes that a warp has under way, where registers allow.
+  static constexpr int DEPTH = HEADS == 4 && KC <= 4 && VC <= 4 ? 2 : 1;
 
   static int merge_bytes(int head_dim) { return 4 * WARPS * HEADS * head_dim; }
   static constexpr int kFixedBytes = 4 * (2 * WARPS * HEADS + 2 * kPrefixInts);
 };
 
-// Tables of one head -> shared memory.
+// Tables of one head on their way to shared memory. by_lane: keys [256][4], values [256][8]; thread
+// t of the first 256 has row t, which it fetches ahead of storing it.
 template <class S>
-__device__ __forceinline__ void load_tables(const uint8_t* keys, const uint8_t* values,
-                                            char* shared) {
-  if constexpr (S::kByLane) {
-    // keys: [256][4], values: [256][8]; thread t of the first 256 writes row t, each 16 bytes (the
-    // same entries for lanes 4g .. 4g + 3) at another place of it, so that the threads of a store
-    // meet in no bank.
-    const int t = threadIdx.x;
-    if (t >= 256) return;
-    const uint4 k = __ldg(reinterpret_cast<const uint4*>(keys) + t);
-    uint4* row = reinterpret_cast<uint4*>(shared) + 16 * t;
+struct TableRow {
+  uint4 k, v[2];
+
+  __device__ __forceinline__ void fetch(const uint8_t* keys, const uint8_t* values) {
+    if (!S::kByLane || threadIdx.x >= 256) return;
+    k = __ldg(reinterpret_cast<const uint4*>(keys) + threadIdx.x);
+    v[0] = __ldg(reinterpret_cast<const uint4*>(values) + 2 * threadIdx.x);
+    v[1] = __ldg(reinterpret_cast<const uint4*>(values) + 2 * threadIdx.x + 1);
+  }
+
+  __device__ __forceinline__ void store(const uint8_t* keys, const uint8_t* values,
+                                        char* shared) const {
+    if constexpr (S::kByLane) {
+      // Each 16 bytes (the same entries for lanes 4g .. 4g + 3) at another place of the row, so
+      // that the threads of a store meet in fewer banks.
+      const int t = threadIdx.x;
+      if (t >= 256) return;
+      uint4* row = reinterpret_cast<uint4*>(shared) + 16 * t;
+      const uint32_t words[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int g = (i + t) & 7;
-      const uint32_t v = __ldg(reinterpret_cast<const uint32_t*>(values) + 8 * t + g);
-      row[g] = k;
-      row[8 + g] = make_uint4(v, v, v, v);
-    }
-  } else {
-    uint4* to = reinterpret_cast<uint4*>(shared);
+      for (int i = 0; i < 8; ++i) {
+        const int g = (i + t) & 7;
+        row[g] = k;
+      }
+#pragma unroll
+      for (int g = 0; g < 8; ++g) {
+        // Word (g + t) mod 8, chosen by three bits of t: registers take no index.
+        const uint32_t a = t & 1 ? words[(g + 1) & 7] : words[g];
+        const uint32_t c = t & 1 ? words[(g + 3) & 7] : words[(g + 2) & 7];
+        const uint32_t e = t & 1 ? words[(g + 5) & 7] : words[(g + 4) & 7];
+        const uint32_t h = t & 1 ? words[(g + 7) & 7] : words[(g + 6) & 7];
+        const uint32_t low = t & 2 ? c : a, high = t & 2 ? h : e;
+        const uint32_t word = t & 4 ? high : low;
+        row[8 + ((g + t) & 7)] = make_uint4(word, word, word, word);
+      }
+    } else {
+      uint4* to = reinterpret_cast<uint4*>(shared);
 #pragma unroll 8
-    for (int e = threadIdx.x; e < 512 * S::KC; e += 32 * S::WARPS)
-      to[e] = __ldg(reinterpret_cast<const uint4*>(keys) + e);
+      for (int e = threadIdx.x; e < 512 * S::KC; e += 32 * S::WARPS)
+        to[e] = __ldg(reinterpret_cast<const uint4*>(keys) + e);
 #pragma unroll 8
-    for (int e = threadIdx.x; e < 512 * S::VC; e += 32 * S::WARPS) {
-      to[512 * S::KC + e] = __ldg(reinterpret_cast<const uint4*>(values) + e);
+      for (int e = threadIdx.x; e < 512 * S::VC; e += 32 * S::WARPS)
+        to[512 * S::KC + e] = __ldg(reinterpret_cast<const uint4*>(values) + e);
     }
   }
-}
+};
 
 // A lane's words of one step.
 template <int CHUNKS>
@@ -83,156 +103,193 @@ __device__ __forceinline__ void load_words(const uint8_t* step, int lane,
   }
 }
 
-// The codes of a pair on their way into registers: warp after warp takes a step.
-template <int KC, int VC>
+// The codes of a pair on their way into registers: warp after warp takes a step. A warp's n-th step
+// lies in buffer n % DEPTH, and a buffer is filled again as soon as its codes are looked up.
+template <int KC, int VC, int WARPS, int DEPTH>
 struct Walk {
   const uint8_t* keys;
   const uint8_t* values;
-  uint32_t k[2 * KC], v[2 * VC];
+  uint32_t k[DEPTH][2 * KC], v[DEPTH][2 * VC];
   int step, end;
 
-  __device__ __forceinline__ void load_keys(int lane) {
-    if (step < end) load_words<KC>(keys + static_cast<int64_t>(step) * (256 * KC), lane, k);
+  __device__ __forceinline__ void load_keys(int buffer, int at, int lane) {
+    if (at < end) load_words<KC>(keys + static_cast<int64_t>(at) * (256 * KC), lane, k[buffer]);
   }
-  __device__ __forceinline__ void load_values(int lane) {
-    if (step < end) load_words<VC>(values + static_cast<int64_t>(step) * (256 * VC), lane, v);
+  __device__ __forceinline__ void load_values(int buffer, int at, int lane) {
+    if (at < end) load_words<VC>(values + static_cast<int64_t>(at) * (256 * VC), lane, v[buffer]);
   }
   __device__ __forceinline__ void begin(const DecodeParams& p, const Pair& pair, int first,
                                         int stop) {
+    const int lane = threadIdx.x & 31;
     keys = p.keys.codes + pair.sequence * p.keys.batch_stride + pair.kv_head * p.keys.head_stride;
     values = p.values.codes + pair.sequence * p.values.batch_stride +
              pair.kv_head * p.values.head_stride;
-    step = first + (threadIdx.x >> 5);
+    // By a shuffle, so that the compiler knows it to be the same in the whole warp.
+    step = first + __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
     end = stop;
-    load_keys(threadIdx.x & 31);
-    load_values(threadIdx.x & 31);
+#pragma unroll
+    for (int n = 0; n < DEPTH; ++n) {
+#pragma unroll
+      for (int w = 0; w < 2 * KC; ++w) k[n][w] = 0;
+      load_keys(n, step + n * WARPS, lane);
+      load_values(n, step + n * WARPS, lane);
+    }
   }
 };
 
 // Of 16 bits of a probability 13 are left, or more, under the largest score.
 constexpr float kMarginBits = 2.0f;
 
-// The largest of a head's scores over the lanes that have them.
+// The largest score of each of the lane's heads over the lanes that have its others.
 template <int HEADS>
-__device__ __forceinline__ float largest_of_head(const float (&s)[HEADS == 4 ? 4 : 8]) {
-  float top = s[0];
+__device__ __forceinline__ void largest_of_heads(const float (&s)[HEADS], float (&top)[HEADS / 4]) {
 #pragma unroll
-  for (int j = 1; j < (HEADS == 4 ? 4 : 8); ++j) top = fmaxf(top, s[j]);
-  top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-  top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-  if (HEADS == 4) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 16));
-  return top;
+  for (int e = 0; e < HEADS / 4; ++e) {
+    top[e] = fmaxf(fmaxf(s[4 * e], s[4 * e + 1]), fmaxf(s[4 * e + 2], s[4 * e + 3]));
+#pragma unroll
+    for (int step = 4; step <= 16; step *= 2)
+      top[e] = fmaxf(top[e], __shfl_xor_sync(0xffffffffu, top[e], step));
+  }
 }
 
 // The last step may end in tokens that are none.
 template <int HEADS>
-__device__ __forceinline__ void hide_padding(float (&s)[HEADS == 4 ? 4 : 8], int step, int n_tokens,
-                                             int lane) {
-  if ((step + 1) * vecinfer::kStepTokens <= n_tokens) return;
+__device__ __forceinline__ void hide_padding(float (&s)[HEADS], int step, int n_tokens, int lane) {
 #pragma unroll
-  for (int j = 0; j < (HEADS == 4 ? 4 : 8); ++j) {
-    const int in_step = HEADS == 4 ? 16 * (lane >> 4) + j : j + (j < 4 ? 0 : 12);
-    if (step * vecinfer::kStepTokens + 4 * (lane & 3) + in_step >= n_tokens) s[j] = -INFINITY;
+  for (int n = 0; n < HEADS; ++n) {
+    const int in_step = vecinfer::key_token(n / 2 % 2, lane >> 2, n % 2);
+    if (step * vecinfer::kStepTokens + in_step >= n_tokens) s[n] = -INFINITY;
   }
 }
 
 // The steps of a pair that fall to this warp -> its partial result in `space`.
+//
+// A turn multiplies the values of one step and the keys of the next, so that the look-ups of the
+// latter fill the time that the exponentials take, and the other way round.
 template <class S>
 __device__ __forceinline__ void attend_steps(const DecodeParams& p, const Pair& pair,
-                                             Walk<S::KC, S::VC>& walk, int n_tokens,
-                                             const char* tables,
+                                             Walk<S::KC, S::VC, S::WARPS, S::DEPTH>& walk,
+                                             int n_tokens, const char* tables,
                                              const MergeSpace<S::HEADS, S::WARPS>& space) {
-  constexpr int HEADS = S::HEADS, kScores = HEADS == 4 ? 4 : 8;
+  constexpr int HEADS = S::HEADS, kMine = HEADS / 4;  // heads of a lane
   constexpr bool kHalfV = S::kValue != kInt8;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first_head = kMine * (lane & 3);
   const Tables<S::kByLane> key_tables(tables, lane, lane & 3);
-  const Tables<S::kByLane> value_tables(tables + S::kValueTable, lane, g);
+  const Tables<S::kByLane> value_tables(tables + S::kValueTable, lane, lane >> 2);
   Query<S::kKey, HEADS, S::KC> query;
   query.load(p.workspace + p.query_at + static_cast<int64_t>(pair.index) * 16 * p.query_row_bytes,
              p.query_row_bytes, lane);
-  const float scale = __ldcg(reinterpret_cast<const float*>(p.workspace + p.query_scale_at) +
-                             pair.index * 8 + (HEADS == 4 ? g & 3 : g));
   using Sums = Output<S::kValue, HEADS, S::VC>;
   Sums output;
   output.clear();
+  Scores<S::kKey, HEADS> scores;
+  float s[HEADS], scale[kMine], top[kMine];
   // probability = 2^(score + offset), offset = bits - reference. All warps begin with one
   // reference, the largest score of their first steps and a margin, so that few must ever raise it.
-  if (walk.step < walk.end) {
-    float s[kScores];
-    step_scores<S::kKey, HEADS, S::KC>(walk.k, key_tables, query, lane, s);
-    hide_padding<HEADS>(s, walk.step, n_tokens, lane);
-    const float top = largest_of_head<HEADS>(s);
-    if ((lane & 3) == 0 && g < HEADS) space.maximum[warp * HEADS + g] = top * scale;
-  } else if ((lane & 3) == 0 && g < HEADS) {
-    space.maximum[warp * HEADS + g] = kNothing;
-  }
-  __syncthreads();
-  float reference = kNothing;
+  //
+  // Also a warp without steps computes here, on whatever its registers hold: so what the loop uses
+  // of the loads above has been used on every way to it, and the loop does not wait for them.
+  float offset[kMine];
 #pragma unroll
-  for (int w = 0; w < S::WARPS; ++w) {
-    reference = fmaxf(reference, space.maximum[w * HEADS + (HEADS == 4 ? g & 3 : g)]);
+  for (int e = 0; e < kMine; ++e) {
+    scale[e] = __ldcg(reinterpret_cast<const float*>(p.workspace + p.query_scale_at) +
+                      pair.index * 8 + first_head + e);
+  }
+  scores.make(walk.k[0], key_tables, query);
+  walk.load_keys(0, walk.step + S::DEPTH * S::WARPS, lane);
+  scores.join(s);
+  if (walk.step >= n_tokens / vecinfer::kStepTokens)
+    hide_padding<HEADS>(s, walk.step, n_tokens, lane);
+#pragma unroll
+  for (int x = 0; x < HEADS; ++x) s[x] *= scale[x / 4];
+  largest_of_heads<HEADS>(s, top);
+  if (lane < 4) {
+#pragma unroll
+    for (int e = 0; e < kMine; ++e)
+      space.maximum[warp * HEADS + first_head + e] = walk.step < walk.end ? top[e] : kNothing;
   }
   __syncthreads();
-  if (!kHalfV) reference = ceilf(reference) + kMarginBits;
-  float offset = Sums::kProbabilityBits - reference;
-  int guard = walk.step + 1024 * S::WARPS;
+#pragma unroll
+  for (int e = 0; e < kMine; ++e) {
+    float reference = kNothing;
+#pragma unroll
+    for (int w = 0; w < S::WARPS; ++w)
+      reference = fmaxf(reference, space.maximum[w * HEADS + first_head + e]);
+    if (!kHalfV) reference = ceilf(reference) + kMarginBits;
+    offset[e] = Sums::kProbabilityBits - reference;
+  }
+  __syncthreads();
+  // Steps from here on need a look: the last ones' padding; and integers of a column, which grow by
+  // at most 255 * 127 * 32 a step, may have passed 2^30 after 1024 steps.
+  int guard = walk.step + (kHalfV ? 1 << 30 : 1024 * S::WARPS);
+  const int n_full = n_tokens / vecinfer::kStepTokens;
 #pragma unroll 1
   while (walk.step < walk.end) {
-    const int step = walk.step;
-    walk.step += S::WARPS;
-    uint32_t k[2 * S::KC];
 #pragma unroll
-    for (int i = 0; i < 2 * S::KC; ++i) k[i] = walk.k[i];
-    if constexpr (S::kEarly) walk.load_keys(lane);
-    float s[kScores];
-    step_scores<S::kKey, HEADS, S::KC>(k, key_tables, query, lane, s);
-    if constexpr (!S::kEarly) walk.load_keys(lane);
-    hide_padding<HEADS>(s, step, n_tokens, lane);
-    // Exponents relative to the reference, which is at least about as large as any score so far.
-    float exponent[kScores], top;
+    for (int n = 0; n < S::DEPTH; ++n) {
+      if (n > 0 && walk.step >= walk.end) break;
+      const int step = walk.step;
+      walk.step += S::WARPS;
+      scores.join(s);
+      // Exponents relative to the reference, which is at least about as large as any score so far.
+      float exponent[HEADS];
 #pragma unroll
-    for (int j = 0; j < kScores; ++j) exponent[j] = fmaf(s[j], scale, offset);
-    top = exponent[0];
+      for (int x = 0; x < HEADS; ++x) exponent[x] = fmaf(s[x], scale[x / 4], offset[x / 4]);
+      const auto too_large = [&] {
+        float largest = exponent[0];
 #pragma unroll
-    for (int j = 1; j < kScores; ++j) top = fmaxf(top, exponent[j]);
-    bool raise = top > Sums::kProbabilityBits + Sums::kHeadroom;
-    if constexpr (!kHalfV) {
-      // The integers of a column grow by at most 255 * 127 * 32 a step: look every 1024 steps
-      // whether they have passed 2^30, and if so halve them by raising the reference.
-      raise |= step >= guard;
-    }
-    if (__any_sync(0xffffffffu, raise)) {
-      top = largest_of_head<HEADS>(s) * scale;
-      reference = Sums::kProbabilityBits - offset;
-      float risen = reference;
-      if (top > reference) risen = kHalfV ? top : ceilf(top) + kMarginBits;
-      if constexpr (!kHalfV) {
-        if (step >= guard) {
-          guard = step + 1024 * S::WARPS;
-          if (output.large()) risen = fmaxf(risen, reference + 1.0f);
+        for (int x = 1; x < HEADS; ++x) largest = fmaxf(largest, exponent[x]);
+        return largest > Sums::kProbabilityBits + Sums::kHeadroom;
+      };
+      if (__any_sync(0xffffffffu, too_large() || step >= min(guard, n_full))) {
+        hide_padding<HEADS>(s, step, n_tokens, lane);
+        const auto again = [&] {
+#pragma unroll
+          for (int x = 0; x < HEADS; ++x) exponent[x] = fmaf(s[x], scale[x / 4], offset[x / 4]);
+        };
+        again();
+        bool halve = false;
+        if constexpr (!kHalfV) {
+          if (step >= guard) {
+            guard = step + 1024 * S::WARPS;
+            halve = output.large();
+          }
+        }
+        if (__any_sync(0xffffffffu, too_large() || halve)) {
+          largest_of_heads<HEADS>(s, top);
+          float delta[kMine];
+#pragma unroll
+          for (int e = 0; e < kMine; ++e) {
+            const float reference = Sums::kProbabilityBits - offset[e], score = top[e] * scale[e];
+            float risen = reference;
+            if (score > reference) risen = kHalfV ? score : ceilf(score) + kMarginBits;
+            if (halve) risen = fmaxf(risen, reference + 1.0f);
+            delta[e] = risen - reference;
+            offset[e] = Sums::kProbabilityBits - risen;
+          }
+          output.lower(delta);
+          again();
         }
       }
-      output.lower(risen - reference, lane);
-      offset = Sums::kProbabilityBits - risen;
+      float probability[HEADS];
 #pragma unroll
-      for (int j = 0; j < kScores; ++j) exponent[j] = fmaf(s[j], scale, offset);
+      for (int x = 0; x < HEADS; ++x) probability[x] = exp2_fast(exponent[x]);
+      uint32_t b[2][2];
+      output.pack(probability, b);
+      output.step(walk.v[n], value_tables, b);
+      walk.load_values(n, step + S::DEPTH * S::WARPS, lane);
+      // After the last step these are scores of codes left in the registers, and nobody's.
+      constexpr int kLast = S::DEPTH - 1;
+      scores.make(walk.k[kLast - n], key_tables, query);
+      walk.load_keys(kLast - n, walk.step + S::DEPTH * S::WARPS, lane);
     }
-    float probability[kScores];
-#pragma unroll
-    for (int j = 0; j < kScores; ++j) probability[j] = exp2_fast(exponent[j]);
-    uint32_t b[2][2];
-    output.pack(probability, lane, b);
-    uint32_t v[2 * S::VC];
-#pragma unroll
-    for (int i = 0; i < 2 * S::VC; ++i) v[i] = walk.v[i];
-    if constexpr (S::kEarly) walk.load_values(lane);
-    output.step(v, value_tables, b);
-    if constexpr (!S::kEarly) walk.load_values(lane);
   }
   if (p.merge_over_tables) __syncthreads();  // others still look up
   output.write(space.warps + warp * HEADS * p.head_dim, space.sum + warp * HEADS, p.head_dim, lane);
-  if ((lane & 3) == 0 && g < HEADS) {
-    space.maximum[warp * HEADS + g] = Sums::kProbabilityBits - offset;
+  if (lane < 4) {
+#pragma unroll
+    for (int e = 0; e < kMine; ++e)
+      space.maximum[warp * HEADS + first_head + e] = Sums::kProbabilityBits - offset[e];
   }
 }
 
@@ -246,22 +303,27 @@ struct Cut {
   __device__ __forceinline__ void make(const DecodeParams& p) {
     const int lane = threadIdx.x & 31, heads = p.n_kv_heads * p.n_groups;
     if (threadIdx.x < 32) {
-      int longest = 0;
+      int longest = 0, shortest = 0x7fffffff;
 #pragma unroll 1
       for (int b = lane; b < p.batch; b += 32) {
-        units[b] = (p.n_packed[b] + 63) / 64 + exact_units(p.n_exact == nullptr ? 0 : p.n_exact[b]);
+        units[b] = (p.n_packed[b] + 63) / 64;
         longest = max(longest, units[b]);
+        shortest = min(shortest, units[b]);
       }
       longest = __reduce_max_sync(0xffffffffu, longest);
+      shortest = __reduce_min_sync(0xffffffffu, shortest);
       __syncwarp();
       // A lane tries one T: the longest sequence in 1 .. all items of a wave.
-      const int most = max(p.n_ctas / heads, 1), even = max(p.n_ctas / (heads * p.batch), 1);
-      const int pieces = lane == 31 ? even : max(divide_up((lane + 1) * most, 31), 1);
+      const int pieces =
+          lane == 31 ? p.even_pieces : max(divide_up((lane + 1) * p.most_pieces, 31), 1);
       const int t = max(divide_up(longest, pieces), kLeastUnits);
       const float inverse = 1.0f / static_cast<float>(t);
-      int count = 0;
+      int count = p.batch * pieces_of(longest, inverse);
+      if (shortest < longest) {
+        count = 0;
 #pragma unroll 1
-      for (int b = 0; b < p.batch; ++b) count += pieces_of(units[b], inverse);
+        for (int b = 0; b < p.batch; ++b) count += pieces_of(units[b], inverse);
+      }
       const int total = count * heads;
       int cost = divide_up(total, p.n_ctas) * (t + kItemUnits);
       if (total > max_items(p.n_pairs, p.n_ctas)) cost = 0x7fffffff;
@@ -313,6 +375,14 @@ __global__ void __launch_bounds__(32 * S::WARPS, 1)
   // The combination may set out; it waits for the end of this kernel itself.
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+  // The first item's tables are fetched while the plan is made: which head it is of is known.
+  TableRow<S> tables;
+  const int first_kv_head =
+      divide_into(p.n_kv_heads * p.n_groups, blockIdx.x, gridDim.x) / p.n_groups;
+  if (p.keys.n_sequences == 1 && p.values.n_sequences == 1) {
+    tables.fetch(p.keys.entries + first_kv_head * p.keys.entries_stride,
+                 p.values.entries + first_kv_head * p.values.entries_stride);
+  }
   cut.make(p);
   const int n_items = cut.per_head * p.n_kv_heads * p.n_groups;
   int loaded_head = -1, loaded_sequence = -1;
@@ -335,22 +405,9 @@ __global__ void __launch_bounds__(32 * S::WARPS, 1)
     const int n_parts = cut.items[b + 1] - cut.items[b], part_index = at - cut.items[b];
     const int units = cut.units[b];
     const int u0 = units * part_index / n_parts, u1 = units * (part_index + 1) / n_parts;
-    Pair pair;
-    pair.index = head_group * p.batch + b;
-    pair.sequence = b;
-    pair.kv_head = head_group / p.n_groups;
-    const int in_group = head_group % p.n_groups * p.heads_per_group;
-    pair.first_head = pair.kv_head * p.group + in_group;
-    pair.n_heads = min(p.heads_per_group, p.group - in_group);
-
+    const Pair pair = pair_of(p, head_group, b);
     const int n_tokens = p.n_packed[b];
-    const int n_blocks = (n_tokens + 63) / 64, n_exact = p.n_exact == nullptr ? 0 : p.n_exact[b];
     const int64_t size = partial_floats(HEADS, p.head_dim);
-    float* const exact_partial =
-        reinterpret_cast<float*>(p.workspace + p.exact_at) + pair.index * size;
-    if (part_index == 0 && n_exact > 0)
-      attend_exact<HEADS, S::DIM>(p, pair, n_exact, is_first, space, exact_partial);
-
     if (part_index == 0 && p.values.matrix != nullptr) {
       // The combination at the end will read the matrix: into the second-level cache with it.
       const char* matrix = reinterpret_cast<const char*>(
@@ -360,19 +417,21 @@ __global__ void __launch_bounds__(32 * S::WARPS, 1)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(matrix + at_byte));
       }
     }
-    const int exact = units - n_blocks;
-    Walk<S::KC, S::VC> walk;
-    walk.begin(p, pair, 2 * max(u0 - exact, 0), min(2 * max(u1 - exact, 0), (n_tokens + 31) / 32));
+    Walk<S::KC, S::VC, S::WARPS, S::DEPTH> walk;
+    walk.begin(p, pair, 2 * u0, min(2 * u1, (n_tokens + 31) / 32));
     const int sequence_k = p.keys.n_sequences == 1 ? 0 : b,
               sequence_v = p.values.n_sequences == 1 ? 0 : b;
     if (pair.kv_head != loaded_head || max(sequence_k, sequence_v) != loaded_sequence ||
         p.merge_over_tables) {
       loaded_head = pair.kv_head;
       loaded_sequence = max(sequence_k, sequence_v);
-      load_tables<S>(
-          p.keys.entries + (sequence_k * p.n_kv_heads + loaded_head) * p.keys.entries_stride,
-          p.values.entries + (sequence_v * p.n_kv_heads + loaded_head) * p.values.entries_stride,
-          shared);
+      const uint8_t* key_entries =
+          p.keys.entries + (sequence_k * p.n_kv_heads + loaded_head) * p.keys.entries_stride;
+      const uint8_t* value_entries =
+          p.values.entries + (sequence_v * p.n_kv_heads + loaded_head) * p.values.entries_stride;
+      if (!is_first || p.keys.n_sequences != 1 || p.values.n_sequences != 1)
+        tables.fetch(key_entries, value_entries);
+      tables.store(key_entries, value_entries, shared);
       __syncthreads();
     }
     if (is_first) {

@@ -3,7 +3,7 @@
 //
 // Operands come straight from the 16-bit rows by 16-byte loads; which dimension stands at which
 // place of the inner product is free, so a lane takes 8 neighbouring ones. Always 8 query heads,
-// rows g their high terms and rows g + 8 their low ones, as prepared by the query kernel.
+// rows g their high terms and rows g + 8 their low ones.
 #pragma once
 
 #include "src/attention/cuda_parts.cuh"
@@ -47,59 +47,88 @@ __device__ __forceinline__ uint4 load_dims(const uint16_t* row, int d, int head_
   return __ldg(reinterpret_cast<const uint4*>(row + d));
 }
 
+// Rows of 16 tokens from `first` on set out for the second-level cache.
+__device__ __forceinline__ void prefetch_rows(const uint16_t* rows, int64_t stride, int first,
+                                              int n_tokens, int head_dim, int lane) {
+  const int token = first + (lane & 15);
+  if (token >= n_tokens) return;
+  for (int d = 64 * (lane >> 4); d < head_dim; d += 128)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(rows + token * stride + d));
+}
+
+// A lane's part of the queries as operand A: high and low terms of 8 dimensions of every 32.
+template <bool kBf16, int PIECES>
+struct ExactQuery {
+  uint32_t high[PIECES][4], low[PIECES][4];
+
+  // x: the head's query in shared memory, or null for a head that is none. Returns what a unit
+  // stands for: a power of two that brings the largest to [1, 2).
+  __device__ __forceinline__ float load(const float* x, int head_dim, int i) {
+    float row[PIECES][8], top = 0.0f;
+#pragma unroll
+    for (int q = 0; q < PIECES; ++q) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const int d = 32 * q + 8 * i + k;
+        row[q][k] = x != nullptr && d < head_dim ? x[d] : 0.0f;
+        top = fmaxf(top, fabsf(row[q][k]));
+      }
+    }
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    const int exponent = exponent_of(top);
+    const float inverse = power_of_two(-exponent);
+#pragma unroll
+    for (int q = 0; q < PIECES; ++q) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float a = row[q][2 * k] * inverse, b = row[q][2 * k + 1] * inverse;
+        high[q][k] = pack_16<kBf16>(a, b);
+        const float2 taken = unpack_16<kBf16>(high[q][k]);
+        low[q][k] = pack_16<kBf16>(a - taken.x, b - taken.y);
+      }
+    }
+    return power_of_two(exponent);
+  }
+};
+
+// x: the queries [heads][stride] in shared memory. All warps; what they find lies in `space`.
 template <bool kBf16, int HEADS, int DIM, int WARPS>
-__device__ __forceinline__ void attend_exact_as(const DecodeParams& p, const Pair& pair,
-                                                int n_tokens, bool wait,
-                                                const MergeSpace<HEADS, WARPS>& space) {
+__device__ __forceinline__ void attend_exact(const DecodeParams& p, const Pair& pair, int n_tokens,
+                                             const float* x, int stride,
+                                             const MergeSpace<HEADS, WARPS>& space) {
   constexpr int kKeyPieces = DIM / 32, kValuePieces = (DIM + 63) / 64;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, i = lane & 3;
+  const int64_t key_stride = p.exact_keys.token_stride, value_stride = p.exact_values.token_stride;
   const uint16_t* keys = p.exact_keys.data + pair.sequence * p.exact_keys.batch_stride +
                          pair.kv_head * p.exact_keys.head_stride;
   const uint16_t* values = p.exact_values.data + pair.sequence * p.exact_values.batch_stride +
                            pair.kv_head * p.exact_values.head_stride;
-  // [2 terms][8 heads][DIM], then 8 scales.
-  const uint8_t* prepared =
-      p.workspace + p.exact_query_at + static_cast<int64_t>(pair.index) * (32 * DIM + 32);
+  prefetch_rows(keys, key_stride, 16 * warp, n_tokens, p.head_dim, lane);
+  prefetch_rows(values, value_stride, 16 * warp, n_tokens, p.head_dim, lane);
+  __syncthreads();  // the queries are there
+  ExactQuery<kBf16, kKeyPieces> query;
+  const float scale =
+      p.scale * kLog2e * query.load(g < pair.n_heads ? x + g * stride : nullptr, p.head_dim, i);
   float acc[kValuePieces][4][4] = {};
   float top = kNothing, sum = 0.0f;
 #pragma unroll 1
   for (int first = 16 * warp; first < n_tokens; first += 16 * WARPS) {
-    uint4 k[2][kKeyPieces], v[kValuePieces][4];
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      const int token = min(first + 8 * tile + g, n_tokens - 1);
-#pragma unroll
-      for (int q = 0; q < kKeyPieces; ++q) {
-        k[tile][q] =
-            load_dims(keys + token * p.exact_keys.token_stride, 32 * q + 8 * i, p.head_dim);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int token = min(first + 2 * i + (j & 1) + 8 * (j >> 1), n_tokens - 1);
-#pragma unroll
-      for (int q = 0; q < kValuePieces; ++q) {
-        v[q][j] =
-            load_dims(values + token * p.exact_values.token_stride, 64 * q + 8 * g, p.head_dim);
-      }
-    }
-    // The tokens are under way while the kernel ahead still prepares the queries.
-    if (wait) wait_for_queries();
-    wait = false;
-    const float scale = __ldcg(reinterpret_cast<const float*>(prepared + 32 * DIM) + g);
     float c[2][4] = {};
 #pragma unroll
-    for (int q = 0; q < kKeyPieces; ++q) {
-      const uint4 high =
-          __ldcg(reinterpret_cast<const uint4*>(prepared + 2 * (g * DIM + 32 * q + 8 * i)));
-      const uint4 low =
-          __ldcg(reinterpret_cast<const uint4*>(prepared + 2 * ((8 + g) * DIM + 32 * q + 8 * i)));
+    for (int tile = 0; tile < 2; ++tile) {
+      const uint16_t* row = keys + min(first + 8 * tile + g, n_tokens - 1) * key_stride;
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        mma_16<kBf16>(c[tile], high.x, low.x, high.y, low.y, k[tile][q].x, k[tile][q].y);
-        mma_16<kBf16>(c[tile], high.z, low.z, high.w, low.w, k[tile][q].z, k[tile][q].w);
+      for (int q = 0; q < kKeyPieces; ++q) {
+        const uint4 k = load_dims(row, 32 * q + 8 * i, p.head_dim);
+        const uint32_t(&high)[4] = query.high[q];
+        const uint32_t(&low)[4] = query.low[q];
+        mma_16<kBf16>(c[tile], high[0], low[0], high[1], low[1], k.x, k.y);
+        mma_16<kBf16>(c[tile], high[2], low[2], high[3], low[3], k.z, k.w);
       }
     }
+    prefetch_rows(keys, key_stride, first + 16 * WARPS, n_tokens, p.head_dim, lane);
+    prefetch_rows(values, value_stride, first + 16 * WARPS, n_tokens, p.head_dim, lane);
     float s[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -123,23 +152,29 @@ __device__ __forceinline__ void attend_exact_as(const DecodeParams& p, const Pai
     // Columns of the output are heads 2i, 2i + 1.
     const float keep0 = __shfl_sync(0xffffffffu, keep, 8 * i),
                 keep1 = __shfl_sync(0xffffffffu, keep, 8 * i + 4);
-    uint32_t b[2] = {pack_16<kBf16>(probability[0], probability[1]),
-                     pack_16<kBf16>(probability[2], probability[3])};
+    const uint32_t b[2] = {pack_16<kBf16>(probability[0], probability[1]),
+                           pack_16<kBf16>(probability[2], probability[3])};
     uint32_t rest[2] = {0, 0};
     if constexpr (kBf16) {
       // bf16 has 8 bits: a second term carries the rest.
-      const float2 x = unpack_16<kBf16>(b[0]), y = unpack_16<kBf16>(b[1]);
-      rest[0] = pack_16<kBf16>(probability[0] - x.x, probability[1] - x.y);
-      rest[1] = pack_16<kBf16>(probability[2] - y.x, probability[3] - y.y);
+      const float2 y = unpack_16<kBf16>(b[0]), z = unpack_16<kBf16>(b[1]);
+      rest[0] = pack_16<kBf16>(probability[0] - y.x, probability[1] - y.y);
+      rest[1] = pack_16<kBf16>(probability[2] - z.x, probability[3] - z.y);
     }
 #pragma unroll
     for (int q = 0; q < kValuePieces; ++q) {
+      uint4 v[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int token = min(first + 2 * i + (j & 1) + 8 * (j >> 1), n_tokens - 1);
+        v[j] = load_dims(values + token * value_stride, 64 * q + 8 * g, p.head_dim);
+      }
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         uint32_t e[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          e[j] = w == 0 ? v[q][j].x : w == 1 ? v[q][j].y : w == 2 ? v[q][j].z : v[q][j].w;
+          e[j] = w == 0 ? v[j].x : w == 1 ? v[j].y : w == 2 ? v[j].z : v[j].w;
         float(&to)[4] = acc[q][w];
         to[0] *= keep0;
         to[1] *= keep1;
@@ -170,18 +205,6 @@ __device__ __forceinline__ void attend_exact_as(const DecodeParams& p, const Pai
     space.maximum[warp * HEADS + g] = top;
     space.sum[warp * HEADS + g] = sum;
   }
-}
-
-template <int HEADS, int DIM, int WARPS>
-__device__ __forceinline__ void attend_exact(const DecodeParams& p, const Pair& pair, int n_tokens,
-                                             bool wait, const MergeSpace<HEADS, WARPS>& space,
-                                             float* to) {
-  if (p.exact_bf16) {
-    attend_exact_as<true, HEADS, DIM, WARPS>(p, pair, n_tokens, wait, space);
-  } else {
-    attend_exact_as<false, HEADS, DIM, WARPS>(p, pair, n_tokens, wait, space);
-  }
-  merge_warps(space, p.head_dim, 1.0f, to);
 }
 
 }  // namespace veloxquant::attention::cuda

@@ -1,12 +1,14 @@
 // One step, 32 tokens: codes -> scores, probabilities -> output, on tensor cores.
 //
-// A lane's registers (g = lane / 4, i = lane % 4), HEADS query heads padded to 4 or 8:
-//   scores s[j]   HEADS 8: head g, token 4i + j (j < 4) and 16 + 4i + j - 4
-//                 HEADS 4: head g % 4, token 16 (g / 4) + 4i + j: no lane computes an exponential
-//                 twice
-//   output        rows: dimensions of sub-vector 8r + g, columns 2i, 2i + 1
-// The product of scores (queries x dimensions . dimensions x tokens) leaves them in the very lanes
-// that hold them as operand of the second (dimensions x tokens . tokens x heads): no shuffles.
+// A lane (g = lane / 4, i = lane % 4) has, of HEADS query heads padded to 4 or 8:
+//   scores, probabilities   of tokens 16 t + 2g + u, number 2t + u (u: rows g and g + 8 of tile t);
+//                           HEADS 4: head i, HEADS 8: heads 2i + e, number 4e + 2t + u
+//   output                  rows: dimensions of sub-vector 8r + g, columns 2i, 2i + 1
+// The columns of both products are the same: HEADS 4: column 2 head + term, where a query and a
+// probability are a high and a low term; HEADS 8: a head a column, one product for each term. So
+// the terms of a sum meet in a lane, and what is known of a head (scale, reference) stays where it
+// is. Between the products 8 x 8 transpositions bring the tokens from rows to where operand B has
+// them.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -47,8 +49,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 
 // Tables of one head in shared memory. by_lane: rows of 256 bytes, one a code, the keys' entry of
-// each lane and then the values'; a lane's entries so lie in its own bank, and one byte permutation
-// makes the address, code << 8 | lane's place. by_subvector: [m][code].
+// each lane and then the values'; a lane's entries so lie in its own bank, and one dot
+// product makes the address, 256 code + lane's place. by_subvector: [m][code].
 template <bool kByLane>
 struct Tables {
   const char* base;
@@ -62,7 +64,11 @@ struct Tables {
   template <int kByte>
   __device__ __forceinline__ uint32_t look(uint32_t codes, int subvector) const {
     if constexpr (kByLane) {
-      const uint32_t offset = __byte_perm(codes, lane_bytes, 0x7604 | (kByte << 4));
+      // Not a byte permutation: those, of which the values' transpositions are made, have another
+      // pipe, and each does an instruction in two cycles.
+      constexpr uint32_t kWeight = kByte % 2 == 0 ? 256u : 256u << 16;
+      const uint32_t offset =
+          kByte < 2 ? __dp2a_lo(kWeight, codes, lane_bytes) : __dp2a_hi(kWeight, codes, lane_bytes);
       return *reinterpret_cast<const uint32_t*>(base + offset);
     } else {
       // 4 * code + lane's table, in one dot product of bytes.
@@ -72,105 +78,85 @@ struct Tables {
   }
 };
 
-// Operand A of the scores: the queries, as a high and a low term, 16 bits or more together.
-//
-// HEADS 8: rows g: high terms of the heads, rows g + 8: low terms. HEADS 4: the high terms are rows
-// 0..3 and the low ones rows 4..7, or these plus 8; a product takes the former for tokens of half 0
-// and the latter for half 1, the other rows being zero: half the registers, and no score is
-// computed twice.
+// Operand B of the scores: the queries, as a high and a low term, 16 bits or more together.
 template <Kind kKind, int HEADS, int CHUNKS>
 struct Query {
-  static constexpr bool kPacked = HEADS == 4;
-  static constexpr int kRegisters = kPacked ? 2 : 4;
-  uint32_t a[CHUNKS][kRegisters];
+  static constexpr int kTerms = HEADS == 8 ? 2 : 1;
+  uint32_t b[kTerms][CHUNKS][2];
 
   // rows: [2 terms][8 heads][row_bytes]
   __device__ __forceinline__ void load(const uint8_t* rows, int row_bytes, int lane) {
     const int g = lane >> 2, i = lane & 3;
 #pragma unroll
-    for (int c = 0; c < CHUNKS; ++c) {
+    for (int t = 0; t < kTerms; ++t) {
+      const int term = HEADS == 4 ? g & 1 : t, head = HEADS == 4 ? g >> 1 : g;
+      const uint8_t* row = rows + (term * 8 + head) * row_bytes + i * 4;
 #pragma unroll
-      for (int k = 0; k < kRegisters; ++k) {
-        const int term = kPacked ? g >> 2 : k & 1, head = HEADS == 4 ? g & 3 : g,
-                  second = kPacked ? k : k >> 1;
-        a[c][k] = __ldcg(reinterpret_cast<const unsigned int*>(
-            rows + (term * 8 + head) * row_bytes + c * 32 + second * 16 + i * 4));
+      for (int c = 0; c < CHUNKS; ++c) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+          b[t][c][k] = __ldcg(reinterpret_cast<const unsigned int*>(row + c * 32 + k * 16));
       }
-    }
-  }
-
-  // The product for tokens of tile `tile`.
-  template <class Element>
-  __device__ __forceinline__ void multiply(Element (&c)[4], int product, int tile, uint32_t b0,
-                                           uint32_t b1) const {
-    const uint32_t(&r)[kRegisters] = a[product];
-    if constexpr (!kPacked) {
-      one(c, r[0], r[1], r[2], r[3], b0, b1);
-    } else if (tile & 1) {
-      one(c, 0, r[0], 0, r[1], b0, b1);
-    } else {
-      one(c, r[0], 0, r[1], 0, b0, b1);
-    }
-  }
-
- private:
-  template <class Element>
-  __device__ __forceinline__ static void one(Element (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                             uint32_t a3, uint32_t b0, uint32_t b1) {
-    if constexpr (kKind == kInt8) {
-      mma_s8(c, a0, a1, a2, a3, b0, b1);
-    } else {
-      mma_f16(c, a0, a1, a2, a3, b0, b1);
     }
   }
 };
 
-// Scores of one step, in units of the query's scale.
-template <Kind kKind, int HEADS, int CHUNKS, class TableType>
-__device__ __forceinline__ void step_scores(const uint32_t (&words)[2 * CHUNKS],
-                                            const TableType& tables,
-                                            const Query<kKind, HEADS, CHUNKS>& query, int lane,
-                                            float (&s)[HEADS == 4 ? 4 : 8]) {
+// The scores of one step as the products leave them.
+template <Kind kKind, int HEADS>
+struct Scores {
   using Element = std::conditional_t<kKind == kInt8, int, float>;
-  constexpr int kTiles = HEADS == 4 ? 2 : 4;
-  Element c[kTiles][4] = {};
-  // Tiles 0, 2, 1, 3: products that follow each other add into different accumulators.
+  static constexpr int kTerms = HEADS == 8 ? 2 : 1, kCount = HEADS;
+  Element c[kTerms][2][4];
+
+  template <int CHUNKS, class TableType>
+  __device__ __forceinline__ void make(const uint32_t (&words)[2 * CHUNKS], const TableType& tables,
+                                       const Query<kKind, HEADS, CHUNKS>& query) {
 #pragma unroll
-  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+    for (int n = 0; n < kTerms * 8; ++n) c[n / 8][n / 4 % 2][n % 4] = 0;
 #pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const int tile = (t & 1) * 2 + (t >> 1), half_word = tile * CHUNKS + chunk;
-      const uint32_t word = words[half_word / 2];
-      uint32_t e0, e1;
-      if (half_word % 2 == 0) {
-        e0 = tables.template look<0>(word, chunk * 8);
-        e1 = tables.template look<1>(word, chunk * 8 + 4);
-      } else {
-        e0 = tables.template look<2>(word, chunk * 8);
-        e1 = tables.template look<3>(word, chunk * 8 + 4);
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const uint32_t word = words[t * CHUNKS + chunk];
+        const uint32_t a0 = tables.template look<0>(word, chunk * 8),
+                       a1 = tables.template look<1>(word, chunk * 8),
+                       a2 = tables.template look<2>(word, chunk * 8 + 4),
+                       a3 = tables.template look<3>(word, chunk * 8 + 4);
+#pragma unroll
+        for (int term = 0; term < kTerms; ++term) {
+          const uint32_t(&b)[2] = query.b[term][chunk];
+          if constexpr (kKind == kInt8) {
+            mma_s8(c[term][t], a0, a1, a2, a3, b[0], b[1]);
+          } else {
+            mma_f16(c[term][t], a0, a1, a2, a3, b[0], b[1]);
+          }
+        }
       }
-      Element(&to)[4] = c[HEADS == 4 ? tile >> 1 : tile];
-      query.multiply(to, chunk, tile, e0, e1);
     }
   }
+
+  // In units of the query's scale.
+  __device__ __forceinline__ void join(float (&s)[kCount]) const {
 #pragma unroll
-  for (int j = 0; j < (HEADS == 4 ? 4 : 8); ++j) {
-    const int tile = HEADS == 4 ? j >> 1 : (j < 4 ? j >> 1 << 1 : (((j - 4) >> 1) << 1) + 1);
-    Element high = c[tile][j & 1], low = c[tile][2 + (j & 1)];
-    if constexpr (Query<kKind, HEADS, CHUNKS>::kPacked) {
-      // Rows g: a term of half 0, rows g + 8: of half 1. Lanes of the high terms keep half 0.
-      const bool is_high = lane < 16;
-      const Element kept = is_high ? high : low;
-      const Element received = __shfl_xor_sync(0xffffffffu, is_high ? low : high, 16);
-      high = is_high ? kept : received;
-      low = is_high ? received : kept;
-    }
-    if constexpr (kKind == kInt8) {
-      s[j] = __int2float_rn(high * 256 + low);
-    } else {
-      s[j] = high + low;
+    for (int n = 0; n < kCount; ++n) {
+      const int e = n / 4, t = n / 2 % 2, u = n % 2;
+      const Element high = HEADS == 4 ? c[0][t][2 * u] : c[0][t][2 * u + e];
+      const Element low = HEADS == 4 ? c[0][t][2 * u + 1] : c[kTerms - 1][t][2 * u + e];
+      if constexpr (kKind == kInt8) {
+        s[n] = __int2float_rn(high * 256 + low);
+      } else {
+        s[n] = high + low;
+      }
     }
   }
+};
+
+// Element (row, 2 column + half) of an 8 x 8 matrix of 16-bit halves, a lane having those of its
+// row g and columns 2i, 2i + 1 -> the transposed matrix.
+__device__ __forceinline__ uint32_t transpose8(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
 }
 
 // e[token] = 4 dimensions -> e[dimension] = 4 tokens
@@ -185,9 +171,9 @@ __device__ __forceinline__ void transpose4(uint32_t (&e)[4]) {
 
 // The running output of a warp.
 //
-// int8 entries: probabilities are 16-bit integers, 2^kProbabilityBits or less, as two bytes. HEADS
-// 4: columns 0..3 take the high bytes, 4..7 the low ones. HEADS 8: two sets of accumulators. half
-// entries: probabilities in fp16; HEADS 4: columns 0..3 sum tokens of half 0, 4..7 of half 1.
+// int8 entries: probabilities are 16-bit integers, 2^kProbabilityBits or less, as two bytes, the
+// terms. HEADS 4: columns 2 head + term. HEADS 8: two sets of accumulators. half entries:
+// probabilities in fp16, one term; HEADS 4: columns 2 head, the others stay 0.
 template <Kind kKind, int HEADS, int CHUNKS>
 struct Output {
   static constexpr bool kHalf = kKind != kInt8;
@@ -217,53 +203,31 @@ struct Output {
     }
   }
 
-  // Operand B from probabilities p[j], laid out as scores are: b[term][half] for int8,
-  // b[half][0..1] for fp16.
-  __device__ __forceinline__ void pack(const float (&p)[HEADS == 4 ? 4 : 8], int lane,
-                                       uint32_t (&b)[2][2]) const {
+  // Operand B from probabilities: b[term][half] for int8, b[half][0..1] for fp16.
+  __device__ __forceinline__ void pack(const float (&p)[HEADS], uint32_t (&b)[2][2]) const {
     if constexpr (kHalf) {
-      uint32_t h[HEADS == 4 ? 2 : 4];
 #pragma unroll
-      for (int k = 0; k < (HEADS == 4 ? 2 : 4); ++k) {
-        const __half2 pair = __floats2half2_rn(p[2 * k], p[2 * k + 1]);
-        h[k] = *reinterpret_cast<const uint32_t*>(&pair);
-      }
-      if constexpr (HEADS == 4) {
-        const bool low = lane < 16;
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          b[0][k] = low ? h[k] : 0u;
-          b[1][k] = low ? 0u : h[k];
-        }
-      } else {
-        b[0][0] = h[0];
-        b[0][1] = h[1];
-        b[1][0] = h[2];
-        b[1][1] = h[3];
+      for (int n = 0; n < 4; ++n) {
+        const __half2 pair = __floats2half2_rn(p[n], HEADS == 8 ? p[HEADS - 4 + n] : 0.0f);
+        b[n / 2][n % 2] = transpose8(*reinterpret_cast<const uint32_t*>(&pair));
       }
     } else {
-      // Adding 2^23 leaves the rounded integer in the low bits of the float.
-      constexpr int kQuads = HEADS == 4 ? 1 : 2;
-      uint32_t high[kQuads], low[kQuads];
 #pragma unroll
-      for (int k = 0; k < kQuads; ++k) {
-        uint32_t x[4];
+      for (int t = 0; t < 2; ++t) {
+        uint32_t terms[HEADS / 4];  // of head e: high and high, low and low of two tokens
 #pragma unroll
-        for (int j = 0; j < 4; ++j) x[j] = __float_as_uint(p[4 * k + j] + 8388608.0f);
-        const uint32_t y0 = __byte_perm(x[0], x[1], 0x4051), y1 = __byte_perm(x[2], x[3], 0x4051);
-        high[k] = __byte_perm(y0, y1, 0x5410);
-        low[k] = __byte_perm(y0, y1, 0x7632);
-      }
-      if constexpr (HEADS == 4) {
-        const bool first = lane < 16;
-        const uint32_t received = __shfl_xor_sync(0xffffffffu, first ? low[0] : high[0], 16);
-        b[0][0] = first ? high[0] : received;
-        b[0][1] = first ? received : low[0];
-      } else {
-        b[0][0] = high[0];
-        b[0][1] = high[1];
-        b[1][0] = low[0];
-        b[1][1] = low[1];
+        for (int e = 0; e < HEADS / 4; ++e) {
+          // Adding 2^23 leaves the rounded integer in the low bits of the float.
+          const uint32_t x = __float_as_uint(p[4 * e + 2 * t] + 8388608.0f),
+                         y = __float_as_uint(p[4 * e + 2 * t + 1] + 8388608.0f);
+          terms[e] = __byte_perm(x, y, 0x4051);
+        }
+        if constexpr (HEADS == 4) {
+          b[0][t] = transpose8(terms[0]);
+        } else {
+          b[0][t] = transpose8(__byte_perm(terms[0], terms[1], 0x5410));
+          b[1][t] = transpose8(__byte_perm(terms[0], terms[1], 0x7632));
+        }
       }
     }
   }
@@ -283,8 +247,9 @@ struct Output {
                          e1 = tables.template look<1>(word, r * 8);
           const uint32_t e2 = tables.template look<2>(word, r * 8),
                          e3 = tables.template look<3>(word, r * 8);
-          mma_f16(acc[0][r][0], __byte_perm(e0, e1, 0x5410), __byte_perm(e0, e1, 0x7632),
-                  __byte_perm(e2, e3, 0x5410), __byte_perm(e2, e3, 0x7632), b[h][0], b[h][1]);
+          // Register u of operand B has the tokens of number 2h + u.
+          mma_f16(acc[0][r][0], __byte_perm(e0, e2, 0x5410), __byte_perm(e0, e2, 0x7632),
+                  __byte_perm(e1, e3, 0x5410), __byte_perm(e1, e3, 0x7632), b[h][0], b[h][1]);
         }
       }
     } else {
@@ -331,94 +296,88 @@ struct Output {
     return __any_sync(0xffffffffu, top > (1 << 30));
   }
 
-  // The reference of head h rose by delta[h] (its value in the lanes with g = h): scale the sums
-  // down.
-  __device__ __forceinline__ void lower(float delta, int lane) {
-    float d[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int column = 2 * (lane & 3) + e;
-      d[e] = __shfl_sync(0xffffffffu, delta, 4 * (HEADS == 4 ? column & 3 : column));
-    }
+  // The references of the lane's heads rose by delta[e]: scale the sums down.
+  __device__ __forceinline__ void lower(const float (&delta)[HEADS / 4]) {
     if constexpr (kHalf) {
-      const float factor[2] = {exp2_fast(-d[0]), exp2_fast(-d[1])};
+      float factor[HEADS / 4];
+#pragma unroll
+      for (int e = 0; e < HEADS / 4; ++e) factor[e] = exp2_fast(-delta[e]);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        sum[0][k] *= factor[k & 1];
+        const float by = factor[HEADS == 4 ? 0 : k & 1];
+        sum[0][k] *= by;
 #pragma unroll
         for (int r = 0; r < CHUNKS; ++r) {
 #pragma unroll
-          for (int x = 0; x < kRows; ++x) acc[0][r][x][k] *= factor[k & 1];
+          for (int x = 0; x < kRows; ++x) acc[0][r][x][k] *= by;
         }
       }
     } else {
       // Past 22 bits nothing that counts is left of the old sums.
-      int shift[2];
+      int shift[HEADS / 4];
 #pragma unroll
-      for (int e = 0; e < 2; ++e) shift[e] = d[e] > 22.5f ? 31 : __float2int_rn(d[e]);
+      for (int e = 0; e < HEADS / 4; ++e)
+        shift[e] = delta[e] > 22.5f ? 31 : __float2int_rn(delta[e]);
+      shift_all(sum[0], sum[kTerms - 1], shift);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        shift_terms(sum[0][k], sum[kTerms - 1][k], shift[k & 1], lane);
+      for (int r = 0; r < CHUNKS; ++r) {
 #pragma unroll
-        for (int r = 0; r < CHUNKS; ++r) {
-#pragma unroll
-          for (int x = 0; x < kRows; ++x)
-            shift_terms(acc[0][r][x][k], acc[kTerms - 1][r][x][k], shift[k & 1], lane);
-        }
+        for (int x = 0; x < kRows; ++x) shift_all(acc[0][r][x], acc[kTerms - 1][r][x], shift);
       }
     }
   }
 
-  // (256 high + low) >> shift, where the bits that leave the high term go on into the low one.
-  // HEADS 4: both terms are `high`, in lanes of i < 2 and i >= 2.
-  __device__ __forceinline__ static void shift_terms(Element& high, Element& low, int shift,
-                                                     int lane) {
-    if constexpr (!kHalf) {
-      const int rest = shift == 31 ? 0 : (high & ((1 << shift) - 1)) << 8;
-      if constexpr (HEADS == 4) {
-        const int carried = __shfl_xor_sync(0xffffffffu, rest, 2);
-        high = (lane & 2) ? (shift == 31 ? 0 : (high + carried) >> shift) : high >> shift;
-        if (shift == 31) high = 0;
-      } else {
-        low = shift == 31 ? 0 : (low + rest) >> shift;
-        high = shift == 31 ? 0 : high >> shift;
-      }
-    }
-  }
-
-  // One number from a column's terms (this lane's and, for HEADS 4, those of lane ^ 2).
-  __device__ __forceinline__ float joined(Element first, Element second) const {
-    if constexpr (HEADS == 4) {
-      const Element other = __shfl_xor_sync(0xffffffffu, first, 2);
-      return kHalf ? static_cast<float>(first) + static_cast<float>(other)
-                   : 256.0f * static_cast<float>(first) + static_cast<float>(other);
-    } else {
-      return kTerms == 2 ? 256.0f * static_cast<float>(first) + static_cast<float>(second)
-                         : static_cast<float>(first);
-    }
-  }
-
-  // Writes out[head][D] and sums[head], each times `unit`. Entries beyond D (padding) are left out.
+  // Writes out[head][D] and sums[head]. Entries beyond D (padding) are left out.
   __device__ __forceinline__ void write(float* out, float* sums, int head_dim, int lane) const {
     const int g = lane >> 2, i = lane & 3;
-    const bool owner = HEADS == 8 || i < 2;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float s = joined(sum[0][e], sum[kTerms - 1][e]);
-      if (owner && g == 0) sums[2 * i + e] = s;
-    }
+    for (int e = 0; e < HEADS / 4; ++e) {
+      const int head = HEADS / 4 * i + e;
+      if (g == 0) sums[head] = joined(sum[0], sum[kTerms - 1], 0, e);
 #pragma unroll
-    for (int r = 0; r < CHUNKS; ++r) {
+      for (int r = 0; r < CHUNKS; ++r) {
 #pragma unroll
-      for (int x = 0; x < kRows; ++x) {
+        for (int x = 0; x < kRows; ++x) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float value = joined(acc[0][r][x][k], acc[kTerms - 1][r][x][k]);
-          const int d = (r * 8 + g) * 2 * kRows + 2 * x + (k >> 1);
-          if (owner && d < head_dim) out[(2 * i + (k & 1)) * head_dim + d] = value;
+          for (int y = 0; y < 2; ++y) {
+            const int d = (r * 8 + g) * 2 * kRows + 2 * x + y;
+            if (d < head_dim)
+              out[head * head_dim + d] = joined(acc[0][r][x], acc[kTerms - 1][r][x], y, e);
+          }
         }
       }
     }
+  }
+
+ private:
+  // (256 high + low) >> shift, where the bits that leave the high term go on into the low one.
+  __device__ __forceinline__ static void shift_terms(Element& high, Element& low, int shift) {
+    if constexpr (!kHalf) {
+      const int rest = (high & ((1u << shift) - 1)) << 8;
+      low = shift == 31 ? 0 : (low + rest) >> shift;
+      high = shift == 31 ? 0 : high >> shift;
+    }
+  }
+  // first, second: the accumulators of the terms (HEADS 8), or the same ones (HEADS 4).
+  __device__ __forceinline__ static void shift_all(Element (&first)[4], Element (&second)[4],
+                                                   const int (&shift)[HEADS / 4]) {
+#pragma unroll
+    for (int y = 0; y < 2; ++y) {
+      if constexpr (HEADS == 4) {
+        shift_terms(first[2 * y], first[2 * y + 1], shift[0]);
+      } else {
+        shift_terms(first[2 * y], second[2 * y], shift[0]);
+        shift_terms(first[2 * y + 1], second[2 * y + 1], shift[HEADS / 4 - 1]);
+      }
+    }
+  }
+
+  // Row y (of g and g + 8) of the lane's head e as one number.
+  __device__ __forceinline__ static float joined(const Element (&first)[4],
+                                                 const Element (&second)[4], int y, int e) {
+    if constexpr (kHalf) return first[2 * y + e];
+    const Element high = first[2 * y + e], low = HEADS == 4 ? first[2 * y + 1] : second[2 * y + e];
+    return 256.0f * static_cast<float>(high) + static_cast<float>(low);
   }
 };
 

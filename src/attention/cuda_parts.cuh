@@ -35,6 +35,15 @@ __device__ __forceinline__ float2 load_pair(const uint16_t* at, int bf16) {
   return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
 
+// 2^e, e within +-126.
+__device__ __forceinline__ float power_of_two(int e) {
+  return __uint_as_float(static_cast<uint32_t>(e + 127) << 23);
+}
+// e such that x / 2^e is in [1, 2), held within +-100; 0 for 0.
+__device__ __forceinline__ int exponent_of(float x) {
+  return x > 0.0f ? min(max(static_cast<int>(__float_as_uint(x) >> 23) - 127, -100), 100) : 0;
+}
+
 // The kernel ahead, which prepares the queries, has ended and its writes are seen.
 __device__ __forceinline__ void wait_for_queries() {
 #if __CUDA_ARCH__ >= 900
@@ -46,6 +55,17 @@ __device__ __forceinline__ void wait_for_queries() {
 struct Pair {
   int index, sequence, kv_head, first_head, n_heads;
 };
+
+__device__ __forceinline__ Pair pair_of(const DecodeParams& p, int head_group, int sequence) {
+  Pair pair;
+  pair.index = head_group * p.batch + sequence;
+  pair.sequence = sequence;
+  pair.kv_head = head_group / p.n_groups;
+  const int in_group = head_group % p.n_groups * p.heads_per_group;
+  pair.first_head = pair.kv_head * p.group + in_group;
+  pair.n_heads = min(p.heads_per_group, p.group - in_group);
+  return pair;
+}
 
 // Shared memory of the merges. warps: [WARPS][HEADS][D]; maximum and sum: [WARPS][HEADS].
 template <int HEADS, int WARPS>

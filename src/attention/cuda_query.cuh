@@ -1,17 +1,28 @@
-// Queries -> operand rows of the scores: one CTA a pair, before the attention.
+// Before the attention, in one launch: queries -> operand rows of the scores, and the attention on
+// the exact tokens.
 //
 // Rows [2 terms][8 heads][row bytes] in codec coordinates: int8 entries take q as 256 high + low,
-// both int8; half entries as a sum of two fp16. The same in the original coordinates, in the dtype
-// of the exact tokens, for those. The scales undo the normalisation and carry scale * log2(e).
+// both int8; half entries as a sum of two fp16. The scales undo the normalisation and carry scale *
+// log2(e). The first CTAs do this, each for some sequences of one KV head, which share one read of
+// its matrix; then comes a CTA for the exact tokens of each pair, whose partial result the
+// combination takes in.
 #pragma once
 
 #include "src/attention/cuda_exact.cuh"
 
 namespace veloxquant::attention::cuda {
 
-constexpr int kQueryThreads = 512;
+constexpr int kQueryThreads = 256;
 constexpr int kQueryHeads = 4;  // that meet at once in shared memory
 constexpr int kQueryWarps = kQueryThreads / 32;
+constexpr int kQueryStride = kMaxHeadDim + 8;
+
+// Shared memory in floats: queries, then what a CTA of either sort needs.
+constexpr int query_shared_floats(int heads, int dim) {
+  const int transform = heads * kMaxHeadDim + kQueryWarps * kQueryHeads * 128;
+  const int exact = kQueryWarps * heads * (dim + 2);
+  return heads * kQueryStride + (transform > exact ? transform : exact);
+}
 
 __device__ __forceinline__ float warp_largest(float x) {
 #pragma unroll
@@ -27,9 +38,8 @@ __device__ __forceinline__ float split_16(const float* x, int dim, int padded, i
   float top = 0.0f;
   for (int d = lane; d < dim; d += 32) top = fmaxf(top, fabsf(x[d]));
   top = warp_largest(top);
-  // A power of two brings the largest to [1, 2).
-  const int exponent = top > 0.0f ? min(max(ilogbf(top), -100), 100) : 0;
-  const float inverse = scalbnf(1.0f, -exponent);
+  const int exponent = exponent_of(top);
+  const float inverse = power_of_two(-exponent);
   for (int d = 2 * lane; d < padded; d += 64) {
     const float a = d < dim ? x[d] * inverse : 0.0f, b = d + 1 < dim ? x[d + 1] * inverse : 0.0f;
     const uint32_t high = pack_16<kBf16>(a, b);
@@ -37,26 +47,74 @@ __device__ __forceinline__ float split_16(const float* x, int dim, int padded, i
     reinterpret_cast<uint32_t*>(high_row)[d / 2] = high;
     reinterpret_cast<uint32_t*>(low_row)[d / 2] = pack_16<kBf16>(a - taken.x, b - taken.y);
   }
-  return scalbnf(1.0f, exponent);
+  return power_of_two(exponent);
 }
 
+// The queries of a pair -> x[head][kQueryStride]; 0 for heads that are none.
+template <int HEADS>
+__device__ __forceinline__ void load_queries(const DecodeParams& p, const Pair& pair, float* x) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp >= HEADS) return;
+  const int64_t row =
+      (static_cast<int64_t>(pair.sequence) * p.n_q_heads + pair.first_head + warp) * p.head_dim;
+#pragma unroll 4
+  for (int d = lane; d < p.head_dim; d += 32)
+    x[warp * kQueryStride + d] = warp < pair.n_heads ? load_element(p.q, row + d, p.q_type) : 0.0f;
+}
+
+// What came before on the stream is done and its writes are seen; the attention may set out.
+__device__ __forceinline__ void wait_for_stream() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Hadamard with smoothing, or nothing, in shared memory. All threads, between barriers.
+template <int HEADS>
+__device__ __forceinline__ void transform_queries(const DecodeParams& p, int kv_head,
+                                                  const float* x, float* y) {
+  const int D = p.head_dim, t = threadIdx.x;
+  for (int e = t; e < HEADS * D; e += kQueryThreads) {
+    const int h = e / D, d = e - h * D;
+    const float lambda = p.keys.lambda == nullptr ? 1.0f : p.keys.lambda[kv_head * D + d];
+    y[h * kMaxHeadDim + d] = x[h * kQueryStride + d] * lambda;
+  }
+  if (!p.keys.hadamard) return;
+  for (int start = 0; start < D;) {
+    const int block = hadamard_block(D - start);
+    for (int stride = 1; stride < block; stride *= 2) {
+      __syncthreads();
+      for (int e = t; e < HEADS * block / 2; e += kQueryThreads) {
+        const int h = e / (block / 2), k = e % (block / 2);
+        float* low = y + h * kMaxHeadDim + start + 2 * stride * (k / stride) + k % stride;
+        const float a = low[0], c = low[stride];
+        low[0] = a + c;
+        low[stride] = a - c;
+      }
+    }
+    __syncthreads();
+    const float scale = hadamard_scale(block);
+    for (int e = t; e < HEADS * block; e += kQueryThreads)
+      y[e / block * kMaxHeadDim + start + e % block] *= scale;
+    start += block;
+  }
+}
+
+// Sequences first .. last - 1 of a head group.
 template <bool kHalfK, int HEADS>
-__global__ void __launch_bounds__(kQueryThreads, HEADS == 4 ? 2 : 1)
-    query_kernel(const __grid_constant__ DecodeParams p, int key_padded_dim, int key_sub_dim,
-                 int exact_dim) {
-  __shared__ __align__(16) float x[HEADS][kMaxHeadDim];
-  __shared__ __align__(16) float y[HEADS][kMaxHeadDim];
-  __shared__ __align__(16) float partial[kQueryWarps / 2][kQueryHeads][128];
+__device__ __forceinline__ void prepare_queries(const DecodeParams& p, int head_group, int first,
+                                                int last, int key_padded_dim, int key_sub_dim,
+                                                float* shared) {
+  float* const x = shared;                         // [HEADS][kQueryStride]
+  float* const y = x + HEADS * kQueryStride;       // [HEADS][kMaxHeadDim]
+  float* const partial = y + HEADS * kMaxHeadDim;  // [warps][kQueryHeads][128]
   const int D = p.head_dim, t = threadIdx.x, lane = t % 32, warp = t / 32;
-  const int pair = blockIdx.x, b = pair % p.batch, head_group = pair / p.batch;
-  const int kv_head = head_group / p.n_groups,
-            in_group = head_group % p.n_groups * p.heads_per_group;
-  const int first_head = kv_head * p.group + in_group,
-            n_heads = min(p.heads_per_group, p.group - in_group);
-  // A warp: every 16th row of the matrix, a lane four columns; under way while the stream's last
+  const int kv_head = head_group / p.n_groups;
+  // A warp: every 8th row of the matrix, a lane four columns; under way while the stream's last
   // kernel ends.
   const float* matrix = p.keys.matrix + static_cast<int64_t>(kv_head) * D * D;
-  constexpr int kRows = 8;
+  constexpr int kRows = 16;
   float4 rows_ahead[kRows];
   if (p.keys.matrix != nullptr) {
 #pragma unroll
@@ -69,160 +127,139 @@ __global__ void __launch_bounds__(kQueryThreads, HEADS == 4 ? 2 : 1)
       }
     }
   }
-  const float* scales =
-      p.keys.scales +
-      (static_cast<int64_t>(p.keys.n_sequences == 1 ? 0 : b) * p.n_kv_heads + kv_head) *
-          key_padded_dim;
-  float scale_ahead[kMaxHeadDim / 32];
-#pragma unroll
-  for (int k = 0; k < kMaxHeadDim / 32; ++k) {
-    const int d = lane + 32 * k;
-    scale_ahead[k] = d < D ? __ldg(scales + d / key_sub_dim) : 0.0f;
-  }
-#if __CUDA_ARCH__ >= 900
-  // What came before on the stream is done and its writes are seen: only then may the attention
-  // begin.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-  for (int e = t; e < HEADS * D; e += kQueryThreads) {
-    const int h = e / D, d = e % D;
-    const int64_t at = (static_cast<int64_t>(b) * p.n_q_heads + first_head + h) * D + d;
-    x[h][d] = h < n_heads ? load_element(p.q, at, p.q_type) : 0.0f;
-  }
-  __syncthreads();
-  if (p.keys.matrix != nullptr) {
-    for (int start = 0; start < D; start += 128) {
-      const int column = start + 4 * lane;
-      float4 sum[HEADS];
-#pragma unroll
-      for (int h = 0; h < HEADS; ++h) sum[h] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      for (int first = 0; first < D; first += kRows * kQueryWarps) {
-#pragma unroll
-        for (int k = 0; k < kRows; ++k) {
-          const int row = first + warp + k * kQueryWarps;
-          if (row >= D || column >= D) break;
-          float4 m = rows_ahead[k];
-          if (start + first > 0)
-            m = __ldg(
-                reinterpret_cast<const float4*>(matrix + static_cast<int64_t>(row) * D + column));
-#pragma unroll
-          for (int h = 0; h < HEADS; ++h) {
-            const float xi = x[h][row];
-            sum[h].x = fmaf(xi, m.x, sum[h].x);
-            sum[h].y = fmaf(xi, m.y, sum[h].y);
-            sum[h].z = fmaf(xi, m.z, sum[h].z);
-            sum[h].w = fmaf(xi, m.w, sum[h].w);
-          }
-        }
-      }
-      // Sums of the warps, kQueryHeads heads at a time: the upper warps' first, the lower add
-      // theirs.
-#pragma unroll
-      for (int h0 = 0; h0 < HEADS; h0 += kQueryHeads) {
-        if (h0 >= n_heads) break;
-        __syncthreads();
-        if (warp >= kQueryWarps / 2) {
-#pragma unroll
-          for (int h = 0; h < kQueryHeads; ++h) {
-            *reinterpret_cast<float4*>(&partial[warp - kQueryWarps / 2][h][4 * lane]) = sum[h0 + h];
-          }
-        }
-        __syncthreads();
-        if (warp < kQueryWarps / 2) {
-#pragma unroll
-          for (int h = 0; h < kQueryHeads; ++h) {
-            float4* at = reinterpret_cast<float4*>(&partial[warp][h][4 * lane]);
-            const float4 a = *at, c = sum[h0 + h];
-            *at = make_float4(a.x + c.x, a.y + c.y, a.z + c.z, a.w + c.w);
-          }
-        }
-        __syncthreads();
-        const int h = t / 128, d = t % 128;
-        if (start + d < D) {
-          float total = 0.0f;
-#pragma unroll
-          for (int w = 0; w < kQueryWarps / 2; ++w) total += partial[w][h][d];
-          y[h0 + h][start + d] = total;
-        }
-      }
-    }
-  } else {
+  wait_for_stream();
+#pragma unroll 1
+  for (int b = first; b < last; ++b) {
+    const Pair pair = pair_of(p, head_group, b);
     __syncthreads();
-    for (int e = t; e < HEADS * D; e += kQueryThreads) {
-      const float lambda = p.keys.lambda == nullptr ? 1.0f : p.keys.lambda[kv_head * D + e % D];
-      y[e / D][e % D] = x[e / D][e % D] * lambda;
-    }
-    if (p.keys.hadamard) {
-      for (int start = 0; start < D;) {
-        const int block = hadamard_block(D - start);
-        for (int stride = 1; stride < block; stride *= 2) {
-          __syncthreads();
-          for (int e = t; e < HEADS * block / 2; e += kQueryThreads) {
-            const int h = e / (block / 2), k = e % (block / 2);
-            float* low = &y[h][start + 2 * stride * (k / stride) + k % stride];
-            const float a = low[0], c = low[stride];
-            low[0] = a + c;
-            low[stride] = a - c;
+    load_queries<HEADS>(p, pair, x);
+    __syncthreads();
+    if (p.keys.matrix != nullptr) {
+      for (int start = 0; start < D; start += 128) {
+        const int column = start + 4 * lane;
+        float4 sum[HEADS];
+#pragma unroll
+        for (int h = 0; h < HEADS; ++h) sum[h] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (int row0 = 0; row0 < D; row0 += kRows * kQueryWarps) {
+#pragma unroll
+          for (int k = 0; k < kRows; ++k) {
+            const int row = row0 + warp + k * kQueryWarps;
+            if (row >= D || column >= D) break;
+            float4 m = rows_ahead[k];
+            if (start + row0 > 0) {
+              m = __ldg(
+                  reinterpret_cast<const float4*>(matrix + static_cast<int64_t>(row) * D + column));
+            }
+#pragma unroll
+            for (int h = 0; h < HEADS; ++h) {
+              const float xi = x[h * kQueryStride + row];
+              sum[h].x = fmaf(xi, m.x, sum[h].x);
+              sum[h].y = fmaf(xi, m.y, sum[h].y);
+              sum[h].z = fmaf(xi, m.z, sum[h].z);
+              sum[h].w = fmaf(xi, m.w, sum[h].w);
+            }
           }
         }
-        __syncthreads();
-        const float scale = hadamard_scale(block);
-        for (int e = t; e < HEADS * block; e += kQueryThreads)
-          y[e / block][start + e % block] *= scale;
-        start += block;
+        // Sums of the warps, kQueryHeads heads at a time.
+#pragma unroll
+        for (int h0 = 0; h0 < HEADS; h0 += kQueryHeads) {
+          if (h0 >= pair.n_heads) break;
+          __syncthreads();
+#pragma unroll
+          for (int h = 0; h < kQueryHeads; ++h) {
+            reinterpret_cast<float4*>(partial)[(warp * kQueryHeads + h) * 32 + lane] = sum[h0 + h];
+          }
+          __syncthreads();
+#pragma unroll
+          for (int e = t; e < kQueryHeads * 128; e += kQueryThreads) {
+            if (start + e % 128 >= D) continue;
+            float total = 0.0f;
+#pragma unroll
+            for (int w = 0; w < kQueryWarps; ++w) total += partial[w * kQueryHeads * 128 + e];
+            y[(h0 + e / 128) * kMaxHeadDim + start + e % 128] = total;
+          }
+        }
+      }
+    } else {
+      transform_queries<HEADS>(p, kv_head, x, y);
+    }
+    __syncthreads();
+    // A warp a head: fold the scales of the tables in, split into two terms. Missing heads are
+    // zero.
+    const float* row = y + (warp < HEADS ? warp : 0) * kMaxHeadDim;
+    const int dim = warp < pair.n_heads ? D : 0;
+    uint8_t* rows =
+        p.workspace + p.query_at + static_cast<int64_t>(pair.index) * 16 * p.query_row_bytes;
+    uint8_t *high_row = rows + warp * p.query_row_bytes,
+            *low_row = rows + (8 + warp) * p.query_row_bytes;
+    float unit;
+    if constexpr (kHalfK) {
+      unit = split_16<false>(row, dim, p.query_row_bytes / 2, lane, high_row, low_row);
+    } else {
+      const float* scales =
+          p.keys.scales +
+          (static_cast<int64_t>(p.keys.n_sequences == 1 ? 0 : b) * p.n_kv_heads + kv_head) *
+              key_padded_dim;
+      float top = 0.0f, scaled[kMaxHeadDim / 32];
+#pragma unroll
+      for (int k = 0; k < kMaxHeadDim / 32; ++k) {
+        const int d = lane + 32 * k;
+        scaled[k] = d < dim ? row[d] * __ldg(scales + d / key_sub_dim) : 0.0f;
+        top = fmaxf(top, fabsf(scaled[k]));
+      }
+      top = warp_largest(top);
+      constexpr float kLargest = 32639.0f;   // so that the high term is at most 127
+      unit = fmaxf(top / kLargest, 1e-30f);  // never 0: a masked score is -inf times it
+      const float inverse = top > 0.0f ? kLargest / top : 0.0f;
+#pragma unroll
+      for (int k = 0; k < kMaxHeadDim / 32; ++k) {
+        const int d = lane + 32 * k;
+        if (d >= p.query_row_bytes) break;
+        const int value = max(-32639, min(32639, __float2int_rn(scaled[k] * inverse)));
+        const int high = (value + 128) >> 8;
+        high_row[d] = static_cast<uint8_t>(high);
+        low_row[d] = static_cast<uint8_t>(value - 256 * high);
       }
     }
+    if (lane == 0) {
+      reinterpret_cast<float*>(p.workspace + p.query_scale_at)[pair.index * 8 + warp] =
+          unit * p.scale * kLog2e;
+    }
   }
-  __syncthreads();
-  // The upper warps: the query for the exact tokens.
-  if (warp >= 8) {
-    if (p.n_exact == nullptr) return;
-    const int h = warp - 8;
-    uint8_t* rows =
-        p.workspace + p.exact_query_at + static_cast<int64_t>(pair) * (32 * exact_dim + 32);
-    uint8_t *high = rows + 2 * h * exact_dim, *low = rows + 2 * (8 + h) * exact_dim;
-    const float* row = x[h < HEADS ? h : 0];
-    const int dim = h < n_heads ? D : 0;
-    const float unit = p.exact_bf16 ? split_16<true>(row, dim, exact_dim, lane, high, low)
-                                    : split_16<false>(row, dim, exact_dim, lane, high, low);
-    if (lane == 0) reinterpret_cast<float*>(rows + 32 * exact_dim)[h] = unit * p.scale * kLog2e;
+}
+
+// DIM: head_dim, or what it is padded to. Grid: head groups x query_tiles, then pairs if there are
+// exact tokens.
+template <bool kHalfK, int HEADS, int DIM>
+__global__ void __launch_bounds__(kQueryThreads, 2)
+    query_kernel(const __grid_constant__ DecodeParams p, int key_padded_dim, int key_sub_dim) {
+  extern __shared__ __align__(16) float query_shared[];
+  const int tiles = query_tiles(p.batch, p.n_kv_heads * p.n_groups, p.n_ctas);
+  const int exact = static_cast<int>(blockIdx.x) - tiles * p.n_kv_heads * p.n_groups;
+  if (exact < 0) {
+    const int head_group = blockIdx.x / tiles, tile = blockIdx.x - head_group * tiles;
+    prepare_queries<kHalfK, HEADS>(p, head_group, divide_into(p.batch, tile, tiles),
+                                   divide_into(p.batch, tile + 1, tiles), key_padded_dim,
+                                   key_sub_dim, query_shared);
     return;
   }
-  // A warp a head: fold the scales of the tables in, split into two terms. Missing heads are zero.
-  const int h = warp < HEADS ? warp : 0, dim = warp < n_heads ? D : 0;
-  uint8_t* rows = p.workspace + p.query_at + static_cast<int64_t>(pair) * 16 * p.query_row_bytes;
-  uint8_t *high_row = rows + warp * p.query_row_bytes,
-          *low_row = rows + (8 + warp) * p.query_row_bytes;
-  float unit;
-  if constexpr (kHalfK) {
-    unit = split_16<false>(y[h], dim, p.query_row_bytes / 2, lane, high_row, low_row);
+  wait_for_stream();
+  const Pair pair = pair_of(p, exact / p.batch, exact % p.batch);
+  const int n_exact = p.n_exact[pair.sequence];
+  if (n_exact == 0) return;
+  load_queries<HEADS>(p, pair, query_shared);
+  MergeSpace<HEADS, kQueryWarps> space;
+  space.warps = query_shared + HEADS * kQueryStride;
+  space.maximum = space.warps + kQueryWarps * HEADS * DIM;
+  space.sum = space.maximum + kQueryWarps * HEADS;
+  if (p.exact_bf16) {
+    attend_exact<true, HEADS, DIM>(p, pair, n_exact, query_shared, kQueryStride, space);
   } else {
-    float top = 0.0f, scaled[kMaxHeadDim / 32];
-#pragma unroll
-    for (int k = 0; k < kMaxHeadDim / 32; ++k) {
-      const int d = lane + 32 * k;
-      scaled[k] = d < dim ? y[h][d] * scale_ahead[k] : 0.0f;
-      top = fmaxf(top, fabsf(scaled[k]));
-    }
-    top = warp_largest(top);
-    constexpr float kLargest = 32639.0f;   // so that the high term is at most 127
-    unit = fmaxf(top / kLargest, 1e-30f);  // never 0: a masked score is -inf times it
-    const float inverse = top > 0.0f ? kLargest / top : 0.0f;
-#pragma unroll
-    for (int k = 0; k < kMaxHeadDim / 32; ++k) {
-      const int d = lane + 32 * k;
-      if (d >= p.query_row_bytes) break;
-      const int value = max(-32639, min(32639, __float2int_rn(scaled[k] * inverse)));
-      const int high = (value + 128) >> 8;
-      high_row[d] = static_cast<uint8_t>(high);
-      low_row[d] = static_cast<uint8_t>(value - 256 * high);
-    }
+    attend_exact<false, HEADS, DIM>(p, pair, n_exact, query_shared, kQueryStride, space);
   }
-  if (lane == 0) {
-    reinterpret_cast<float*>(p.workspace + p.query_scale_at)[pair * 8 + warp] =
-        unit * p.scale * kLog2e;
-  }
+  merge_warps(space, p.head_dim, 1.0f,
+              reinterpret_cast<float*>(p.workspace + p.exact_at) +
+                  pair.index * partial_floats(HEADS, p.head_dim));
 }
 
 }  // namespace veloxquant::attention::cuda
