@@ -3,9 +3,13 @@
 
 #include "src/attention/attention_fixture.h"
 #include "src/attention/kernel_calls.h"
+#include "src/codecs/qjl/sketch.h"
+#include "src/codecs/turboquant/kernel_calls.h"
 #include "src/codecs/vecinfer/format.h"
 #include "tests/msl/machine.h"
 #include "tests/support/random.h"
+#include "veloxquant/qjl.h"
+#include "veloxquant/rabitq.h"
 
 namespace veloxquant::attention {
 namespace {
@@ -13,15 +17,29 @@ namespace {
 using metal::Type;
 using msl::Input;
 
+// VecInfer's codes of a side.
 struct Codes {
   int sub_dim = 4, n_centroids = 256;
   bool per_head = true;
   TransformKind kind = TransformKind::hadamard;
 };
 
-struct Decode {
-  Case c;
-  Codes keys{}, values{};
+// A side's codec with what the kernels are told and given of it.
+struct MetalSide {
+  CodecPtr codec;
+  CodeFormat format;
+  int transform = 0;
+  test::OwnedCodec owned;             // vecinfer's tables
+  std::vector<float> numbers, moved;  // table of the others; `smooth` and `inverse`
+  std::vector<int64_t> table_shape, moved_shape;
+  qjl::Sketch sketch;  // qjl of more than one block: transform 2
+
+  Input table() const {
+    const bool half = format.kind == TileKind::vecinfer;
+    return Input(half ? Type::float16 : Type::float32, table_shape,
+                 half ? static_cast<const void*>(owned.tables.data()) : numbers.data());
+  }
+  Input move() const { return Input(Type::float32, moved_shape, moved.data()); }
 };
 
 Type type_of(DType dtype) {
@@ -30,35 +48,113 @@ Type type_of(DType dtype) {
                                     : Type::float32;
 }
 
-CodeFormat format_of(const Codes& codes, int head_dim) {
-  return {codes.sub_dim, codes.n_centroids, vecinfer::code_bits(codes.n_centroids),
-          codes.per_head ? 1 : head_dim / codes.sub_dim};
+MetalSide vecinfer_side(test::Random& random, Side side, const Case& c, const Codes& codes) {
+  MetalSide s;
+  const int64_t H = c.n_kv_heads, D = c.head_dim;
+  s.owned = test::random_codec(random, side, c.n_kv_heads, c.head_dim, c.head_dim / codes.sub_dim,
+                               codes.n_centroids, codes.per_head, codes.kind);
+  s.codec = s.owned.codec;
+  s.format = {codes.sub_dim, codes.n_centroids, vecinfer::code_bits(codes.n_centroids),
+              codes.per_head ? 1 : c.head_dim / codes.sub_dim};
+  s.transform = static_cast<int>(codes.kind);
+  s.table_shape = {1, H, s.format.tables, codes.n_centroids, codes.sub_dim};
+  s.moved = s.owned.scale.empty() ? std::vector<float>(H * D, 1.0f) : s.owned.scale;
+  s.moved_shape = {H, D};
+  if (s.transform == 2 && side == Side::values) {
+    s.moved = s.owned.query_matrix;
+    s.moved_shape = {H, D, D};
+  }
+  return s;
 }
 
-int transform_of(const Codes& codes) { return static_cast<int>(codes.kind); }
+constexpr uint64_t kSeed = 5;
+
+MetalSide rotated(CodecPtr codec, CodeFormat format, std::vector<float> numbers,
+                  std::vector<int64_t> shape) {
+  MetalSide s;
+  s.codec = std::move(codec);
+  s.format = format;
+  s.transform = 3;
+  s.numbers = std::move(numbers);
+  s.table_shape = std::move(shape);
+  s.moved = turboquant::rotation_signs(s.codec->head_dim(), kSeed);
+  s.moved_shape = {2, s.codec->head_dim()};
+  return s;
+}
+
+// turboquant, or rvq with two stages.
+MetalSide scalar_side(Side side, const Case& c, int bits, int stages) {
+  TurboQuantOptions one;
+  one.bits = bits, one.seed = kSeed;
+  RvqOptions two;
+  two.bits = bits, two.seed = kSeed;
+  CodeFormat format;
+  format.kind = TileKind::scalar;
+  format.bits = bits, format.stages = stages, format.by_token = side == Side::values;
+  return rotated(stages == 1 ? make_turboquant_codec(side, c.n_kv_heads, c.head_dim, one)
+                             : make_rvq_codec(side, c.n_kv_heads, c.head_dim, two),
+                 format, turboquant::level_numbers(c.head_dim, bits, stages), {stages, 16});
+}
+
+MetalSide rabitq_side(Side side, const Case& c, int bits, bool has_mean) {
+  test::Random random(3);
+  std::vector<float> mean = random.normal(c.n_kv_heads * c.head_dim), numbers = {1.0f};
+  RabitqOptions options;
+  options.bits = bits, options.seed = kSeed;
+  if (side == Side::values) options.scale = RabitqScale::reconstruction;
+  CodeFormat format;
+  format.kind = TileKind::planes;
+  format.bits = bits, format.mean = has_mean;
+  if (has_mean) {
+    options.mean = TensorView(mean.data(), DType::float32, {c.n_kv_heads, c.head_dim});
+    std::vector<float> moved = mean;
+    rabitq_rotate(Backend::reference, moved.data(), c.n_kv_heads, c.head_dim, kSeed);
+    numbers.insert(numbers.end(), moved.begin(), moved.end());
+  }
+  const int64_t n = static_cast<int64_t>(numbers.size());
+  return rotated(make_rabitq_codec(side, c.n_kv_heads, c.head_dim, options), format,
+                 std::move(numbers), {n});
+}
+
+// qjl of `blocks` blocks of rotations. One is a codec whose coordinates are rotated.
+MetalSide qjl_side(const Case& c, int blocks) {
+  QjlOptions options;
+  options.sketch_bits = blocks * c.head_dim, options.seed = kSeed;
+  CodeFormat format;
+  format.kind = TileKind::planes;
+  format.bits = 1;
+  format.n_rows = blocks * c.head_dim;
+  const qjl::Sketch sketch =
+      qjl::Sketch::structured(c.head_dim, options.sketch_bits, options.seed, 0);
+  MetalSide s = rotated(make_qjl_codec(c.n_kv_heads, c.head_dim, options), format,
+                        {sketch.score_constant()}, {1});
+  const float* signs = sketch.rotation().signs();
+  s.moved.assign(signs, signs + 2 * c.head_dim);
+  if (blocks > 1) s.transform = 2;
+  s.sketch = sketch;
+  return s;
+}
 
 // Both passes of one call of attend(), as the MLX layer makes them.
 struct MetalDecode {
   const Scenario& p;
-  const test::OwnedCodec &keys, &values;
-  const Decode& d;
+  const MetalSide &keys, &values;
   DecodeShape shape;
   std::vector<msl::Report> reports;
   size_t n_items = 0;
 
-  MetalDecode(const Scenario& p, const test::OwnedCodec& keys, const test::OwnedCodec& values,
-              const Decode& d)
-      : p(p), keys(keys), values(values), d(d) {
+  MetalDecode(const Scenario& p, const MetalSide& keys, const MetalSide& values)
+      : p(p), keys(keys), values(values) {
     const Case& c = p.c;
     shape.batch = c.batch;
     shape.n_kv_heads = c.n_kv_heads;
     shape.group = c.group;
     shape.n_queries = static_cast<int>(c.n_queries);
     shape.head_dim = c.head_dim;
-    shape.keys = format_of(d.keys, c.head_dim);
-    shape.values = format_of(d.values, c.head_dim);
-    shape.key_transform = transform_of(d.keys);
-    shape.value_transform = transform_of(d.values);
+    shape.keys = keys.format;
+    shape.values = values.format;
+    shape.key_transform = keys.transform;
+    shape.value_transform = values.transform;
     shape.n_spans = static_cast<int>(p.source.packed.size());
     shape.n_exact = static_cast<int>(p.source.exact.size());
     shape.bfloat_cache = c.exact_dtype == DType::bfloat16;
@@ -114,39 +210,39 @@ struct MetalDecode {
     // q row-major, as the op makes it.
     Tensor q(c.q_dtype, c.batch, Hq, Lq, D, 0);
     q.view.stride = {Hq * Lq * D, Lq * D, D, 1};
-    std::vector<float> q_codes(c.batch * Hq * Lq * D);
+    const int64_t key_rows = shape.key_rows();
+    std::vector<float> q_codes(c.batch * Hq * Lq * key_rows), row(D);
     for (int64_t b = 0; b < c.batch; ++b) {
       for (int64_t h = 0; h < Hq; ++h) {
         for (int64_t i = 0; i < Lq; ++i) {
-          float* row = &q_codes[((b * Hq + h) * Lq + i) * D];
           for (int64_t k = 0; k < D; ++k) {
             row[k] = load_element(p.q.view.at(b, h, i), c.q_dtype, k);
             store_element(q.view.at(b, h, i), c.q_dtype, k, row[k]);
           }
-          if (transform_of(d.keys) == 2) {
-            keys.codec->transform_query(static_cast<int>(h / c.group), row, 1);
+          if (keys.transform != 2) continue;
+          float* to = &q_codes[((b * Hq + h) * Lq + i) * key_rows];
+          if (keys.sketch.m() > 0) {
+            keys.sketch.project(row.data(), 1, to);
+          } else {
+            keys.codec->transform_query(static_cast<int>(h / c.group), row.data(), 1);
+            std::copy(row.begin(), row.end(), to);
           }
         }
       }
     }
-    std::vector<float> ones(H * D, 1.0f);
-    const std::vector<float>& smooth = keys.scale.empty() ? ones : keys.scale;
-    const auto table_shape = [&](const Codes& codes) {
-      return std::vector<int64_t>{1, H, codes.per_head ? 1 : D / codes.sub_dim, codes.n_centroids,
-                                  codes.sub_dim};
-    };
     std::vector<Input> inputs = {Input(type_of(c.q_dtype), {c.batch, Hq, Lq, D}, q.view.data)};
     if (shape.n_spans > 0 && shape.key_transform == 2) {
-      inputs.emplace_back(Type::float32, std::vector<int64_t>{c.batch, Hq, Lq, D}, q_codes.data());
+      inputs.emplace_back(Type::float32, std::vector<int64_t>{c.batch, Hq, Lq, key_rows},
+                          q_codes.data());
     }
     inputs.emplace_back(Type::int32, std::vector<int64_t>{int64_t(plan.size()) / 6, 6},
                         plan.data());
     inputs.emplace_back(Type::int32, std::vector<int64_t>{Lq, 4}, seen.data());
     inputs.emplace_back(Type::float32, std::vector<int64_t>{2}, numbers);
     if (shape.n_spans > 0) {
-      inputs.emplace_back(Type::float32, std::vector<int64_t>{H, D}, smooth.data());
-      inputs.emplace_back(Type::float16, table_shape(d.keys), keys.tables.data());
-      inputs.emplace_back(Type::float16, table_shape(d.values), values.tables.data());
+      inputs.push_back(keys.move());
+      inputs.push_back(keys.table());
+      inputs.push_back(values.table());
     }
     for (const PackedRun& run : p.source.packed) {
       inputs.emplace_back(Type::uint8,
@@ -186,18 +282,12 @@ struct MetalDecode {
     if (!p.sink_logits.empty()) sinks = p.sink_logits;
     const int32_t counts[3] = {static_cast<int32_t>(items.size()), packed, c.group};
     const int64_t rows = shape.n_rows(), n = static_cast<int64_t>(items.size());
-    const std::vector<float>& inverse = shape.value_transform == 2 ? values.query_matrix
-                                        : values.scale.empty()     ? ones
-                                                                   : values.scale;
-    const std::vector<int64_t> inverse_shape =
-        shape.value_transform == 2 ? std::vector<int64_t>{H, D, D} : std::vector<int64_t>{H, D};
     call = second_pass_call(shape);
-    const msl::Result merged =
-        msl::run(*call.kernel, call.launch,
-                 {Input(Type::float32, {c.batch, H, n, rows, D}, parts.outputs[0].data()),
-                  Input(Type::float32, {c.batch, H, n, rows, 2}, parts.outputs[1].data()),
-                  Input(Type::int32, {3}, counts), Input(Type::float32, {Hq}, sinks.data()),
-                  Input(Type::float32, inverse_shape, inverse.data())});
+    const msl::Result merged = msl::run(
+        *call.kernel, call.launch,
+        {Input(Type::float32, {c.batch, H, n, rows, D}, parts.outputs[0].data()),
+         Input(Type::float32, {c.batch, H, n, rows, 2}, parts.outputs[1].data()),
+         Input(Type::int32, {3}, counts), Input(Type::float32, {Hq}, sinks.data()), values.move()});
     reports.push_back(merged.report);
     Result result(c, c.out_dtype);
     result.out = Tensor(c.out_dtype, c.batch, Hq, Lq, D, 0);
@@ -209,21 +299,14 @@ struct MetalDecode {
   }
 };
 
-test::OwnedCodec codec_of(test::Random& random, Side side, const Case& c, const Codes& codes) {
-  return test::random_codec(random, side, c.n_kv_heads, c.head_dim, c.head_dim / codes.sub_dim,
-                            codes.n_centroids, codes.per_head, codes.kind);
-}
-
-std::vector<msl::Report> check(const Decode& d, int cores = 4, uint64_t seed = 11) {
-  test::Random random(seed);
-  const test::OwnedCodec keys = codec_of(random, Side::keys, d.c, d.keys);
-  const test::OwnedCodec values = codec_of(random, Side::values, d.c, d.values);
-  const Scenario p(d.c, keys.codec, values.codec);
-  MetalDecode metal(p, keys, values, d);
+std::vector<msl::Report> check(const Case& c, const MetalSide& keys, const MetalSide& values,
+                               int cores = 4) {
+  const Scenario p(c, keys.codec, values.codec);
+  MetalDecode metal(p, keys, values);
   const Result got = metal.run(cores);
-  const double rounding = d.c.out_dtype == DType::float16    ? 0x1p-11
-                          : d.c.out_dtype == DType::bfloat16 ? 0x1p-8
-                                                             : 0;
+  const double rounding = c.out_dtype == DType::float16    ? 0x1p-11
+                          : c.out_dtype == DType::bfloat16 ? 0x1p-8
+                                                           : 0;
   const double error = worst_error(got, oracle(p));
   EXPECT_LE(error, 2e-5 + rounding);  // fp32 throughout; 2e-3 would be allowed
   const Result want = oracle(p);
@@ -237,6 +320,13 @@ std::vector<msl::Report> check(const Decode& d, int cores = 4, uint64_t seed = 1
   return metal.reports;
 }
 
+std::vector<msl::Report> check(const Case& c, const Codes& key_codes = {},
+                               const Codes& value_codes = {}, int cores = 4, uint64_t seed = 11) {
+  test::Random random(seed);
+  const MetalSide keys = vecinfer_side(random, Side::keys, c, key_codes);
+  return check(c, keys, vecinfer_side(random, Side::values, c, value_codes), cores);
+}
+
 Case decode_case(int head_dim, int group, int64_t length) {
   Case c;
   c.head_dim = head_dim;
@@ -248,20 +338,57 @@ Case decode_case(int head_dim, int group, int64_t length) {
 }
 
 TEST(MetalDecode, GroupsAndHeadDims) {
-  check({decode_case(128, 4, 400)});
-  check({decode_case(64, 8, 300), {8, 256, false}, {4, 256, true, TransformKind::none}});
-  check({decode_case(256, 1, 200), {4, 256, true}, {8, 256, true}});
+  check(decode_case(128, 4, 400));
+  check(decode_case(64, 8, 300), Codes{8, 256, false}, Codes{4, 256, true, TransformKind::none});
+  check(decode_case(256, 1, 200), Codes{4, 256, true}, Codes{8, 256, true});
 }
 
 TEST(MetalDecode, OddHeadDimsAndCodeWidths) {
-  check({decode_case(80, 3, 270), {4, 64, true}, {2, 16, true, TransformKind::none}});
-  check({decode_case(96, 2, 330), {2, 300, true}, {3, 2000, false, TransformKind::none}});
-  check({decode_case(64, 5, 260), {1, 5, true, TransformKind::none}, {16, 100, true}});
+  check(decode_case(80, 3, 270), Codes{4, 64, true}, Codes{2, 16, true, TransformKind::none});
+  check(decode_case(96, 2, 330), Codes{2, 300, true}, Codes{3, 2000, false, TransformKind::none});
+  check(decode_case(64, 5, 260), Codes{1, 5, true, TransformKind::none}, Codes{16, 100, true});
 }
 
 TEST(MetalDecode, DenseTransforms) {
   const Codes dense{4, 256, false, TransformKind::dense};
-  check({decode_case(64, 2, 300), dense, dense});
+  check(decode_case(64, 2, 300), dense, dense);
+}
+
+TEST(MetalDecode, ScalarCodecs) {
+  const auto both = [](Case c, int key_bits, int value_bits, int stages) {
+    check(c, scalar_side(Side::keys, c, key_bits, stages),
+          scalar_side(Side::values, c, value_bits, stages));
+  };
+  both(decode_case(128, 4, 400), 2, 2, 1);
+  both(decode_case(80, 3, 270), 3, 1, 1);
+  both(decode_case(64, 8, 300), 4, 3, 1);
+  both(decode_case(96, 1, 330), 1, 2, 2);
+  both(decode_case(256, 2, 200), 3, 4, 2);
+}
+
+TEST(MetalDecode, BitPlanes) {
+  Case c = decode_case(128, 4, 400);
+  check(c, rabitq_side(Side::keys, c, 1, false), rabitq_side(Side::values, c, 2, false));
+  c = decode_case(80, 2, 270);
+  check(c, rabitq_side(Side::keys, c, 3, true), rabitq_side(Side::values, c, 4, true));
+  c = decode_case(64, 3, 300);
+  check(c, qjl_side(c, 1), scalar_side(Side::values, c, 4, 1));
+  check(c, qjl_side(c, 2), rabitq_side(Side::values, c, 4, false));
+}
+
+// Codecs of two kinds, each with its own transform and table; several queries and a cut span.
+TEST(MetalDecode, MixedCodecs) {
+  Case c = decode_case(64, 2, 400);
+  c.n_queries = 3;
+  c.batch = 2;
+  c.cut = 17;
+  c.n_new_blocks = 2;
+  c.strict = true;
+  test::Random random(5);
+  check(c, scalar_side(Side::keys, c, 4, 1), vecinfer_side(random, Side::values, c, {}));
+  const Codes dense{4, 256, false, TransformKind::dense};
+  check(c, rabitq_side(Side::keys, c, 2, false), vecinfer_side(random, Side::values, c, dense));
+  check(c, vecinfer_side(random, Side::keys, c, dense), scalar_side(Side::values, c, 2, 2));
 }
 
 TEST(MetalDecode, ManyQueriesMasksCapsSinksAndTypes) {
@@ -272,33 +399,33 @@ TEST(MetalDecode, ManyQueriesMasksCapsSinksAndTypes) {
   c.strict = true;
   c.cut = 17;
   c.q_dtype = c.out_dtype = DType::float16;
-  check({c});
+  check(c);
   c.strict = false;
   c.sliding_window = 150;
   c.q_dtype = c.out_dtype = c.exact_dtype = DType::bfloat16;
   c.sink_logits = true;
-  check({c});
+  check(c);
   c.cut = 0;  // a mask, three spans and three exact arrays would be more buffers than Metal has
   c.mask = MaskKind::boolean;
   c.softcap = 20;
   c.q_dtype = c.out_dtype = DType::float32;
-  check({c});
+  check(c);
   c.mask = MaskKind::additive;
   c.mask_broadcast = true;
   c.causal = false;
-  check({c});
+  check(c);
 }
 
 TEST(MetalDecode, WithoutPackedBlocks) {
   Case c = decode_case(96, 4, 40);
-  check({c});
+  check(c);
   c.n_queries = 3;
   c.length = 3;
-  check({c});
+  check(c);
 }
 
 TEST(MetalDecode, ResultsDoNotDependOnTheCut) {
-  for (int cores : {1, 3, 64}) check({decode_case(64, 2, 900)}, cores);
+  for (int cores : {1, 3, 64}) check(decode_case(64, 2, 900), Codes{}, Codes{}, cores);
 }
 
 // GQA shares each load: the first pass asks for every packed byte once, at any ratio.
@@ -307,7 +434,7 @@ TEST(MetalDecode, ReadsThePackedBytesOnce) {
     SCOPED_TRACE(group);
     Case c = decode_case(128, group, 64 * 16 + 4 + 64);
     c.n_kv_heads = 1;
-    const msl::Report report = check({c, {4, 256, true}, {4, 256, true}}, 1)[0];
+    const msl::Report report = check(c, Codes{4, 256, true}, Codes{4, 256, true}, 1)[0];
     const int64_t side = 16 * 2048;  // 16 blocks of 64 tokens of 32 codes of a byte
     for (const char* name : {"k0", "v0"}) {
       EXPECT_EQ(report.buffers.at(name).requested, side) << name;

@@ -4,6 +4,7 @@
 #include <map>
 #include <mutex>
 
+#include "src/attention/tile_text.h"
 #include "src/backends/metal/source.h"
 
 namespace veloxquant::attention {
@@ -18,8 +19,7 @@ constexpr int kMaxRows = 8;        // of a tile: registers
 constexpr int kMaxSimdgroups = 4;  // of a threadgroup
 constexpr int kThreadgroupsACore = 8;
 constexpr int kMaxItemBlocks = 64;
-constexpr int kStagedHalves = 2048;  // a table of 4 KB is copied into threadgroup memory
-constexpr int kMaxBuffers = 31;      // that a Metal function takes
+constexpr int kMaxBuffers = 31;  // that a Metal function takes
 
 int tile_rows(const DecodeShape& s) { return std::min(kMaxRows, s.n_rows()); }
 
@@ -27,10 +27,6 @@ int value_lanes(int n_subvectors) {
   int lanes = 1;
   while (lanes < n_subvectors && lanes < 32) lanes *= 2;
   return lanes;
-}
-
-bool staged(const CodeFormat& f) {
-  return f.tables == 1 && f.n_centroids * f.sub_dim <= kStagedHalves;
 }
 
 std::string numbered(const char* name, int i) { return name + std::to_string(i); }
@@ -43,16 +39,6 @@ std::string choice(const std::string& name, int n, const std::string& cast) {
            text + ")";
   }
   return text;
-}
-
-std::string table_text(const char* side, const CodeFormat& f, const char* prefix) {
-  const std::string s = side, p = prefix;
-  std::string text = "    const device half* " + s + "_given = " + s + "_tables + ((int64_t)(" + s +
-                     "_tables_shape[0] == 1 ? 0 : batch) * n_heads + head) * (" + p + "TABLES * " +
-                     p + "C * " + p + "SUB);\n";
-  if (!staged(f)) return text;
-  return text + "    for (uint i = self; i < " + p + "C * " + p + "SUB; i += n_threads) " + s +
-         "_stage[i] = " + s + "_given[i];\n";
 }
 
 std::string exact_text(int i) {
@@ -74,12 +60,13 @@ std::string exact_text(int i) {
 
 std::string first_pass_body(const DecodeShape& s) {
   std::string text = R"(
-  threadgroup float query[ROWS * DIM];
+  threadgroup float query[ROWS * QUERY_DIM];
   threadgroup float power[GROUPS * ROWS * 64];
   threadgroup float merged[ROWS * 2];
 )";
-  if (s.n_spans > 0 && staged(s.keys)) text += "  threadgroup half k_stage[KC * KSUB];\n";
-  if (s.n_spans > 0 && staged(s.values)) text += "  threadgroup half v_stage[VC * VSUB];\n";
+  if (s.n_spans > 0) {
+    text += stage_text("k", s.keys) + stage_text("v", s.values);
+  }
   text +=
       R"(  const int head = (int)threadgroup_position_in_grid.y, batch = (int)threadgroup_position_in_grid.z;
   const int n_heads = (int)threadgroups_per_grid.y, n_queries = q_shape[2];
@@ -109,21 +96,24 @@ std::string first_pass_body(const DecodeShape& s) {
   text += ";\n  }\n  const int64_t mask_step = " + std::string(s.mask ? "mask_strides[3]" : "0") +
           ";\n";
   if (s.n_spans > 0) {
-    const std::string k_table = staged(s.keys) ? "k_stage" : "k_given";
-    const std::string v_table = staged(s.values) ? "v_stage" : "v_given";
-    text += "  if (plan[6 * item] == 0) {\n" + table_text("k", s.keys, "K") +
-            table_text("v", s.values, "V");
+    text += "  if (plan[6 * item] == 0) {\n" + table_text("k", s.keys) + table_text("v", s.values);
     if (s.key_transform == 2) {
       text +=
-          "    veloxquant::load_queries<DIM, ROWS>(q_codes + head_queries, group_size, n_queries, "
-          "first_row, n_rows, factor, params, false, query, self, n_threads);\n";
-    } else {
-      text +=
-          "    veloxquant::load_queries<DIM, ROWS>(q + head_queries, group_size, n_queries, "
-          "first_row, n_rows, factor, smooth + head * DIM, KEY_TRANSFORM == 1, query, self, "
-          "n_threads);\n"
-          "    if (KEY_TRANSFORM == 1) veloxquant::hadamard_rows<DIM>(query, ROWS, self, "
+          "    veloxquant::load_queries<KROWS, ROWS>(q_codes + head_queries / DIM * KROWS, "
+          "group_size, n_queries, first_row, n_rows, factor, params, false, query, self, "
           "n_threads);\n";
+    } else {
+      text += std::string(
+                  "    veloxquant::load_queries<DIM, ROWS>(q + head_queries, group_size, "
+                  "n_queries, first_row, n_rows, factor, ") +
+              (s.key_transform == 1 ? "smooth + head * DIM, true" : "params, false") +
+              ", query, self, n_threads);\n";
+      if (s.key_transform == 1) {
+        text += "    veloxquant::hadamard_rows<DIM>(query, ROWS, self, n_threads);\n";
+      }
+      if (s.key_transform == 3) {
+        text += "    veloxquant::rotate_rows<DIM>(smooth, query, power, ROWS, self, n_threads);\n";
+      }
     }
     text +=
         "    veloxquant::barrier_of_group();\n"
@@ -133,20 +123,21 @@ std::string first_pass_body(const DecodeShape& s) {
         choice("k", s.n_spans, "(const device uint32_t*)") +
         ";\n    const device uint32_t* values = " +
         choice("v", s.n_spans, "(const device uint32_t*)") + R"(;
-    keys += block * (DIM / KSUB * veloxquant::vecinfer_row_words(KBITS));
-    values += block * (DIM / VSUB * veloxquant::vecinfer_row_words(VBITS));
+)" + tile_text("k", s.keys) +
+        tile_text("v", s.values) +
+        R"(    keys += block * decltype(k_tile)::WORDS;
+    values += block * decltype(v_tile)::WORDS;
     float own[ROWS][NP];
     int place[NP];
-    const int lanes = veloxquant::value_lanes(DIM / VSUB);
+    const int lanes = veloxquant::value_lanes(DIM / VPIECE);
     for (int k = 0; k < NP; ++k) {
-      const int m = (int)lane % lanes + k / VSUB * lanes;
-      place[k] = m < DIM / VSUB && (int)lane < lanes ? m * VSUB + k % VSUB : -1;
+      const int m = (int)lane % lanes + k / VPIECE * lanes;
+      place[k] = m < DIM / VPIECE && (int)lane < lanes ? m * VPIECE + k % VPIECE : -1;
       for (int r = 0; r < ROWS; ++r) own[r][k] = 0.0f;
     }
-    veloxquant::attend_blocks<DIM, ROWS, KSUB, KC, KBITS, KTABLES, VSUB, VC, VBITS, VTABLES, SOFTCAP, MASK, NP>(
-        keys, values, count, position, )" +
-        k_table + ", " + v_table + R"(, query, power + 64 * ROWS * simdgroup, cap, seen, query_of,
-        mask_text, mask_row, mask_step, own, maximum, sum, simdgroup, n_simdgroups, lane);
+    veloxquant::attend_blocks<ROWS, SOFTCAP, MASK, NP>(
+        k_tile, keys, v_tile, values, count, position, query, power + 64 * ROWS * simdgroup, cap, seen,
+        query_of, mask_text, mask_row, mask_step, own, maximum, sum, simdgroup, n_simdgroups, lane);
     veloxquant::merge_simdgroups<ROWS, DIM, NP>(own, place, maximum, sum, query, merged, simdgroup,
                                                 n_simdgroups, lane);
   } else {
@@ -182,11 +173,7 @@ std::string first_pass_body(const DecodeShape& s) {
   }
 )";
   // Without a mask the parameter is any pointer.
-  const std::string name = "mask_text", with = s.mask ? "mask" : "params";
-  for (size_t from = 0; (from = text.find(name, from)) != std::string::npos;) {
-    text.replace(from, name.size(), with);
-  }
-  return text;
+  return replaced(text, "mask_text", s.mask ? "mask" : "params");
 }
 
 // Bodies differ in which arrays there are: one kernel for each, built once.
@@ -229,8 +216,13 @@ std::optional<std::string> no_decode_kernel_because(const DecodeShape& s) {
   if (s.head_dim % 8 != 0 || s.head_dim > 256) return "head_dim must be a multiple of 8 up to 256";
   if (s.n_queries > 16) return "more than 16 queries";
   for (const CodeFormat* f : {&s.keys, &s.values}) {
-    if (s.n_spans > 0 && f->sub_dim > 16) return "sub-vectors of more than 16 dimensions";
+    if (s.n_spans == 0) continue;
+    if (f->kind == TileKind::vecinfer && f->sub_dim > 16)
+      return "sub-vectors of more than 16 dimensions";
+    if (f->n_rows > 0 && (f->mean || f == &s.values)) return "a sketch of values, or with a mean";
   }
+  if (s.key_rows() > 1024) return "a sketch of more than 1024 signs";
+  if (s.key_rows() != s.head_dim && s.key_transform != 2) return "a sketch without its queries";
   // Each exact array brings its strides as buffers of their own, a span two arrays.
   const int buffers =
       12 + (s.key_transform == 2 ? 1 : 0) + 2 * s.n_spans + 4 * s.n_exact + (s.mask ? 2 : 0);
@@ -279,21 +271,15 @@ Call first_pass_call(const DecodeShape& s, int n_items) {
                {"BFLOAT", s.bfloat_cache ? 1 : 0},
                {"SOFTCAP", s.softcap ? 1 : 0},
                {"MASK", s.mask ? 1 : 0},
-               {"NE", (s.head_dim + 31) / 32}};
+               {"NE", (s.head_dim + 31) / 32},
+               {"QUERY_DIM", s.n_spans > 0 ? std::max(s.head_dim, s.key_rows()) : s.head_dim}};
   if (s.n_spans > 0) {
-    const int n_values = s.head_dim / s.values.sub_dim, lanes = value_lanes(n_values);
-    const std::vector<metal::TemplateArgument> codes = {
-        {"KSUB", s.keys.sub_dim},
-        {"KC", s.keys.n_centroids},
-        {"KBITS", s.keys.bits},
-        {"KTABLES", s.keys.tables},
-        {"VSUB", s.values.sub_dim},
-        {"VC", s.values.n_centroids},
-        {"VBITS", s.values.bits},
-        {"VTABLES", s.values.tables},
-        {"KEY_TRANSFORM", s.key_transform},
-        {"NP", (n_values + lanes - 1) / lanes * s.values.sub_dim}};
-    arguments.insert(arguments.end(), codes.begin(), codes.end());
+    const int piece = piece_dims(s.values), n_values = s.head_dim / piece;
+    const int lanes = value_lanes(n_values);
+    add_tile_arguments("K", s.keys, s.key_rows(), arguments);
+    add_tile_arguments("V", s.values, s.head_dim, arguments);
+    arguments.push_back({"VPIECE", piece});
+    arguments.push_back({"NP", (n_values + lanes - 1) / lanes * piece});
   }
   const int threads = 32 * kMaxSimdgroups;
   call.launch.grid = {n_items * tiles * threads, s.n_kv_heads, s.batch};
@@ -321,6 +307,9 @@ Call second_pass_call(const DecodeShape& s) {
                                (float)sinks[head * group_size + in_group] * M_LOG2E_F, packed, exact,
                                &maximum, &total, self, n_threads);
   if (TRANSFORM == 1) veloxquant::hadamard_rows<DIM>(packed, 1, self, n_threads);
+  if (TRANSFORM == 3) {
+    veloxquant::rotate_rows_back<DIM>(inverse, packed, moved, 1, self, n_threads);
+  }
   if (TRANSFORM == 2) {
     veloxquant::multiply_row<DIM>(inverse + (int64_t)head * DIM * DIM, packed, moved, self, n_threads);
   }

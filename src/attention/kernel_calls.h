@@ -1,5 +1,5 @@
-// The GPU kernels of decode attention on VecInfer's codes (metal_decode.h): what they are given,
-// and the cut into work. What they compute is attend() of veloxquant/attention.h.
+// The GPU kernels of decode attention on packed blocks (metal_decode.h): what they are given, and
+// the cut into work. What they compute is attend() of veloxquant/attention.h.
 #pragma once
 
 #include <optional>
@@ -11,22 +11,36 @@
 
 namespace veloxquant::attention {
 
+// How a side's blocks are read: a tile of src/codecs/<name>/metal_tile.h.
+enum class TileKind : uint8_t {
+  vecinfer,  // look-ups of sub-vectors
+  scalar,    // turboquant and rvq: streams of codes
+  planes     // rabitq and qjl: bit planes
+};
+
 // One side's packed format.
 struct CodeFormat {
-  int sub_dim = 0, n_centroids = 0, bits = 0;
-  int tables = 1;  // 1: shared by the sub-vectors of a head
+  int sub_dim = 0, n_centroids = 0, bits = 0;  // bits: of a code, of a stage, of a dimension
+  int tables = 1;                              // 1: shared by the sub-vectors of a head
+  TileKind kind = TileKind::vecinfer;
+  int stages = 1;         // scalar
+  bool by_token = false;  // scalar: streams of tokens (values), not of dimensions (keys)
+  bool mean = false;      // planes: the table is a mean, [heads, D]
+  int n_rows = 0;         // planes of keys: signs of a sketch; 0: head_dim
 };
 
 struct DecodeShape {
   int batch = 1, n_kv_heads = 1, group = 1, n_queries = 1, head_dim = 0;
   CodeFormat keys, values;  // unused without spans
-  // 0 none, 1 Hadamard with smooth factors, 2 matrices (the queries come transformed as well).
+  // 0 none, 1 Hadamard with smooth factors, 2 matrices (the queries come transformed as well), 3
+  // the seeded rotation of turboquant, rvq, rabitq.
   int key_transform = 1, value_transform = 1;
   int n_spans = 0, n_exact = 0;  // arrays of packed blocks, of exact tokens
   bool bfloat_cache = false, softcap = false, mask = false;
   metal::Type out = metal::Type::float32;
 
   int n_rows() const { return group * n_queries; }
+  int key_rows() const { return keys.n_rows > 0 ? keys.n_rows : head_dim; }
 };
 
 // Why there is no kernel for the shape; nothing where there is.
@@ -45,15 +59,18 @@ using Stretch = Item;
 std::vector<Item> plan_items(const DecodeShape& shape, const std::vector<Stretch>& stretches,
                              int cores);
 
-// inputs: q [B, Hq, Lq, D]; q_codes fp32 of the same shape (key_transform 2 only); plan int32 [n,
-// 6] (at least 2 rows), seen int32 [Lq, 4], params fp32 [2]: scale, softcap; smooth fp32 [H, D]
-// (ones where a codec has none), k_tables, v_tables fp16 [S, H, M or 1, C, d]; k0, v0, k1, ...: u8
-// spans [B, H, capacity, block bytes]; ek0, ev0, ...: exact arrays [B, H, n, D], last stride 1;
-// mask (float, broadcast to [B, Hq, Lq, length] by strides). q, plan, spans and tables row-major.
-// outputs: parts fp32 [B, H, items, rows, D], sums fp32 [B, H, items, rows, 2].
+// inputs: q [B, Hq, Lq, D]; q_codes fp32 [B, Hq, Lq, key_rows] (key_transform 2 only); plan int32
+// [n, 6] (at least 2 rows), seen int32 [Lq, 4], params fp32 [2]: scale, softcap; smooth fp32 [H, D]
+// (ones where a codec has none; key_transform 3: the rotation's signs [2, D]); k_tables, v_tables:
+// vecinfer fp16 [S, H, M or 1, C, d], scalar fp32 [stages, 16] levels by code, planes fp32
+// [1 + H D]: what the stored scalars are multiplied with, the means (one number without); k0, v0,
+// k1, ...: u8 spans [B, H, capacity, block bytes]; ek0, ev0, ...: exact arrays [B, H, n, D], last
+// stride 1; mask (float, broadcast to [B, Hq, Lq, length] by strides). q, plan, spans and tables
+// row-major. outputs: parts fp32 [B, H, items, rows, D], sums fp32 [B, H, items, rows, 2].
 metal::Call first_pass_call(const DecodeShape& shape, int n_items);
 // inputs: parts, sums, counts int32 [3]: items, packed items, query heads of a KV head; sinks fp32
-// [Hq] (-inf: none); inverse: smooth [H, D], matrices [H, D, D], or one number. outputs: out
+// [Hq] (-inf: none); inverse: smooth [H, D], matrices [H, D, D],
+// signs [2, D], or one number. outputs: out
 // [B, Hq, Lq, D], lse fp32 [B, Hq, Lq].
 metal::Call second_pass_call(const DecodeShape& shape);
 

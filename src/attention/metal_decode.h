@@ -8,8 +8,10 @@
 // Second pass: merges the items, inverts the codec's transform once per row.
 #pragma once
 
-#include "src/backends/metal/common.h"
-#include "src/codecs/vecinfer/metal_codes.h"
+#include "src/codecs/metal_rows.h"
+#include "src/codecs/rabitq/metal_tile.h"
+#include "src/codecs/turboquant/metal_tile.h"
+#include "src/codecs/vecinfer/metal_tile.h"
 
 namespace veloxquant {
 
@@ -35,10 +37,11 @@ VQ_FN float power_below(float x, float maximum) {
 }
 
 // One row's scores of a block, 4 a lane (both halves of a simdgroup hold the same 64), into
-// probabilities p[64] of this simdgroup; returns what earlier sums are multiplied with.
+// weights p[64] of this simdgroup, probabilities times the tokens' factors; returns what earlier
+// sums are multiplied with.
 template <class P>
-VQ_FN float softmax_step(VQ_THREAD const float* score, VQ_THREAD float* maximum,
-                         VQ_THREAD float* sum, P p, uint lane) {
+VQ_FN float softmax_step(VQ_THREAD const float* score, VQ_THREAD const float* factor,
+                         VQ_THREAD float* maximum, VQ_THREAD float* sum, P p, uint lane) {
   const float largest = max(max(score[0], score[1]), max(score[2], score[3]));
   const float next = max(*maximum, simd_max(largest));
   const float keep = power_below(*maximum, next);
@@ -46,7 +49,7 @@ VQ_FN float softmax_step(VQ_THREAD const float* score, VQ_THREAD float* maximum,
   for (uint i = 0; i < 4; ++i) {
     const float power = power_below(score[i], next);
     own += power;
-    if (lane < 16) p[4 * lane + i] = power;
+    if (lane < 16) p[4 * lane + i] = power * factor[i];
   }
   *sum = *sum * keep + 0.5f * simd_sum(own);
   *maximum = next;
@@ -100,66 +103,68 @@ VQ_FN float finished_score(float score, float cap, Seen seen, int query, bool pa
 }
 
 // Packed blocks first .. of one head, every n_simdgroups-th by this simdgroup.
-// q: [ROWS][DIM], transformed, times scale log2(e). p: [ROWS][64] of this simdgroup.
-template <int DIM, int ROWS, int KSUB, int KC, int KBITS, int KTABLES, int VSUB, int VC, int VBITS,
-          int VTABLES, int SOFTCAP, int MASK, int N, class Blocks, class KTable, class VTable,
+// keys, values: tiles (src/attention/README.md, "Tiles on a GPU") without their blocks.
+// q: [ROWS][KeyTile::DIM], transformed, times scale log2(e). p: [ROWS][64] of this simdgroup.
+template <int ROWS, int SOFTCAP, int MASK, int N, class KeyTile, class ValueTile, class Blocks,
           class Q, class P, class Seen, class Mask>
-VQ_FN void attend_blocks(Blocks keys, Blocks values, int n_tokens, int position, KTable key_table,
-                         VTable value_table, Q q, P p, float cap, Seen seen,
+VQ_FN void attend_blocks(KeyTile keys, Blocks key_blocks, ValueTile values, Blocks value_blocks,
+                         int n_tokens, int position, Q q, P p, float cap, Seen seen,
                          VQ_THREAD const int* query, Mask mask, VQ_THREAD const int64_t* mask_row,
                          int64_t mask_step, VQ_THREAD float (*own)[N], VQ_THREAD float* maximum,
                          VQ_THREAD float* sum, uint simdgroup, uint n_simdgroups, uint lane) {
-  const int KM = DIM / KSUB, VM = DIM / VSUB;
-  const int k_words = KM * vecinfer_row_words(KBITS), v_words = VM * vecinfer_row_words(VBITS);
+  const int KSUB = KeyTile::SUB, KDIM = KeyTile::DIM, VSUB = ValueTile::SUB;
+  const int VM = ValueTile::DIM / VSUB;
   const uint word = lane % 16, side = lane / 16;
   const int lanes = value_lanes(VM), parts = 32 / lanes, part = (int)lane / lanes;
   for (int block = (int)simdgroup; 64 * block < n_tokens; block += (int)n_simdgroups) {
+    keys.open(key_blocks + (int64_t)block * KeyTile::WORDS);
+    values.open(value_blocks + (int64_t)block * ValueTile::WORDS);
     float score[ROWS][4];
     for (int r = 0; r < ROWS; ++r) {
       for (int i = 0; i < 4; ++i) score[r][i] = 0.0f;
     }
-    for (int m = (int)side; m < KM; m += 2) {
-      Blocks row = keys + (int64_t)block * k_words + m * vecinfer_row_words(KBITS);
-      const uint32_t low = vecinfer_low_codes<KBITS>(row, word);
-      const uint32_t high = vecinfer_high_codes<KBITS>(row, word);
+    for (int m = (int)side; m < KDIM / KSUB; m += 2) {
+      keys.load(m, word);
       for (uint i = 0; i < 4; ++i) {
-        KTable entry =
-            key_table +
-            ((KTABLES == 1 ? 0 : m * KC) + (int)vecinfer_code<KBITS, KC>(low, high, i)) * KSUB;
+        keys.token(i);
         for (int j = 0; j < KSUB; ++j) {
-          const float y = (float)entry[j];
-          for (int r = 0; r < ROWS; ++r)
-            score[r][i] = fma(q[r * DIM + m * KSUB + j], y, score[r][i]);
+          const float y = keys.value(j);
+          for (int r = 0; r < ROWS; ++r) {
+            score[r][i] = fma(q[r * KDIM + m * KSUB + j], y, score[r][i]);
+          }
         }
       }
     }
     const int at = 64 * block + 4 * (int)word;
+    float k_factor[4], v_factor[4];
+    for (int i = 0; i < 4; ++i) {
+      k_factor[i] = keys.factor(4 * (int)word + i);
+      v_factor[i] = values.factor(4 * (int)word + i);
+    }
     for (int r = 0; r < ROWS; ++r) {
       for (int i = 0; i < 4; ++i) {
-        const float whole = score[r][i] + simd_shuffle_xor(score[r][i], 16);
+        const float whole = (score[r][i] + simd_shuffle_xor(score[r][i], 16)) * k_factor[i];
         score[r][i] =
             finished_score<SOFTCAP, MASK>(whole, cap, seen, query[r], true, position + at + i,
                                           at + i < n_tokens, mask, mask_row[r], mask_step);
       }
-      const float keep = softmax_step(score[r], &maximum[r], &sum[r], p + 64 * r, lane);
+      const float keep = softmax_step(score[r], v_factor, &maximum[r], &sum[r], p + 64 * r, lane);
       for (int k = 0; k < N; ++k) own[r][k] *= keep;
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int k = 0; k < N / VSUB; ++k) {
       const int m = (int)lane % lanes + k * lanes;
       if (m >= VM) continue;
-      Blocks row = values + (int64_t)block * v_words + m * vecinfer_row_words(VBITS);
       for (uint w = (uint)(part * (16 / parts)); w < (uint)((part + 1) * (16 / parts)); ++w) {
-        const uint32_t low = vecinfer_low_codes<VBITS>(row, w);
-        const uint32_t high = vecinfer_high_codes<VBITS>(row, w);
+        values.load(m, w);
         for (uint i = 0; i < 4; ++i) {
-          VTable entry =
-              value_table +
-              ((VTABLES == 1 ? 0 : m * VC) + (int)vecinfer_code<VBITS, VC>(low, high, i)) * VSUB;
+          values.token(i);
+          float y[VSUB];
+          for (int j = 0; j < VSUB; ++j) y[j] = values.value(j);
           for (int r = 0; r < ROWS; ++r) {
             const float weight = p[64 * r + 4 * w + i];
             for (int j = 0; j < VSUB; ++j) {
-              own[r][k * VSUB + j] = fma(weight, (float)entry[j], own[r][k * VSUB + j]);
+              own[r][k * VSUB + j] = fma(weight, y[j], own[r][k * VSUB + j]);
             }
           }
         }
@@ -187,6 +192,7 @@ VQ_FN void attend_exact(Keys keys, int64_t key_step, Values values, int64_t valu
   for (int tile = (int)simdgroup; 64 * tile < n_tokens; tile += (int)n_simdgroups) {
     // Four tokens a lane as for packed blocks; the halves of the simdgroup share the dimensions.
     const uint word = lane % 16, side = lane / 16;
+    const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     float score[ROWS][4];
     for (int r = 0; r < ROWS; ++r) {
       for (int i = 0; i < 4; ++i) score[r][i] = 0.0f;
@@ -206,7 +212,7 @@ VQ_FN void attend_exact(Keys keys, int64_t key_step, Values values, int64_t valu
             finished_score<SOFTCAP, MASK>(whole, cap, seen, query[r], false, position + at + i,
                                           at + i < n_tokens, mask, mask_row[r], mask_step);
       }
-      const float keep = softmax_step(score[r], &maximum[r], &sum[r], p + 64 * r, lane);
+      const float keep = softmax_step(score[r], ones, &maximum[r], &sum[r], p + 64 * r, lane);
       for (int k = 0; k < N; ++k) own[r][k] *= keep;
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);

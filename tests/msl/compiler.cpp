@@ -32,7 +32,9 @@ const std::string kRun =
     " -Xclang -ffloat16-excess-precision=none -ftrivial-auto-var-init=pattern -fno-vectorize"
     " -fno-slp-vectorize -fno-exceptions -fsanitize=thread"
     " -mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-read-before-write=1"
-    " -mllvm -tsan-handle-cxx-exceptions=0 -Wl,-z,undefs";
+    " -mllvm -tsan-handle-cxx-exceptions=0 -Wl,-z,undefs"
+    // A barrier is known by where it is called: no second copy of it, nor of functions that wait.
+    " -fconvergent-functions";
 
 uint64_t hash_of(const std::string& text) {  // FNV-1a
   uint64_t h = 0xcbf29ce484222325ull;

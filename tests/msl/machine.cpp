@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <set>
 
 #include "tests/msl/compiler.h"
 #include "tests/msl/fibre.h"
@@ -210,14 +211,17 @@ void Machine::set_attributes(Thread& t, int index, const std::array<int, 3>& at,
 
 std::string Machine::stuck() const {
   int at_barrier = 0, at_simd = 0, done = 0;
+  std::set<const void*> sites;
   for (const Thread& t : threads_) {
     at_barrier += t.state == State::barrier;
     at_simd += t.state == State::simd_barrier || t.state == State::exchange;
     done += t.state == State::done;
+    if (t.state != State::done) sites.insert(t.site);
   }
   return "divergence: of " + std::to_string(threads_.size()) + " threads " +
          std::to_string(at_barrier) + " wait at a threadgroup_barrier, " + std::to_string(at_simd) +
-         " at a simdgroup operation, " + std::to_string(done) + " have returned";
+         " at a simdgroup operation, " + std::to_string(done) + " have returned; at " +
+         std::to_string(sites.size()) + " places";
 }
 
 bool Machine::release_simdgroup(int first) {

@@ -7,6 +7,7 @@
 #include "src/codecs/qjl/kernels.h"
 #include "src/codecs/qjl/sketch.h"
 #include "src/codecs/rabitq/format.h"
+#include "src/math/finite.h"
 #include "src/math/float16.h"
 #include "veloxquant/qjl.h"
 
@@ -104,7 +105,7 @@ void qjl_encode(Backend backend, const float* x, int64_t n, int dim, const float
     const int count = static_cast<int>(end - begin);
     std::vector<float> tile(static_cast<size_t>(dim) * kBlockTokens);
     rabitq::to_tile(x + begin * dim, count, dim, tile.data());
-    for (float& value : tile) value = rabitq::finite_or_clamped(value);
+    for (float& value : tile) value = finite_or_clamped(value);
     std::vector<float> sketched(static_cast<size_t>(m) * kBlockTokens);
     qjl::project_of(backend)(sketch, m, dim, tile.data(), sketched.data());
     std::vector<uint8_t> planes(rabitq::plane_bytes(m, 1));

@@ -8,6 +8,7 @@
 #include "src/codecs/registry.h"
 #include "src/codecs/rotation.h"
 #include "src/math/bitpack.h"
+#include "src/math/finite.h"
 #include "src/math/float16.h"
 #include "veloxquant/rabitq.h"
 
@@ -72,7 +73,9 @@ class RabitqCodec final : public Codec {
     float squares[kBlockTokens], dots[kBlockTokens], levels[kBlockTokens], scalars[kBlockTokens];
     levels_of(backend).encode(tile.data(), dim, layout_.bits, block, squares, dots, levels);
     clear_tokens_from(n_tokens, static_cast<int64_t>(dim) * layout_.bits, block);
-    for (int t = 0; t < kBlockTokens; ++t) scalars[t] = scalar(squares[t], dots[t], levels[t]);
+    for (int t = 0; t < kBlockTokens; ++t) {
+      scalars[t] = level_scalar(static_cast<int>(scale_), squares[t], dots[t], levels[t]);
+    }
     store_scalars(scalars, kBlockTokens, block + layout_.scalars_at());
   }
 
@@ -163,18 +166,6 @@ class RabitqCodec final : public Codec {
     return codes;
   }
 
-  float scalar(float squares, float dot, float levels) const {
-    if (!(dot > 0.0f)) return 0.0f;  // a token of zeros
-    switch (scale_) {
-      case RabitqScale::unbiased:
-        return squares / dot;
-      case RabitqScale::reconstruction:
-        return dot / levels;
-      default:
-        return std::sqrt(squares / levels);
-    }
-  }
-
   Side side_;
   int heads_;
   BlockLayout layout_;
@@ -214,7 +205,7 @@ void rabitq_encode(Backend backend, const float* x, int64_t n, int dim, uint64_t
   parallel_ranges(n, kBlockTokens, [&](int64_t begin, int64_t end) {
     const int count = static_cast<int>(end - begin);
     std::vector<float> rows(x + begin * dim, x + end * dim);
-    for (float& value : rows) value = rabitq::finite_or_clamped(value);
+    for (float& value : rows) value = finite_or_clamped(value);
     rotation.forward(backend, rows.data(), count);
     std::vector<float> tile(static_cast<size_t>(dim) * kBlockTokens);
     rabitq::to_tile(rows.data(), count, dim, tile.data());

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "src/math/portable.h"
+#include "src/math/integer_levels.h"
 #include "veloxquant/backend.h"
 #include "veloxquant/codec.h"
 
@@ -19,33 +19,6 @@ constexpr int kPlaneBytes = kBlockTokens / 8;
 
 inline int64_t plane_bytes(int rows, int bits) {
   return static_cast<int64_t>(rows) * bits * kPlaneBytes;
-}
-
-// The search for the step of the levels (section "Steps" of README.md). The step of a token is its
-// root mean square times 1 / (kInverseStep[bits] * kStepFactors[k]).
-constexpr int kStepTrials = 9;
-constexpr float kInverseStep[kMaxBits + 1] = {0.0f, 0.0f, 1.0043186f, 1.7064846f, 2.9832935f};
-constexpr float kStepFactors[kStepTrials] = {0.84f, 0.89f, 0.94f, 0.99f, 1.04f,
-                                             1.09f, 1.14f, 1.19f, 1.24f};
-
-// 1 / rms of a token with sum of squares `squares`; 0 for a token of zeros.
-VQ_FN float inverse_rms(float squares, float inverse_rows, float (*root)(float)) {
-  if (!(squares > 0.0f)) return 0.0f;
-  return 1.0f / root(mul(squares, inverse_rows));
-}
-
-// The number of whole steps in |y|, at most `most`; the level's magnitude is 2 steps + 1.
-VQ_FN int whole_steps(float magnitude, float inverse_step, float most) {
-  float steps = mul(magnitude, inverse_step);
-  return (int)(steps < most ? steps : most);
-}
-
-// What functions make of numbers that are none: NaN counts as 0, infinities as the largest fp16.
-VQ_FN float finite_or_clamped(float x) {
-  const uint32_t bits = bits_of(x);
-  if (is_finite_bits(bits)) return x;
-  if (bits & 0x7fffffu) return 0.0f;
-  return bits >> 31 ? -65504.0f : 65504.0f;
 }
 
 // Sums over rows run in ascending order; all 64 columns of the tiles are valid.

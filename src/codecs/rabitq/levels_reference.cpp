@@ -1,6 +1,5 @@
 // The executable specification of levels and planes.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "src/codecs/rabitq/levels.h"
@@ -8,36 +7,16 @@
 namespace veloxquant::rabitq {
 namespace {
 
-float root(float x) { return std::sqrt(x); }
-
-struct Sums {
-  float squares = 0.0f, dots = 0.0f, levels = 0.0f;
-};
-
-// Sums of one token at one step.
-Sums sums_of(const float* y, int rows, float inverse_step, float most) {
-  Sums sums;
-  for (int r = 0; r < rows; ++r) {
-    const float value = y[r * kBlockTokens];
-    const float magnitude = std::fabs(value);
-    const float level = static_cast<float>(2 * whole_steps(magnitude, inverse_step, most) + 1);
-    sums.squares += mul(value, value);
-    sums.dots += mul(magnitude, level);
-    sums.levels += mul(level, level);
-  }
-  return sums;
-}
-
 // The step whose levels have the greatest cosine with the token; the first wins ties.
-float best_inverse_step(const float* y, int rows, int bits, float most) {
+float best_inverse_step(const float* y, int rows, int bits) {
   if (bits == 1) return 0.0f;  // one magnitude only
-  const float squares = sums_of(y, rows, 0.0f, 0.0f).squares;
+  const float squares = level_sums(y, kBlockTokens, rows, bits, 0.0f).squares;
   const float inverse =
-      mul(inverse_rms(squares, 1.0f / static_cast<float>(rows), root), kInverseStep[bits]);
+      mul(inverse_rms(squares, 1.0f / static_cast<float>(rows)), kInverseStep[bits]);
   float best = -1.0f, best_step = 0.0f;
   for (float factor : kStepFactors) {
     const float inverse_step = mul(inverse, factor);
-    const Sums sums = sums_of(y, rows, inverse_step, most);
+    const LevelSums sums = level_sums(y, kBlockTokens, rows, bits, inverse_step);
     const float cosine = mul(sums.dots, sums.dots) / sums.levels;
     if (cosine > best) {
       best = cosine;
@@ -50,18 +29,13 @@ float best_inverse_step(const float* y, int rows, int bits, float most) {
 void encode(const float* y_t, int rows, int bits, uint8_t* planes, float* squares, float* dots,
             float* levels) {
   std::memset(planes, 0, static_cast<size_t>(plane_bytes(rows, bits)));
-  const int middle = 1 << (bits - 1);
-  const float most = static_cast<float>(middle - 1);
   for (int t = 0; t < kBlockTokens; ++t) {
     const float* y = y_t + t;
-    const float inverse_step = best_inverse_step(y, rows, bits, most);
+    const float inverse_step = best_inverse_step(y, rows, bits);
     for (int r = 0; r < rows; ++r) {
-      const float value = y[r * kBlockTokens];
-      const int steps = whole_steps(std::fabs(value), inverse_step, most);
-      // -0 counts as +0.
-      set_code(planes, bits, r, t, value >= 0.0f ? middle + steps : middle - 1 - steps);
+      set_code(planes, bits, r, t, level_code(y[r * kBlockTokens], bits, inverse_step));
     }
-    const Sums sums = sums_of(y, rows, inverse_step, most);
+    const LevelSums sums = level_sums(y, kBlockTokens, rows, bits, inverse_step);
     squares[t] = sums.squares;
     dots[t] = sums.dots;
     levels[t] = sums.levels;

@@ -199,9 +199,9 @@ std::vector<float> boundary_tile(Random& random, int rows, int bits) {
       // The step depends on the token: edges of the step of the token as it was.
       float squares = 0;
       for (int r = 0; r < rows; ++r) squares += y[r * 64 + t] * y[r * 64 + t];
-      const float factor = rabitq::kStepFactors[random.next() % rabitq::kStepTrials];
+      const float factor = kStepFactors[random.next() % kStepTrials];
       const float step =
-          std::sqrt(squares / static_cast<float>(rows)) / (rabitq::kInverseStep[bits] * factor);
+          std::sqrt(squares / static_cast<float>(rows)) / (kInverseStep[bits] * factor);
       for (int r = 0; r < rows; ++r) {
         float edge = step * static_cast<float>(random.next() % (1u << (bits - 1)));
         for (int ulps = static_cast<int>(random.next() % 5) - 2; ulps != 0;) {

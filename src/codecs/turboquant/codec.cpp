@@ -253,7 +253,7 @@ class ScalarCodec final : public Codec {
       for (int d = 0; d < dim; ++d) signs[t * dim + d] = projected[d] >= 0.0f ? 1 : 0;
       const float norm = std::sqrt(dot_row(row, row, dim));
       const float size = std::sqrt(dot_row(rest, rest, dim));  // in units of |k| / sqrt(D)
-      const float factor = mul(norm, mul(size, kRootHalfPi));
+      const float factor = mul(norm, mul(size, kSketchFactor));
       scalars[t] = stored_scalar(factor, mul(root_dim, static_cast<float>(dim)));
     }
   }
@@ -283,8 +283,6 @@ class ScalarCodec final : public Codec {
       }
     }
   }
-
-  static constexpr float kRootHalfPi = 1.25331413731550025f;
 
   ScalarCodecParams params_;
   Rotation rotation_;

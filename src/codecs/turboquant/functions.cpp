@@ -7,6 +7,7 @@
 #include "src/codecs/rotation.h"
 #include "src/codecs/turboquant/kernels.h"
 #include "src/codecs/turboquant/nearest.h"
+#include "src/math/finite.h"
 #include "veloxquant/scalar_quant.h"
 #include "veloxquant/vecinfer.h"
 #include "veloxquant/words.h"
@@ -44,10 +45,7 @@ bool all_finite(const float* x, int64_t n) {
 
 void make_finite(float* x, int64_t n) {
   if (all_finite(x, n)) return;
-  for (int64_t i = 0; i < n; ++i) {
-    if (is_finite_bits(bits_of(x[i]))) continue;
-    x[i] = x[i] > 0.0f ? 65504.0f : x[i] < 0.0f ? -65504.0f : 0.0f;
-  }
+  for (int64_t i = 0; i < n; ++i) x[i] = finite_or_clamped(x[i]);
 }
 
 }  // namespace

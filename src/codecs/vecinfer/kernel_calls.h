@@ -43,7 +43,7 @@ struct BlockShape {
   int64_t block_bytes() const { return int64_t{dim} / sub_dim * 8 * bits; }
 };
 std::optional<std::string> no_kernel_because(const BlockShape& shape);
-// inputs: x [batch, heads, 64 n_blocks, dim]; tables; forward fp32: 1 / lambda [heads, dim], E
+// inputs: x [batch, heads, n_tokens, dim], n_tokens in the last of n_blocks; tables; forward fp32: 1 / lambda [heads, dim], E
 // [heads, dim, dim], or one number. outputs: u8 [batch, heads, n_blocks, block bytes].
 metal::Call encode_blocks_call(const BlockShape& shape);
 // inputs: blocks, tables. outputs: fp32 [batch, heads, 64 n_blocks, dim], codec coordinates.

@@ -3,7 +3,7 @@
 // centroid is read once for all rows of the tile. Codes are those of src/math/centroids.h.
 #pragma once
 
-#include "src/backends/metal/common.h"
+#include "src/codecs/metal_rows.h"
 #include "src/math/centroids.h"
 
 namespace veloxquant {
@@ -39,15 +39,6 @@ VQ_FN void nearest_codes(Rows rows, Tables tables, int stride, Codes codes, uint
       }
       if (lane == 0) codes[r * (DIM / SUB) + m] = best[r];
     }
-  }
-}
-
-// Rows first, first + 1, ... of a plane [n_rows][DIM] into a tile; 0 beyond the last.
-template <int DIM, int ROWS, class X, class Rows>
-VQ_FN void load_tile(X x, int first, int n_rows, Rows rows, uint self, uint n_threads) {
-  for (uint i = self; i < ROWS * DIM; i += n_threads) {
-    const int row = first + (int)(i / DIM);
-    rows[i] = row < n_rows ? (float)x[(int64_t)row * DIM + i % DIM] : 0.0f;
   }
 }
 
@@ -118,23 +109,6 @@ VQ_FN void is_walsh_hadamard(Matrix matrix, Flag flag, Shared bad, uint self, ui
     for (uint i = 0; i < n_threads / 32; ++i) any |= bad[i];
     flag[0] = any ? 0u : 1u;
   }
-}
-
-// to = matrix from, or its transpose times from, by rows; sums over ascending columns.
-template <int DIM, bool TRANSPOSED, class Matrix, class From, class To>
-VQ_FN void multiply_rows(Matrix matrix, From from, To to, uint n_rows, uint self, uint n_threads) {
-  barrier_of_group();
-  for (uint i = self; i < n_rows * DIM; i += n_threads) {
-    const uint row = i / DIM, j = i % DIM;
-    float sum = 0.0f;
-    for (uint k = 0; k < DIM; ++k) {
-      const float entry = matrix[TRANSPOSED ? k * DIM + j : j * DIM + k];
-      const float product = mul(from[row * DIM + k], entry);
-      sum = k == 0 ? product : sum + product;
-    }
-    to[i] = sum;
-  }
-  barrier_of_group();
 }
 
 // u = x / lambda, y = matrix u, codes of y, out = (matrix^T y^) lambda as finite fp16.

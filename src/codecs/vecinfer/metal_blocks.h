@@ -10,8 +10,8 @@ namespace veloxquant {
 // for two neighbouring t, so that no byte has two writers.
 VQ_FN int vecinfer_tile_token(int eighth, int row) { return 2 * eighth + row % 2 + 16 * (row / 2); }
 
-// x [n_blocks * 64][DIM] of one plane -> blocks. TRANSFORM: 0 none, 1 times inverse_scale, then
-// Hadamard, 2 matrix (y = x E). group: (eighth, block, plane).
+// x [n_tokens][DIM] of one plane -> blocks; absent tokens count as 0. TRANSFORM: 0 none, 1 times
+// inverse_scale, then Hadamard, 2 matrix (y = x E). group: (eighth, block, plane).
 template <int DIM, int SUB, int C, int BITS, int TABLES, int TRANSFORM, class X, class Table,
           class Forward, class Bytes, class Rows, class Tile>
 VQ_FN void vecinfer_encode_blocks(X x, int n_tokens, int n_heads, int n_sequences, Table tables,
@@ -22,7 +22,8 @@ VQ_FN void vecinfer_encode_blocks(X x, int n_tokens, int n_heads, int n_sequence
   const int head = (int)(plane % n_heads), sequence = n_sequences == 1 ? 0 : (int)(plane / n_heads);
   for (uint i = self; i < 8 * DIM; i += n_threads) {
     const int token = 64 * (int)group.y + vecinfer_tile_token(eighth, (int)(i / DIM));
-    float value = (float)x[(plane * n_tokens + token) * DIM + i % DIM];
+    float value = 0.0f;
+    if (token < n_tokens) value = (float)x[(plane * n_tokens + token) * DIM + i % DIM];
     if (TRANSFORM == 1) value = mul(value, forward[head * DIM + i % DIM]);
     rows[i] = value;
   }
@@ -37,7 +38,7 @@ VQ_FN void vecinfer_encode_blocks(X x, int n_tokens, int n_heads, int n_sequence
       TABLES == 1 ? 0 : C * SUB, tile, self / 32, n_threads / 32, self % 32);
   barrier_of_group();
   const int low = BITS >= 8 ? 8 : 4, row_bytes = 8 * BITS;
-  Bytes block = blocks + (plane * (n_tokens / 64) + group.y) * (M * row_bytes);
+  Bytes block = blocks + (plane * ((n_tokens + 63) / 64) + group.y) * (M * row_bytes);
   for (uint i = self; i < (uint)(8 * M); i += n_threads) {
     const int m = (int)i / 8, r = (int)i % 8, t = vecinfer_tile_token(eighth, r);
     Bytes bytes = block + m * row_bytes;

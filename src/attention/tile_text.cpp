@@ -1,0 +1,101 @@
+#include "src/attention/tile_text.h"
+
+namespace veloxquant::attention {
+namespace {
+
+constexpr int kStagedHalves = 2048;  // a table of 4 KB is copied into threadgroup memory
+
+bool staged(const CodeFormat& f) {
+  if (f.kind == TileKind::scalar) return true;
+  return f.kind == TileKind::vecinfer && f.tables == 1 &&
+         f.n_centroids * f.sub_dim <= kStagedHalves;
+}
+
+// $ stands for the side, @ for the same in capitals.
+std::string of_side(const std::string& side, const std::string& text) {
+  return replaced(replaced(text, "$", side), "@", side == "k" ? "K" : "V");
+}
+
+}  // namespace
+
+std::string replaced(std::string text, const std::string& name, const std::string& with) {
+  for (size_t at = 0; (at = text.find(name, at)) != std::string::npos; at += with.size()) {
+    text.replace(at, name.size(), with);
+  }
+  return text;
+}
+
+int piece_dims(const CodeFormat& f) {
+  if (f.kind == TileKind::vecinfer) return f.sub_dim;
+  return f.kind == TileKind::scalar && f.by_token ? 4 : 1;
+}
+
+std::string stage_text(const char* side, const CodeFormat& f) {
+  if (!staged(f)) return "";
+  return of_side(side, f.kind == TileKind::scalar ? "  threadgroup float $_stage[16 * @STAGES];\n"
+                                                  : "  threadgroup half $_stage[@C * @SUB];\n");
+}
+
+std::string table_text(const char* side, const CodeFormat& f) {
+  std::string text;
+  if (f.kind == TileKind::vecinfer) {
+    text = R"(    const device half* $_given = $_tables +
+        ((int64_t)($_tables_shape[0] == 1 ? 0 : batch) * n_heads + head) * (@TABLES * @C * @SUB);
+)";
+  }
+  if (staged(f)) {
+    text +=
+        f.kind == TileKind::scalar
+            ? "    for (uint i = self; i < 16 * @STAGES; i += n_threads) "
+              "$_stage[i] = $_tables[i];\n"
+            : "    for (uint i = self; i < @C * @SUB; i += n_threads) $_stage[i] = $_given[i];\n";
+  }
+  return of_side(side, text);
+}
+
+std::string tile_text(const char* side, const CodeFormat& f) {
+  std::string text;
+  switch (f.kind) {
+    case TileKind::vecinfer:
+      text = "VecInferTile<@ROWS, @SUB, @C, @BITS, @TABLES, const device uint32_t*, ";
+      text += staged(f) ? "threadgroup half*> $_tile;\n    $_tile.table = $_stage;\n"
+                        : "const device half*> $_tile;\n    $_tile.table = $_given;\n";
+      break;
+    case TileKind::scalar:
+      text =
+          R"(ScalarTile<@ROWS, @STAGES, @BITS, @BY_TOKEN, const device uint32_t*, threadgroup float*> $_tile;
+    $_tile.levels = $_stage;
+)";
+      break;
+    case TileKind::planes:
+      text = "PlaneTile<@ROWS, @BITS, @MEAN, const device uint32_t*, const ";
+      // MLX binds fewer than 8 numbers as `constant`.
+      text += f.mean ? "device float*> $_tile;\n    $_tile.mean = $_tables + 1 + head * DIM;\n"
+                     : "constant float*> $_tile;\n    $_tile.mean = $_tables;\n";
+      text += "    $_tile.factor_of_all = $_tables[0];\n";
+      break;
+  }
+  return of_side(side, "    veloxquant::" + text);
+}
+
+void add_tile_arguments(const std::string& side, const CodeFormat& f, int rows,
+                        std::vector<metal::TemplateArgument>& arguments) {
+  arguments.push_back({side + "ROWS", rows});
+  arguments.push_back({side + "BITS", f.bits});
+  switch (f.kind) {
+    case TileKind::vecinfer:
+      arguments.push_back({side + "SUB", f.sub_dim});
+      arguments.push_back({side + "C", f.n_centroids});
+      arguments.push_back({side + "TABLES", f.tables});
+      break;
+    case TileKind::scalar:
+      arguments.push_back({side + "STAGES", f.stages});
+      arguments.push_back({side + "BY_TOKEN", f.by_token ? 1 : 0});
+      break;
+    case TileKind::planes:
+      arguments.push_back({side + "MEAN", f.mean ? 1 : 0});
+      break;
+  }
+}
+
+}  // namespace veloxquant::attention

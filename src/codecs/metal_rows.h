@@ -1,0 +1,116 @@
+// Rows of tokens in a threadgroup's memory: into it, through a matrix or the seeded rotation, and
+// their sums. All threads of the threadgroup call these; `self` is a thread's number.
+#pragma once
+
+#include "src/backends/metal/common.h"
+#include "src/math/finite.h"
+#include "src/math/rotation.h"
+#include "src/math/row_sums.h"
+
+namespace veloxquant {
+
+// Rows first, first + 1, ... of a plane [n_rows][DIM] into a tile; 0 beyond the last.
+template <int DIM, int ROWS, class X, class Rows>
+VQ_FN void load_tile(X x, int first, int n_rows, Rows rows, uint self, uint n_threads) {
+  for (uint i = self; i < ROWS * DIM; i += n_threads) {
+    const int row = first + (int)(i / DIM);
+    rows[i] = row < n_rows ? (float)x[(int64_t)row * DIM + i % DIM] : 0.0f;
+  }
+}
+
+// to = matrix from, or its transpose times from, by rows; sums over ascending columns.
+template <int DIM, bool TRANSPOSED, class Matrix, class From, class To>
+VQ_FN void multiply_rows(Matrix matrix, From from, To to, uint n_rows, uint self, uint n_threads) {
+  barrier_of_group();
+  for (uint i = self; i < n_rows * DIM; i += n_threads) {
+    const uint row = i / DIM, j = i % DIM;
+    float sum = 0.0f;
+    for (uint k = 0; k < DIM; ++k) {
+      const float entry = matrix[TRANSPOSED ? k * DIM + j : j * DIM + k];
+      const float product = mul(from[row * DIM + k], entry);
+      sum = k == 0 ? product : sum + product;
+    }
+    to[i] = sum;
+  }
+  barrier_of_group();
+}
+
+// rotate_row of n_rows rows (src/math/rotation.h). moved: as large as the rows. Complete after.
+template <int DIM, class Signs, class Rows>
+VQ_FN void rotate_rows(Signs signs, Rows rows, Rows moved, uint n_rows, uint self, uint n_threads) {
+  barrier_of_group();
+  for (uint i = self; i < n_rows * DIM; i += n_threads) rows[i] = mul(rows[i], signs[i % DIM]);
+  hadamard_rows<DIM>(rows, n_rows, self, n_threads);
+  const uint step = (uint)rotation_step(DIM);
+  if (step > 1) {
+    for (uint i = self; i < n_rows * DIM; i += n_threads) {
+      moved[i / DIM * DIM + i % DIM * step % DIM] = rows[i];
+    }
+    barrier_of_group();
+  }
+  for (uint i = self; i < n_rows * DIM; i += n_threads) {
+    rows[i] = mul(step > 1 ? moved[i] : rows[i], signs[DIM + i % DIM]);
+  }
+  hadamard_rows<DIM>(rows, n_rows, self, n_threads);
+}
+
+// rotate_row_back, likewise.
+template <int DIM, class Signs, class Rows>
+VQ_FN void rotate_rows_back(Signs signs, Rows rows, Rows moved, uint n_rows, uint self,
+                            uint n_threads) {
+  hadamard_rows<DIM>(rows, n_rows, self, n_threads);
+  const uint step = (uint)rotation_step(DIM);
+  for (uint i = self; i < n_rows * DIM; i += n_threads) {
+    moved[i] = mul(rows[i], signs[DIM + i % DIM]);
+  }
+  barrier_of_group();
+  for (uint i = self; i < n_rows * DIM; i += n_threads) {
+    rows[i] = moved[i / DIM * DIM + i % DIM * step % DIM];
+  }
+  hadamard_rows<DIM>(rows, n_rows, self, n_threads);
+  for (uint i = self; i < n_rows * DIM; i += n_threads) rows[i] = mul(rows[i], signs[i % DIM]);
+  barrier_of_group();
+}
+
+// dot_row (src/math/row_sums.h) by a simdgroup: lanes l and l + 16 hold partial sum l. Every lane
+// gets the sum. All lanes of the simdgroup.
+template <class A, class B>
+VQ_FN float simd_dot_row(A a, B b, int n, uint lane) {
+  float partial = 0.0f;
+  for (int i = (int)lane % kRowLanes; i < n; i += kRowLanes) partial = partial + mul(a[i], b[i]);
+  for (ushort width = kRowLanes / 2; width > 0; width /= 2) {
+    partial = partial + simd_shuffle_xor(partial, width);
+  }
+  return partial;
+}
+
+// fp32 -> T as a cache keeps it: finite.
+template <class T>
+struct FiniteNarrow {
+  static T of(float x) { return x; }
+};
+template <>
+struct FiniteNarrow<half> {
+  static half of(float x) { return finite_half(x); }
+};
+template <>
+struct FiniteNarrow<bfloat> {
+  static bfloat of(float x) { return finite_bfloat(x); }
+};
+
+// n bits at a bit of a stream of 32-bit words, least significant first; 1 <= n <= 31.
+template <class Words>
+VQ_FN uint32_t bits_at(Words words, int at, int n) {
+  const int first = at / 32, shift = at % 32;
+  uint32_t bits = words[first] >> shift;
+  if (shift + n > 32) bits |= words[first + 1] << (32 - shift);
+  return bits & ((1u << n) - 1u);
+}
+
+// Number i of the fp16 numbers from a word on.
+template <class Words>
+VQ_FN float half_at(Words words, int i) {
+  return f16_to_f32((uint16_t)(words[i / 2] >> (16 * (i % 2))));
+}
+
+}  // namespace veloxquant

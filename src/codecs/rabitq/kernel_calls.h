@@ -1,0 +1,34 @@
+// The GPU kernels of RaBitQ's packed blocks and codes (metal_blocks.h, metal.h): which text, which
+// grid. What they compute is that of veloxquant/rabitq.h, bit for bit. The Hamming score is in
+// src/codecs/kernel_calls.h.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "src/backends/metal/kernel.h"
+#include "veloxquant/rabitq.h"
+
+namespace veloxquant::rabitq {
+
+struct BlockKernelShape {
+  int batch = 1, heads = 1, n_tokens = 0, dim = 0;
+  int bits = 1;
+  RabitqScale scale = RabitqScale::unbiased;
+  bool mean = false;
+
+  int n_blocks() const { return (n_tokens + 63) / 64; }
+  int64_t block_bytes() const { return int64_t{8} * dim * bits + 128; }
+};
+std::optional<std::string> no_kernel_because(const BlockKernelShape& shape);
+
+// inputs: x [batch, heads, n_tokens, dim]; signs fp32 [2, dim] of the rotation; mean fp32 [heads,
+// dim], rotated, or one number. outputs: u8 [batch, heads, n_blocks, block bytes].
+metal::Call encode_blocks_call(const BlockKernelShape& shape);
+// inputs: blocks, mean. outputs: fp32 [batch, heads, 64 n_blocks, dim], codec coordinates.
+metal::Call decode_blocks_call(const BlockKernelShape& shape);
+
+// rabitq_encode. inputs: x [n, dim], signs. outputs: codes u8 [n, dim / 8], factors fp32 [n].
+metal::Call encode_rows_call(int n, int dim);
+
+}  // namespace veloxquant::rabitq
