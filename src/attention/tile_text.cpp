@@ -58,12 +58,13 @@ std::string tile_text(const char* side, const CodeFormat& f) {
   switch (f.kind) {
     case TileKind::vecinfer:
       text = "VecInferTile<@ROWS, @SUB, @C, @BITS, @TABLES, const device uint32_t*, ";
-      text += staged(f) ? "threadgroup half*> $_tile;\n    $_tile.table = $_stage;\n"
+      text += staged(f) ? "decltype(&$_stage[0])> $_tile;\n    $_tile.table = $_stage;\n"
                         : "const device half*> $_tile;\n    $_tile.table = $_given;\n";
       break;
     case TileKind::scalar:
       text =
-          R"(ScalarTile<@ROWS, @STAGES, @BITS, @BY_TOKEN, const device uint32_t*, threadgroup float*> $_tile;
+          R"(ScalarTile<@ROWS, @STAGES, @BITS, @BY_TOKEN, const device uint32_t*,
+                           decltype(&$_stage[0])> $_tile;
     $_tile.levels = $_stage;
 )";
       break;
