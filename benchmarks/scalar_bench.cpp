@@ -2,14 +2,12 @@
 // against a loop of dependent additions in the same run, so that the clock need not be known.
 //
 //   build/bench/scalar_bench [SIMD level]
-#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <functional>
 #include <vector>
 
-#include <time.h>
-
+#include "benchmarks/cycles.h"
 #include "src/codecs/rotation.h"
 #include "src/codecs/turboquant/kernels.h"
 #include "src/math/random.h"
@@ -19,30 +17,6 @@
 using namespace veloxquant;
 
 namespace {
-
-// Of this thread's own work: other programs on the machine count less than with a wall clock.
-double seconds() {
-  timespec now;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
-
-#if defined(__aarch64__)
-#define ADD "add %0, %0, %0\n"
-#else
-#define ADD "add %0, %0\n"
-#endif
-
-// Integer additions that wait for each other: one a cycle.
-double cycle_seconds() {
-  constexpr int64_t kSteps = 4000000;
-  uint64_t x = 1;
-  const double start = seconds();
-  for (int64_t i = 0; i < kSteps; i += 8) {
-    asm volatile(ADD ADD ADD ADD ADD ADD ADD ADD : "+r"(x));
-  }
-  return (seconds() - start) / kSteps;
-}
 
 struct Row {
   const char* name;
@@ -156,16 +130,11 @@ int main(int argc, char** argv) {
   std::printf("%s\n", simd_level().c_str());
   for (const Row& row : rows) {
     const bool cycles = row.n > 1;
-    const int repeats = cycles ? 200 : 1;
-    std::vector<double> results;
-    for (int round = 0; round < 9; ++round) {
-      const double cycle = cycle_seconds(), start = seconds();
-      for (int i = 0; i < repeats; ++i) row.run();
-      const double time = (seconds() - start) / repeats;
-      results.push_back(cycles ? time / cycle / row.n : row.n / time);
-    }
-    std::sort(results.begin(), results.end());
-    std::printf("%-22s %8.1f %s   (best %.1f)\n", row.name, results[4], row.unit,
-                cycles ? results.front() : results.back());
+    const bench::Spread time = bench::time_of(row.run, cycles ? 200 : 1, cycles);
+    const auto figure = [&](double of_a_run) {
+      return cycles ? of_a_run / row.n : row.n / of_a_run;
+    };
+    std::printf("%-22s %8.1f %s   (best %.1f)\n", row.name, figure(time.median), row.unit,
+                figure(time.best));
   }
 }
