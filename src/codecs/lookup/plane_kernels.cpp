@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "src/backends/cpu/unroll.h"
+
 HWY_BEFORE_NAMESPACE();
 namespace veloxquant::lookup::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
@@ -64,27 +66,35 @@ struct Table16 {
 };
 
 #if VELOXQUANT_VBMI
-// 256 entries in four registers: a permutation of two of them takes 7 bits of a code, the 8th
-// chooses between two such.
+// 256 entries in four registers: a permutation takes 6 bits of a code, and the upper two choose
+// where it is written. Permutations of two registers take 7 bits, but are three micro-operations
+// each on Intel, where these are one.
+struct Quarters {
+  __m512i a, b, c, d;
+
+  HWY_INLINE explicit Quarters(const uint8_t* table)
+      : a(hn::Load(Bytes(), table).raw),
+        b(hn::Load(Bytes(), table + 64).raw),
+        c(hn::Load(Bytes(), table + 128).raw),
+        d(hn::Load(Bytes(), table + 192).raw) {}
+  HWY_INLINE ByteVector at(__m512i code, __mmask64 odd, __mmask64 upper, __mmask64 last) const {
+    __m512i x = _mm512_permutexvar_epi8(code, a);
+    x = _mm512_mask_permutexvar_epi8(x, odd, code, b);
+    x = _mm512_mask_permutexvar_epi8(x, upper, code, c);
+    return ByteVector{_mm512_mask_permutexvar_epi8(x, last, code, d)};
+  }
+};
 struct Table256 {
   static constexpr int kBytes = 512;
-  __m512i low[4], high[4];
+  Quarters low, high;
 
-  HWY_INLINE explicit Table256(const uint8_t* table) {
-    HWY_UNROLL(4)
-    for (int i = 0; i < 4; ++i) {
-      low[i] = hn::Load(Bytes(), table + 64 * i).raw;
-      high[i] = hn::Load(Bytes(), table + 256 + 64 * i).raw;
-    }
-  }
+  HWY_INLINE explicit Table256(const uint8_t* table) : low(table), high(table + 256) {}
   HWY_INLINE void look_up(ByteVector code, ByteVector& l, ByteVector& h) const {
     const __mmask64 upper = _mm512_movepi8_mask(code.raw);
-    const __m512i l0 = _mm512_permutex2var_epi8(low[0], code.raw, low[1]);
-    const __m512i l1 = _mm512_permutex2var_epi8(low[2], code.raw, low[3]);
-    const __m512i h0 = _mm512_permutex2var_epi8(high[0], code.raw, high[1]);
-    const __m512i h1 = _mm512_permutex2var_epi8(high[2], code.raw, high[3]);
-    l = ByteVector{_mm512_mask_blend_epi8(upper, l0, l1)};
-    h = ByteVector{_mm512_mask_blend_epi8(upper, h0, h1)};
+    const __mmask64 odd = _mm512_movepi8_mask(_mm512_add_epi8(code.raw, code.raw));
+    const __mmask64 last = _kand_mask64(upper, odd);
+    l = low.at(code.raw, odd, upper, last);
+    h = high.at(code.raw, odd, upper, last);
   }
 };
 #else
@@ -282,8 +292,9 @@ void WeightsToPlanes(const float* weights, int64_t stride, int n_rows, int n_blo
   HWY_ALIGN static constexpr float kDither[16] = {
       -15 / 32.f, 1 / 32.f, -7 / 32.f, 9 / 32.f,  -11 / 32.f, 5 / 32.f, -3 / 32.f, 13 / 32.f,
       -13 / 32.f, 3 / 32.f, -5 / 32.f, 11 / 32.f, -9 / 32.f,  7 / 32.f, -1 / 32.f, 15 / 32.f};
-  const hn::FixedTag<float, 4> d;
-  const hn::FixedTag<int16_t, 4> shorts;
+  const hn::CappedTag<float, 8> d;  // a run of neighbours, see place_of
+  const hn::Rebind<int16_t, decltype(d)> shorts;
+  const int lanes = static_cast<int>(hn::Lanes(d));
   auto weight = [&](const float* row, int t) HWY_ATTR {
     const auto w = hn::LoadU(d, row + t);
     return factors == nullptr ? w : hn::Mul(w, hn::LoadU(d, factors + t));
@@ -294,14 +305,14 @@ void WeightsToPlanes(const float* weights, int64_t stride, int n_rows, int n_blo
     for (int r = 0; r < n_rows; ++r) {
       const float* row = weights + r * stride;
       auto most = hn::Zero(d);
-      for (int t = begin; t < end; t += 4) most = hn::Max(most, hn::Abs(weight(row, t)));
+      for (int t = begin; t < end; t += lanes) most = hn::Max(most, hn::Abs(weight(row, t)));
       const float largest = hn::GetLane(hn::MaxOfLanes(d, most));
       // Weights that are nothing beside those of other blocks: no reciprocal overflows.
       const bool counts = largest > 1e-30f;
       scales[r] = counts ? largest / kMost : 0.0f;
       const auto inverse = hn::Set(d, counts ? kMost / largest : 0.0f);
-      for (int t = begin; t < end; t += 4) {
-        const auto border = hn::Load(d, kDither + t % 16);
+      for (int t = begin; t < end; t += lanes) {
+        const auto border = hn::LoadU(d, kDither + t % 16);
         const auto integer = hn::NearestInt(hn::MulAdd(weight(row, t), inverse, border));
         int16_t* to = integers + (int64_t{t / kLanes} * n_rows + r) * kLanes;
         hn::StoreU(hn::DemoteTo(shorts, integer), shorts, to + place_of(t % kLanes));
@@ -334,22 +345,22 @@ HWY_INLINE void add_vectors(const Table& planes, const uint8_t* const (&codes)[2
   const Shorts shorts;
   const Floats floats;
   hn::Vec<Ints> sum[n_rows], more[n_rows];
-  HWY_UNROLL(4)
+  VELOXQUANT_UNROLL
   for (int r = 0; r < n_rows; ++r) sum[r] = more[r] = hn::Zero(Ints());
-  HWY_UNROLL(2)
+  VELOXQUANT_UNROLL
   for (int i = 0; i < n_vectors; ++i) {
     ByteVector low, high;
     planes.look_up(digit_of<Table>(hn::LoadU(d, codes[i]), shift, mask), low, high);
     const auto a = hn::BitCast(shorts, hn::InterleaveLower(d, low, high));
     const auto b = hn::BitCast(shorts, hn::InterleaveUpper(d, low, high));
-    HWY_UNROLL(4)
+    VELOXQUANT_UNROLL
     for (int r = 0; r < n_rows; ++r) {
       const int16_t* weights = integers + (i * n_rows + r) * kLanes;
       sum[r] = add_products(a, hn::Load(shorts, weights), sum[r], more[r]);
       sum[r] = add_products(b, hn::Load(shorts, weights + kLanes / 2), sum[r], more[r]);
     }
   }
-  HWY_UNROLL(4)
+  VELOXQUANT_UNROLL
   for (int r = 0; r < n_rows; ++r) {
 #if !HWY_ARCH_X86
     sum[r] = hn::Add(sum[r], more[r]);
@@ -366,13 +377,13 @@ HWY_INLINE void add_digit_planes(const Blocks& blocks, int m, int shift, const P
   const Table planes(table);
   const auto mask = hn::Set(Bytes(), static_cast<uint8_t>((1u << digits.bits) - 1u));
   hn::Vec<Floats> total[n_rows];
-  HWY_UNROLL(4)
+  VELOXQUANT_UNROLL
   for (int r = 0; r < n_rows; ++r) total[r] = hn::Load(floats, sums + r * kPlaneFloats);
   const int64_t stride = blocks.stride;
   const uint8_t* codes = blocks.data + m * kTokens;
   int block = 0;
   for (; block + kGroupBlocks <= blocks.n; block += kGroupBlocks, scales += n_rows) {
-    HWY_UNROLL(2)
+    VELOXQUANT_UNROLL
     for (int v = 0; v < kGroupBlocks * kVectors; v += 2, integers += 2 * n_rows * kLanes) {
       const uint8_t* const two[2] = {codes + v * kLanes,
                                      codes + (kVectors == 1 ? stride : (v + 1) * kLanes)};
@@ -384,7 +395,7 @@ HWY_INLINE void add_digit_planes(const Blocks& blocks, int m, int shift, const P
     const uint8_t* const one[2] = {codes, nullptr};
     add_vectors<Table, n_rows, 1>(planes, one, shift, mask, integers, scales, total);
   }
-  HWY_UNROLL(4)
+  VELOXQUANT_UNROLL
   for (int r = 0; r < n_rows; ++r) hn::Store(total[r], floats, sums + r * kPlaneFloats);
 }
 
