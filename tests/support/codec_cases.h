@@ -62,6 +62,9 @@ class CodecCase {
   }
 
   const Codec& codec() const { return *codec_; }
+  const CodecSpec& spec() const { return spec_; }
+  const TensorView& given(const std::string& table) const { return tables_.at(table); }
+  bool has_table(const std::string& table) const { return tables_.count(table) != 0; }
   std::string label() const { return spec_.method + " " + label_; }
   bool tokens_are_independent() const { return !shares_a_block_; }
 

@@ -1,0 +1,169 @@
+// `metal-emulated`: a codec's blocks by its Metal kernels on the MSL machine, as a test takes a
+// backend.
+#pragma once
+
+#include <functional>
+
+#include "src/codecs/rabitq/kernel_calls.h"
+#include "src/codecs/rotation.h"
+#include "src/codecs/turboquant/kernel_calls.h"
+#include "src/codecs/turboquant/sketch.h"
+#include "src/codecs/vecinfer/format.h"
+#include "src/codecs/vecinfer/kernel_calls.h"
+#include "tests/msl/support.h"
+#include "tests/support/codec_cases.h"
+
+namespace veloxquant::msl {
+
+class EmulatedCodec {
+ public:
+  // One head of a case of the suites. Throws Fault for a method without kernels.
+  EmulatedCodec(const test::CodecCase& one, int head) : dim_(one.codec().head_dim()) {
+    const std::string& method = one.spec().method;
+    if (method == "vecinfer") {
+      vecinfer(one, head);
+    } else if (method == "rabitq") {
+      rabitq(one, head);
+    } else if (method == "turboquant" || method == "turboquant_rvq") {
+      scalar(one);
+    } else {
+      throw Fault("no Metal kernels of " + method);
+    }
+    block_bytes_ = one.codec().block_bytes();
+  }
+
+  std::vector<uint8_t> encode(const std::vector<float>& x, int n_tokens) const {
+    std::vector<Input> inputs = encode_inputs_;
+    inputs.insert(inputs.begin(), floats(x, {1, 1, n_tokens, dim_}));
+    const metal::Call call = encode_(n_tokens);
+    return run(*call.kernel, call.launch, inputs).outputs[0];
+  }
+  std::vector<float> decode(const std::vector<uint8_t>& block, int n_tokens) const {
+    std::vector<Input> inputs = decode_inputs_;
+    inputs.insert(inputs.begin(), Input(metal::Type::uint8, {1, 1, 1, block_bytes_}, block.data()));
+    const metal::Call call = decode_();
+    std::vector<float> y = run(*call.kernel, call.launch, inputs).output<float>(0);
+    y.resize(static_cast<size_t>(n_tokens) * dim_);
+    return y;
+  }
+
+ private:
+  static int64_t integer(const test::CodecCase& one, const char* name, int64_t otherwise) {
+    const auto& options = one.spec().options;
+    const auto it = options.find(name);
+    return it == options.end() ? otherwise : std::get<int64_t>(it->second);
+  }
+  static int choice(const test::CodecCase& one, const char* name,
+                    std::initializer_list<const char*> values) {
+    const auto& options = one.spec().options;
+    const auto it = options.find(name);
+    int i = 0;
+    for (const char* value : values) {
+      if (it != options.end() && std::get<std::string>(it->second) == value) return i;
+      ++i;
+    }
+    return 0;
+  }
+
+  void scalar(const test::CodecCase& one) {
+    turboquant::BlockKernelShape s;
+    s.dim = dim_;
+    s.stages = one.spec().method == "turboquant" ? 1 : 2;
+    s.prod = integer(one, "prod", 0) == 1;
+    s.bits = static_cast<int>(integer(one, "bits", 1)) - (s.prod ? 1 : 0);
+    s.scale =
+        s.prod
+            ? ScalarScale::raw
+            : static_cast<ScalarScale>(choice(one, "scale", {"norm_corrected", "raw", "unbiased"}));
+    s.by_token = one.spec().side == Side::values;
+    const uint64_t seed = static_cast<uint64_t>(integer(one, "seed", 0));
+    arrays_ = {turboquant::rotation_signs(dim_, seed),
+               turboquant::quantizer_numbers(dim_, s.bits, s.stages),
+               {0},
+               {0}};
+    std::vector<int64_t> square = {1};
+    if (s.prod) {
+      const auto sketch = turboquant::gaussian_sketch(dim_, seed);
+      arrays_[2] = sketch->columns;
+      arrays_[3] = sketch->rows;
+      square = {dim_, dim_};
+    }
+    const Input numbers = floats(arrays_[1], {s.stages, 16});
+    encode_inputs_ = {floats(arrays_[0], {2, dim_}), numbers, floats(arrays_[2], square)};
+    decode_inputs_ = {numbers, floats(arrays_[3], square)};
+    set_calls(s, turboquant::encode_blocks_call, turboquant::decode_blocks_call);
+  }
+
+  void rabitq(const test::CodecCase& one, int head) {
+    rabitq::BlockKernelShape s;
+    s.dim = dim_;
+    s.bits = static_cast<int>(integer(one, "bits", 1));
+    s.scale =
+        static_cast<RabitqScale>(choice(one, "scale", {"unbiased", "reconstruction", "norm"}));
+    s.mean = one.has_table("mean");
+    const uint64_t seed = static_cast<uint64_t>(integer(one, "seed", 0));
+    arrays_ = {turboquant::rotation_signs(dim_, seed), {0}};
+    if (s.mean) {
+      const auto* row = static_cast<const float*>(one.given("mean").at(head));
+      arrays_[1].assign(row, row + dim_);
+      Rotation(dim_, seed).forward(Backend::reference, arrays_[1].data(), 1);
+    }
+    const Input mean =
+        floats(arrays_[1], s.mean ? std::vector<int64_t>{1, dim_} : std::vector<int64_t>{1});
+    encode_inputs_ = {floats(arrays_[0], {2, dim_}), mean};
+    decode_inputs_ = {mean};
+    set_calls(s, rabitq::encode_blocks_call, rabitq::decode_blocks_call);
+  }
+
+  void vecinfer(const test::CodecCase& one, int head) {
+    const TensorView& tables = one.given("tables");
+    vecinfer::BlockShape s;
+    s.n_blocks = 1;
+    s.dim = dim_;
+    s.tables = static_cast<int>(tables.shape[1]);
+    s.n_centroids = static_cast<int>(tables.shape[2]);
+    s.sub_dim = static_cast<int>(tables.shape[3]);
+    s.bits = vecinfer::code_bits(s.n_centroids);
+    s.transform = choice(one, "transform", {"none", "hadamard", "dense"});
+    arrays_ = {{0}};
+    std::vector<int64_t> shape = {1};
+    if (s.transform == 1) {
+      const auto* scale = static_cast<const float*>(one.given("scale").at(head));
+      arrays_[0].clear();
+      for (int i = 0; i < dim_; ++i) arrays_[0].push_back(1.0f / scale[i]);
+      shape = {1, dim_};
+    }
+    if (s.transform == 2) {
+      const auto* matrix = static_cast<const float*>(one.given("encode_matrix").at(head));
+      arrays_[0].assign(matrix, matrix + dim_ * dim_);
+      shape = {1, dim_, dim_};
+    }
+    const Input entries(metal::Type::float16, {1, 1, s.tables, s.n_centroids, s.sub_dim},
+                        tables.at(head));
+    encode_inputs_ = {entries, floats(arrays_[0], shape)};
+    decode_inputs_ = {entries};
+    encode_ = [s](int) { return vecinfer::encode_blocks_call(s); };
+    decode_ = [s] { return vecinfer::decode_blocks_call(s); };
+  }
+
+  template <class Shape>
+  void set_calls(Shape s, metal::Call (*encode)(const Shape&),
+                 metal::Call (*decode)(const Shape&)) {
+    encode_ = [s, encode](int n_tokens) {
+      Shape shape = s;
+      shape.n_tokens = n_tokens;
+      return encode(shape);
+    };
+    s.n_tokens = 64;
+    decode_ = [s, decode] { return decode(s); };
+  }
+
+  int dim_;
+  int64_t block_bytes_ = 0;
+  std::vector<std::vector<float>> arrays_;
+  std::vector<Input> encode_inputs_, decode_inputs_;
+  std::function<metal::Call(int)> encode_;
+  std::function<metal::Call()> decode_;
+};
+
+}  // namespace veloxquant::msl
