@@ -1,6 +1,4 @@
 // VecInfer's Metal kernels on the MSL machine against the CPU: equal codes, equal bits.
-#include <gtest/gtest.h>
-
 #include <cmath>
 #include <cstring>
 
@@ -8,7 +6,7 @@
 #include "src/codecs/vecinfer/kernel_calls.h"
 #include "src/math/float16.h"
 #include "src/math/hadamard.h"
-#include "tests/msl/machine.h"
+#include "tests/msl/support.h"
 #include "tests/support/random.h"
 #include "veloxquant/vecinfer_functions.h"
 
@@ -16,28 +14,11 @@ namespace veloxquant::vecinfer {
 namespace {
 
 using metal::Type;
+using msl::dtype_of;
 using msl::Input;
+using msl::same_bytes;
+using msl::Values;
 using test::Random;
-
-DType dtype_of(Type type) {
-  return type == Type::float32   ? DType::float32
-         : type == Type::float16 ? DType::float16
-                                 : DType::bfloat16;
-}
-
-struct Values {
-  Type type;
-  std::vector<float> wide;
-  std::vector<uint16_t> narrow;
-
-  Values(std::vector<float> x, Type type) : type(type), wide(std::move(x)) {
-    if (type == Type::float32) return;
-    for (float v : wide) narrow.push_back(type == Type::float16 ? f32_to_f16(v) : f32_to_bf16(v));
-  }
-  const void* data() const {
-    return type == Type::float32 ? static_cast<const void*>(wide.data()) : narrow.data();
-  }
-};
 
 struct Case {
   int dim, sub_dim, n_centroids, table_heads, tables;
@@ -61,12 +42,6 @@ RowShape shape_of(const Case& c, int heads) {
   s.table_heads = c.table_heads;
   s.tables = c.tables;
   return s;
-}
-
-template <class T>
-void expect_bits(const std::vector<uint8_t>& got, const std::vector<T>& want) {
-  ASSERT_EQ(got.size(), want.size() * sizeof(T));
-  EXPECT_EQ(0, std::memcmp(got.data(), want.data(), got.size()));
 }
 
 // Sylvester's matrix with the scale of src/math/hadamard.h.
@@ -103,7 +78,7 @@ class VecInferFunctions : public ::testing::TestWithParam<Case> {
     vecinfer_quantize(Backend::reference, xv, table,
                       MutableTensorView(codes.data(), DType::int32, {B, H, S, M}));
     metal::Call call = quantize_call(s);
-    expect_bits(msl::run(*call.kernel, call.launch, {x3, tables}).outputs[0], codes);
+    EXPECT_TRUE(same_bytes(msl::run(*call.kernel, call.launch, {x3, tables}).outputs[0], codes));
 
     // Codes out of range read the last centroid.
     codes[0] = -1;
@@ -114,11 +89,11 @@ class VecInferFunctions : public ::testing::TestWithParam<Case> {
     vecinfer_dequantize(TensorView(codes.data(), DType::int32, {B, H, S, M}), typed_table,
                         MutableTensorView(decoded.data(), dtype_of(c.type), {B, H, S, D}));
     call = dequantize_call(s, c.type);
-    expect_bits(msl::run(*call.kernel, call.launch,
-                         {Input(Type::int32, {B * H, S, M}, codes.data()),
-                          Input(c.type, {c.table_heads, c.tables, C, d}, typed.data())})
-                    .outputs[0],
-                decoded);
+    EXPECT_TRUE(same_bytes(msl::run(*call.kernel, call.launch,
+                                    {Input(Type::int32, {B * H, S, M}, codes.data()),
+                                     Input(c.type, {c.table_heads, c.tables, C, d}, typed.data())})
+                               .outputs[0],
+                           decoded));
 
     std::vector<uint8_t> lut(B * H * S * M * C * metal::type_bytes(c.type));
     vecinfer_query_lut(Backend::reference, xv, table,
@@ -183,8 +158,8 @@ class VecInferFunctions : public ::testing::TestWithParam<Case> {
                   Input(Type::uint32, {1}, &flag),
                   lambda_rows ? Input(Type::float32, {lambda_rows, D}, lambda.data())
                               : Input(Type::float32, {1}, &none)});
-    expect_bits(got.outputs[1], codes);
-    expect_bits(got.outputs[0], decoded);
+    EXPECT_TRUE(same_bytes(got.outputs[1], codes));
+    EXPECT_TRUE(same_bytes(got.outputs[0], decoded));
   }
 };
 
@@ -255,16 +230,17 @@ TEST(MetalBlocks, BytesAndDecodedBitsEqualTheCpu) {
     const Input tables(Type::float16, {1, H, s.tables, c.n_centroids, c.sub_dim},
                        owned.tables.data());
     metal::Call call = encode_blocks_call(s);
-    expect_bits(msl::run(*call.kernel, call.launch,
-                         {Input(Type::float16, {B, H, 64 * n, c.dim}, x.data()), tables,
-                          Input(Type::float32, forward_shape, forward.data())})
-                    .outputs[0],
-                blocks);
+    EXPECT_TRUE(same_bytes(msl::run(*call.kernel, call.launch,
+                                    {Input(Type::float16, {B, H, 64 * n, c.dim}, x.data()), tables,
+                                     Input(Type::float32, forward_shape, forward.data())})
+                               .outputs[0],
+                           blocks));
     call = decode_blocks_call(s);
-    expect_bits(msl::run(*call.kernel, call.launch,
-                         {Input(Type::uint8, {B, H, n, s.block_bytes()}, blocks.data()), tables})
-                    .outputs[0],
-                decoded);
+    EXPECT_TRUE(
+        same_bytes(msl::run(*call.kernel, call.launch,
+                            {Input(Type::uint8, {B, H, n, s.block_bytes()}, blocks.data()), tables})
+                       .outputs[0],
+                   decoded));
   }
 }
 
