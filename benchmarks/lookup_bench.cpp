@@ -22,7 +22,7 @@ using namespace veloxquant::lookup;
 
 namespace {
 
-constexpr int kBlocks = 16, kTokens = kBlocks * kBlockTokens, kRows = 4;
+constexpr int kBlocks = 32, kTokens = kBlocks * kBlockTokens, kRows = 4;
 
 SplitMix64 source(1, 0);
 float uniform() { return static_cast<float>(source.uniform() * 2 - 1); }
@@ -137,14 +137,17 @@ void keys_in_registers(int n_codes, const PlaneDigits& digits) {
   const int n = n_codes * digits.a_byte, size = plane_size(digits.bits);
   const Aligned<uint8_t> tables(
       filled<uint8_t>(int64_t{n} * kRows * 2 * size, [] { return source.next() & 127; }));
-  const Aligned<uint8_t> totals(int64_t{kRows} * kTokens * 4);
   std::vector<float> scores(kRows * kTokens);
   const auto run = [&] {
-    std::fill(totals.data(), totals.data() + totals.size(), uint8_t{0});
-    look_up_planes(codes.blocks, digits, tables.data(), kRows, totals.data());
-    for (int r = 0; r < kRows; ++r) {
-      finish_planes(totals.data() + int64_t{r} * kTokens * 4, kBlocks, n << 13, 1.0f, nullptr,
-                    scores.data() + r * kTokens);
+    constexpr int step = 16;
+    for (int first = 0; first < kBlocks; first += step) {
+      Blocks blocks = codes.blocks;
+      blocks.n = std::min(step, kBlocks - first);
+      blocks.data += first * blocks.stride;
+      for (int r = 0; r < kRows; ++r) {
+        score_planes(blocks, digits, tables.data() + int64_t{r} * n * 2 * size, n << 13, 1.0f,
+                     nullptr, scores.data() + r * kTokens + first * kBlockTokens);
+      }
     }
   };
   run();
@@ -153,7 +156,7 @@ void keys_in_registers(int n_codes, const PlaneDigits& digits) {
     for (int t = 0; t < kTokens; ++t) {
       int sum = -(n << 13);
       for (int k = 0; k < n; ++k) {
-        const uint8_t* table = tables.data() + (int64_t{k} * kRows + r) * 2 * size;
+        const uint8_t* table = tables.data() + (int64_t{r} * n + k) * 2 * size;
         const int code = digit(codes, t, k, digits);
         sum += table[size + code] * 128 + table[code];
       }
@@ -165,7 +168,7 @@ void keys_in_registers(int n_codes, const PlaneDigits& digits) {
   report(name.c_str(), error, 0, int64_t{n} * kRows, run);
 }
 
-// Dimensions of 15 bits times weights of 13; n_dims dimensions a digit.
+// Dimensions of 14 bits times weights of up to 15; n_dims dimensions a digit.
 void values_in_registers(int n_codes, const PlaneDigits& digits, int n_dims) {
   const Codes codes(n_codes);
   const int n = n_codes * digits.a_byte, size = plane_size(digits.bits);
@@ -173,7 +176,7 @@ void values_in_registers(int n_codes, const PlaneDigits& digits, int n_dims) {
   std::vector<int> values(int64_t{n} * n_dims << digits.bits);
   for (int k = 0; k < n * n_dims; ++k) {
     for (int v = 0; v < 1 << digits.bits; ++v) {
-      const int value = static_cast<int>(source.next() % 32767) - 16383;
+      const int value = static_cast<int>(source.next() % 16383) - 8191;
       values[(int64_t{k} << digits.bits) + v] = value;
       tables.data()[int64_t{k} * 2 * size + v] = static_cast<uint8_t>(value & 255);
       tables.data()[(int64_t{k} * 2 + 1) * size + v] = static_cast<uint8_t>(value >> 8 & 255);
@@ -181,18 +184,21 @@ void values_in_registers(int n_codes, const PlaneDigits& digits, int n_dims) {
   }
   const auto weights = filled<float>(kRows * kTokens, [] { return std::abs(uniform()); });
   const Aligned<int16_t> integers(kRows * kTokens);
-  const Aligned<float> scales(kBlocks * kRows);
   const Aligned<float> sums(int64_t{n} * n_dims * kRows * kPlaneFloats);
   const auto run = [&] {
-    weights_to_planes(weights.data(), kTokens, kRows, kBlocks, nullptr, integers.data(),
-                      scales.data());
-    float* to = sums.data();
-    for (int k = 0; k < n; ++k) {
-      for (int d = 0; d < n_dims; ++d, to += kRows * kPlaneFloats) {
-        add_planes(codes.blocks, k / digits.a_byte, k % digits.a_byte * digits.bits, digits,
-                   tables.data() + (int64_t{k} * n_dims + d) * 2 * size, integers.data(),
-                   scales.data(), kRows, to);
+    const int unit = kVectorsAUnit * plane_lanes(), a_byte = n_dims * digits.a_byte;
+    std::vector<float> units;
+    for (int t = 0; t < kTokens; t += unit) {
+      const int tokens = std::min(unit, kTokens - t);
+      for (int r = 0; r < kRows; ++r) {
+        units.push_back(weights_to_planes(weights.data() + r * kTokens + t, tokens, nullptr, r,
+                                          kRows, integers.data() + int64_t{t} * kRows));
       }
+    }
+    float* to = sums.data();
+    for (int m = 0; m < n_codes; ++m, to += a_byte * kRows * kPlaneFloats) {
+      add_planes(codes.blocks, m, digits, a_byte, tables.data() + int64_t{m} * a_byte * 2 * size,
+                 integers.data(), units.data(), kRows, to);
     }
   };
   run();
@@ -211,7 +217,7 @@ void values_in_registers(int n_codes, const PlaneDigits& digits, int n_dims) {
     }
   }
   const std::string name = "values, registers, " + std::to_string(n) + " x " +
-                           std::to_string(digits.bits) + " bits of 15";
+                           std::to_string(digits.bits) + " bits of 14";
   report(name.c_str(), std::sqrt(error / norm), 1e-3, int64_t{n} * n_dims, run);
 }
 

@@ -15,12 +15,15 @@
 namespace veloxquant::lookup {
 namespace {
 
-// The sums of a chunk (16 KB for 4 rows) stay in the L1 cache while all codes go by.
-constexpr int kChunkBlocks = 16;
+// Codes of a chunk of keys and tables of a row (at head_dim 128 and 2 bits 32 and 16 KB) stay in
+// the L1 cache, or nearly. Of values the weights of a chunk do (16 KB for 4 rows).
+constexpr int kKeyBlocks = 16;
+constexpr int kUnits = 2;
+int unit_blocks() { return kVectorsAUnit * plane_lanes() / kBlockTokens; }
 
 constexpr int kKeyZero = 1 << 13, kKeyMost = kKeyZero - 1;  // 14 bits, in planes of 7
 constexpr int kKeyLowBits = 7, kValueLowBits = 8;
-constexpr int kValueMost = (1 << 14) - 1;  // 15 bits
+constexpr int kValueMost = (1 << 13) - 1;  // 14 bits
 
 // Rounding the entries moves a score by step * sqrt(digits / 12): this is 6e-4 of a weight.
 constexpr float kMostScoreError = 8.6e-4f;
@@ -62,32 +65,24 @@ class PlaneScores final : public CodeScores {
       : codes_(codes), n_rows_(n_rows), n_digits_(codes.n_codes * codes.n_digits) {
     const int n = codes.digit_values();
     Buffer entries = take_buffer(int64_t{n_digits_} * kPlaneRows * n);
+    planes_ = take_bytes(int64_t{n_rows} * n_digits_ * table_bytes(codes));
     for (int first = 0; first < n_rows && error_ <= kMostScoreError; first += kPlaneRows) {
       const int rows = rows_of_panel(n_rows, first);
       make_entries_of(q, first, rows, entries.get());
-      split(entries.get(), rows);
+      split(entries.get(), first, rows);
     }
   }
 
   bool is_exact_enough() const { return error_ <= kMostScoreError; }
 
   void score(const uint8_t* blocks, int n_blocks, float* scores, int64_t stride) const override {
-    const int64_t row_bytes = int64_t{std::min(n_blocks, kChunkBlocks)} * kBlockTokens * 4;
-    Buffer totals = take_bytes(kPlaneRows * row_bytes);
-    uint8_t* sums = bytes_of(totals);
-    for_each_chunk(codes_, blocks, n_blocks, kChunkBlocks,
+    const int64_t row_bytes = int64_t{n_digits_} * table_bytes(codes_);
+    for_each_chunk(codes_, blocks, n_blocks, kKeyBlocks,
                    [&](const Blocks& chunk, int64_t token, const float* factors) {
-                     const int64_t bytes = int64_t{chunk.n} * kBlockTokens * 4;
-                     for (int first = 0; first < n_rows_; first += kPlaneRows) {
-                       const int rows = rows_of_panel(n_rows_, first);
-                       std::fill(sums, sums + rows * bytes, uint8_t{0});
-                       look_up_planes(chunk, digits_of(codes_),
-                                      bytes_of(planes_[first / kPlaneRows]), rows, sums);
-                       for (int r = 0; r < rows; ++r) {
-                         finish_planes(sums + r * bytes, chunk.n, n_digits_ * kKeyZero,
-                                       step_[first + r], factors,
-                                       scores + (first + r) * stride + token);
-                       }
+                     for (int r = 0; r < n_rows_; ++r) {
+                       score_planes(chunk, digits_of(codes_), bytes_of(planes_) + r * row_bytes,
+                                    n_digits_ * kKeyZero, step_[r], factors,
+                                    scores + r * stride + token);
                      }
                    });
   }
@@ -115,7 +110,7 @@ class PlaneScores final : public CodeScores {
     }
   }
 
-  void split(const float* entries, int rows) {
+  void split(const float* entries, int first, int rows) {
     const int n = codes_.digit_values(), size = plane_size(codes_.digit_bits);
     std::vector<float> most(rows, 0.0f);
     for (int k = 0; k < n_digits_; ++k) {
@@ -128,10 +123,10 @@ class PlaneScores final : public CodeScores {
       error_ = std::max(error_, step_.back() * std::sqrt(static_cast<float>(n_digits_) / 12.0f));
     }
     if (!(error_ <= kMostScoreError)) return;
-    planes_.push_back(take_bytes(int64_t{n_digits_} * rows * table_bytes(codes_)));
-    uint8_t* to = bytes_of(planes_.back());
     for (int k = 0; k < n_digits_; ++k) {
-      for (int r = 0; r < rows; ++r, entries += n, to += 2 * size) {
+      for (int r = 0; r < rows; ++r, entries += n) {
+        uint8_t* to =
+            bytes_of(planes_) + (int64_t{first + r} * n_digits_ + k) * table_bytes(codes_);
         if (n < size) std::fill(to, to + 2 * size, uint8_t{0});
         // Entries of a row without products at all are 0: no reciprocal of what is next to nothing.
         const float factor = most[r] > 1e-30f ? kKeyMost / most[r] : 0.0f;
@@ -143,8 +138,8 @@ class PlaneScores final : public CodeScores {
   ByteCodes codes_;
   int n_rows_, n_digits_;
   float error_ = 0;
-  std::vector<float> step_;     // of each row
-  std::vector<Buffer> planes_;  // of each panel, [digits][rows][planes]
+  std::vector<float> step_;  // of each row
+  Buffer planes_;            // [rows][digits][planes]
 };
 
 class PlaneSums final : public CodeSums {
@@ -156,21 +151,26 @@ class PlaneSums final : public CodeSums {
   }
 
   void add(const uint8_t* blocks, int n_blocks, const float* weights, int64_t stride) override {
-    const int64_t tokens = int64_t{std::min(n_blocks, kChunkBlocks)} * kBlockTokens;
+    const int most = kUnits * unit_blocks();
+    const int64_t tokens = int64_t{std::min(n_blocks, most)} * kBlockTokens;
     Buffer integers = take_bytes(kPlaneRows * tokens * static_cast<int64_t>(sizeof(int16_t)));
     int16_t* p = reinterpret_cast<int16_t*>(integers.get());
-    float scales[kChunkBlocks * kPlaneRows];
-    for_each_chunk(codes_, blocks, n_blocks, kChunkBlocks,
-                   [&](const Blocks& chunk, int64_t token, const float* factors) {
-                     float* sums = sums_.get();
-                     for (int first = 0; first < n_rows_; first += kPlaneRows) {
-                       const int rows = rows_of_panel(n_rows_, first);
-                       weights_to_planes(weights + first * stride + token, stride, rows, chunk.n,
-                                         factors, p, scales);
-                       add_panel(chunk, p, scales, rows, sums);
-                       sums += int64_t{n_dims()} * kPlaneRows * kPlaneFloats;
-                     }
-                   });
+    for_each_chunk(
+        codes_, blocks, n_blocks, most,
+        [&](const Blocks& chunk, int64_t token, const float* factors) {
+          const int64_t left = n_blocks * int64_t{kBlockTokens} - token;
+          const bool is_last = left <= int64_t{chunk.n} * kBlockTokens;
+          const uint8_t* next = blocks + (token / kBlockTokens + chunk.n) * codes_.block_bytes;
+          float* sums = sums_.get();
+          for (int first = 0; first < n_rows_; first += kPlaneRows) {
+            const int rows = rows_of_panel(n_rows_, first);
+            float units[kUnits * kPlaneRows];
+            load_weights(chunk.n, weights + first * stride + token, stride, factors, rows, p,
+                         units);
+            add_panel(chunk, p, units, rows, sums, is_last || first > 0 ? nullptr : next);
+            sums += int64_t{n_dims()} * kPlaneRows * kPlaneFloats;
+          }
+        });
   }
 
   void take(float* y, int64_t y_stride) override {
@@ -237,14 +237,31 @@ class PlaneSums final : public CodeSums {
     }
   }
 
-  void add_panel(const Blocks& chunk, const int16_t* p, const float* scales, int rows,
-                 float* sums) const {
-    const int dim = codes_.digit_dim();
-    for (int d = 0; d < n_dims(); ++d, sums += rows * kPlaneFloats) {
-      const int m = d / codes_.sub_dim, digit = d % codes_.sub_dim / dim;
-      add_planes(chunk, m, digit * codes_.digit_bits, digits_of(codes_),
-                 bytes_of(planes_) + int64_t{table_of(d)} * table_bytes(codes_), p, scales, rows,
-                 sums);
+  static void load_weights(int n_blocks, const float* weights, int64_t stride, const float* factors,
+                           int rows, int16_t* integers, float* units) {
+    for (int done = 0; done < n_blocks; done += unit_blocks()) {
+      const int64_t t = int64_t{done} * kBlockTokens;
+      const int n = std::min(n_blocks - done, unit_blocks()) * kBlockTokens;
+      for (int r = 0; r < rows; ++r) {
+        *units++ = weights_to_planes(weights + r * stride + t, n,
+                                     factors == nullptr ? nullptr : factors + t, r, rows,
+                                     integers + t * rows);
+      }
+    }
+  }
+
+  // next: blocks to fetch into the cache meanwhile, as many, or null. Rows of a code are read
+  // across blocks, which no machine foresees.
+  void add_panel(const Blocks& chunk, const int16_t* p, const float* units, int rows, float* sums,
+                 const uint8_t* next) const {
+    const int64_t step = chunk.n * codes_.block_bytes / codes_.n_codes;
+    for (int m = 0; m < codes_.n_codes; ++m) {
+      const int d = m * codes_.sub_dim;
+      add_planes(chunk, m, digits_of(codes_), codes_.sub_dim,
+                 bytes_of(planes_) + int64_t{table_of(d)} * table_bytes(codes_), p, units, rows,
+                 sums + int64_t{d} * rows * kPlaneFloats);
+      if (next == nullptr) continue;
+      for (int64_t i = 0; i < step; i += 64) __builtin_prefetch(next + m * step + i, 0, 2);
     }
   }
 

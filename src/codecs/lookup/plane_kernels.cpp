@@ -18,15 +18,14 @@ constexpr int kTokens = 64;
 
 #if HWY_TARGET == HWY_SCALAR  // has no 128-bit registers
 int PlaneLanes() { return 0; }
-int PlaneGroup() { return 1; }
 bool HasWideTables() { return false; }
 void SplitPlanes(const float*, int, float, int, int, uint8_t*, uint8_t*) {}
 float LargestMagnitude(const float*, int) { return 0; }
 void FoldPlaneSums(const float*, int, float*) {}
-void LookUpPlanes(const Blocks&, const PlaneDigits&, const uint8_t*, int, uint8_t*) {}
-void FinishPlanes(const uint8_t*, int, int, float, const float*, float*) {}
-void WeightsToPlanes(const float*, int64_t, int, int, const float*, int16_t*, float*) {}
-void AddPlanes(const Blocks&, int, int, const PlaneDigits&, const uint8_t*, const int16_t*,
+void ScorePlanes(const Blocks&, const PlaneDigits&, const uint8_t*, int, float, const float*,
+                 float*) {}
+float WeightsToPlanes(const float*, int, const float*, int, int, int16_t*) { return 0; }
+void AddPlanes(const Blocks&, int, const PlaneDigits&, int, const uint8_t*, const int16_t*,
                const float*, int, float*) {}
 #else
 
@@ -43,11 +42,10 @@ using Ints = hn::Repartition<int32_t, Bytes>;
 using Floats = hn::Repartition<float, Bytes>;
 using ByteVector = hn::Vec<Bytes>;
 constexpr int kLanes = HWY_MIN(kTokens, HWY_MAX_BYTES);
-constexpr int kVectors = kTokens / kLanes;          // of the tokens of a block
-constexpr int kGroupBlocks = kLanes == 64 ? 2 : 1;  // that share the scale of their weights
+constexpr int kVectors = kTokens / kLanes;  // of the tokens of a block
+constexpr int kUnitBlocks = kVectorsAUnit / kVectors;
 
 int PlaneLanes() { return kLanes; }
-int PlaneGroup() { return kGroupBlocks; }
 bool HasWideTables() { return VELOXQUANT_VBMI; }
 
 // ---- tables ------------------------------------------------------------------------------------
@@ -66,44 +64,75 @@ struct Table16 {
 };
 
 #if VELOXQUANT_VBMI
-// 256 entries in four registers: a permutation takes 6 bits of a code, and the upper two choose
-// where it is written. Permutations of two registers take 7 bits, but are three micro-operations
-// each on Intel, where these are one.
+HWY_INLINE __m512i kept_in_register(const uint8_t* from) {
+  __m512i x = hn::Load(Bytes(), from).raw;
+  // Or else compilers load it again for every permutation, and loads are what runs out.
+  asm("" : "+v"(x));
+  return x;
+}
+
+// 256 entries in four registers. A permutation takes 6 bits of a code, and the upper two choose
+// where it is written: one micro-operation each everywhere.
 struct Quarters {
   __m512i a, b, c, d;
+  struct Choice {
+    __mmask64 odd, upper, last;
+    HWY_INLINE explicit Choice(__m512i code)
+        : odd(_mm512_movepi8_mask(_mm512_add_epi8(code, code))),
+          upper(_mm512_movepi8_mask(code)),
+          last(_kand_mask64(upper, odd)) {}
+  };
 
   HWY_INLINE explicit Quarters(const uint8_t* table)
-      : a(hn::Load(Bytes(), table).raw),
-        b(hn::Load(Bytes(), table + 64).raw),
-        c(hn::Load(Bytes(), table + 128).raw),
-        d(hn::Load(Bytes(), table + 192).raw) {}
-  HWY_INLINE ByteVector at(__m512i code, __mmask64 odd, __mmask64 upper, __mmask64 last) const {
+      : a(kept_in_register(table)),
+        b(kept_in_register(table + 64)),
+        c(kept_in_register(table + 128)),
+        d(kept_in_register(table + 192)) {}
+  HWY_INLINE __m512i at(__m512i code, const Choice& choice) const {
     __m512i x = _mm512_permutexvar_epi8(code, a);
-    x = _mm512_mask_permutexvar_epi8(x, odd, code, b);
-    x = _mm512_mask_permutexvar_epi8(x, upper, code, c);
-    return ByteVector{_mm512_mask_permutexvar_epi8(x, last, code, d)};
+    x = _mm512_mask_permutexvar_epi8(x, choice.odd, code, b);
+    x = _mm512_mask_permutexvar_epi8(x, choice.upper, code, c);
+    return _mm512_mask_permutexvar_epi8(x, choice.last, code, d);
   }
 };
-struct Table256 {
-  static constexpr int kBytes = 512;
-  Quarters low, high;
+// Permutations of two registers take 7 bits: half as many, but three micro-operations each on
+// Intel; one on AMD.
+struct Halves {
+  __m512i a, b, c, d;
+  struct Choice {
+    __mmask64 upper;
+    HWY_INLINE explicit Choice(__m512i code) : upper(_mm512_movepi8_mask(code)) {}
+  };
 
-  HWY_INLINE explicit Table256(const uint8_t* table) : low(table), high(table + 256) {}
+  HWY_INLINE explicit Halves(const uint8_t* table)
+      : a(kept_in_register(table)),
+        b(kept_in_register(table + 64)),
+        c(kept_in_register(table + 128)),
+        d(kept_in_register(table + 192)) {}
+  HWY_INLINE __m512i at(__m512i code, const Choice& choice) const {
+    return _mm512_mask_blend_epi8(choice.upper, _mm512_permutex2var_epi8(a, code, b),
+                                  _mm512_permutex2var_epi8(c, code, d));
+  }
+};
+template <class Plane>
+struct WideTable {
+  static constexpr int kBytes = 512;
+  Plane low, high;
+
+  HWY_INLINE explicit WideTable(const uint8_t* table) : low(table), high(table + 256) {}
   HWY_INLINE void look_up(ByteVector code, ByteVector& l, ByteVector& h) const {
-    const __mmask64 upper = _mm512_movepi8_mask(code.raw);
-    const __mmask64 odd = _mm512_movepi8_mask(_mm512_add_epi8(code.raw, code.raw));
-    const __mmask64 last = _kand_mask64(upper, odd);
-    l = low.at(code.raw, odd, upper, last);
-    h = high.at(code.raw, odd, upper, last);
+    const typename Plane::Choice choice(code.raw);
+    l = ByteVector{low.at(code.raw, choice)};
+    h = ByteVector{high.at(code.raw, choice)};
   }
 };
 #else
 // Sixteen tables of 16: slower than other look-ups, so that only tests come here.
-struct Table256 {
+struct WideTable {
   static constexpr int kBytes = 512;
   const uint8_t* table;
 
-  HWY_INLINE explicit Table256(const uint8_t* from) : table(from) {}
+  HWY_INLINE explicit WideTable(const uint8_t* from) : table(from) {}
   HWY_INLINE void look_up(ByteVector code, ByteVector& l, ByteVector& h) const {
     const Bytes d;
     const auto low_half = hn::And(code, hn::Set(d, uint8_t{15}));
@@ -119,6 +148,21 @@ struct Table256 {
   }
 };
 #endif
+
+template <class Table>
+struct Form {
+  using Type = Table;
+};
+// body(Form of the table that these digits are looked up in)
+template <class Body>
+HWY_INLINE void with_table(const PlaneDigits& digits, const Body& body) {
+  if (digits.bits <= 4) return body(Form<Table16>());
+#if VELOXQUANT_VBMI
+  digits.by_halves ? body(Form<WideTable<Halves> >()) : body(Form<WideTable<Quarters> >());
+#else
+  body(Form<WideTable>());
+#endif
+}
 
 // The digit of each byte: wide tables take whole bytes.
 template <class Table>
@@ -178,102 +222,147 @@ void FoldPlaneSums(const float* sums, int n, float* out) {
 
 // ---- keys --------------------------------------------------------------------------------------
 
-// Two digits at a time: sums of two planes of 7 bits fit a byte, so that they widen once.
-template <class Table, int n_digits>
-HWY_INLINE void look_up_few(const Blocks& blocks, const PlaneDigits& digits, int first,
-                            const uint8_t* tables, int n_rows, uint8_t* totals) {
-  const Bytes d;
-  const Words words;
-  const auto mask = hn::Set(d, static_cast<uint8_t>((1u << digits.bits) - 1u));
-  const int64_t row_bytes = int64_t{blocks.n} * kTokens * 4;
-  const uint8_t* from[n_digits];
-  int shift[n_digits];
-  for (int i = 0; i < n_digits; ++i) {
-    from[i] = blocks.data + (first + i) / digits.a_byte * kTokens;
-    shift[i] = (first + i) % digits.a_byte * digits.bits;
-  }
-  for (int r = 0; r < n_rows; ++r, totals += row_bytes) {
-    const uint8_t* table = tables + r * Table::kBytes;
-    const Table one(table), two(table + (n_digits - 1) * n_rows * Table::kBytes);
-    uint8_t* to = totals;
-    for (int block = 0; block < blocks.n; ++block) {
-      const int64_t at = block * blocks.stride;
-      for (int v = 0; v < kVectors; ++v, to += 4 * kLanes) {
-        ByteVector low, high;
-        one.look_up(digit_of<Table>(hn::LoadU(d, from[0] + at + v * kLanes), shift[0], mask), low,
-                    high);
-        if constexpr (n_digits == 2) {
-          ByteVector more_low, more_high;
-          two.look_up(digit_of<Table>(hn::LoadU(d, from[1] + at + v * kLanes), shift[1], mask),
-                      more_low, more_high);
-          low = hn::Add(low, more_low);
-          high = hn::Add(high, more_high);
-        }
-        const auto add = [&](int k, hn::Vec<Words> sum) HWY_ATTR {
-          uint16_t* total = reinterpret_cast<uint16_t*>(to + k * kLanes);
-          hn::Store(hn::Add(hn::Load(words, total), sum), words, total);
-        };
-        const auto low16 = hn::BitCast(words, low), high16 = hn::BitCast(words, high);
-        add(0, low16);
-        add(1, hn::ShiftRight<8>(low16));
-        add(2, high16);
-        add(3, hn::ShiftRight<8>(high16));
-      }
-    }
-  }
-}
+// Vectors of tokens whose sums a register file holds beside the tables.
+constexpr int kTogether = kLanes == 64 ? 2 : 1;
 
-template <class Table>
-void look_up_all(const Blocks& blocks, const PlaneDigits& digits, const uint8_t* tables, int n_rows,
-                 uint8_t* totals) {
-  const int n = blocks.n_codes * digits.a_byte;
-  const int64_t step = int64_t{n_rows} * Table::kBytes;
-  int k = 0;
-  for (; k + 2 <= n; k += 2) {
-    look_up_few<Table, 2>(blocks, digits, k, tables + k * step, n_rows, totals);
-  }
-  if (k < n) look_up_few<Table, 1>(blocks, digits, k, tables + k * step, n_rows, totals);
-}
+// Sums of look-ups of a vector's tokens, 16 bits each, of the low planes and of the high ones: of
+// tokens 16 b + 0..7 of its 128-bit blocks b, and of 16 b + 8..15.
+struct KeySums {
+  hn::Vec<Words> low[2], high[2];
+};
 
-void LookUpPlanes(const Blocks& blocks, const PlaneDigits& digits, const uint8_t* tables,
-                  int n_rows, uint8_t* totals) {
-  digits.bits <= 4 ? look_up_all<Table16>(blocks, digits, tables, n_rows, totals)
-                   : look_up_all<Table256>(blocks, digits, tables, n_rows, totals);
-}
-
-// Sums of even and odd tokens -> of tokens in the order of interleaving within 128 bits: tokens
-// 16 b + 0..7 first, then 16 b + 8..15.
-HWY_INLINE void in_order(const uint8_t* sums, uint16_t* first, uint16_t* second) {
+// The vectors' tokens have these sums of 7-bit entries of one or two digits: they fit a byte, so
+// that two widen at once.
+template <int n_vectors>
+HWY_INLINE void add_pair(const ByteVector (&low)[n_vectors], const ByteVector (&high)[n_vectors],
+                         KeySums (&sums)[n_vectors]) {
   const Words d;
-  const uint16_t* words = reinterpret_cast<const uint16_t*>(sums);
-  const auto all = hn::Load(d, words), odd = hn::Load(d, words + kLanes / 2);
-  const auto even = hn::Sub(all, hn::ShiftLeft<8>(odd));
-  hn::Store(hn::InterleaveLower(d, even, odd), d, first);
-  hn::Store(hn::InterleaveUpper(d, even, odd), d, second);
+  const auto nothing = hn::Zero(Bytes());
+  VELOXQUANT_UNROLL
+  for (int v = 0; v < n_vectors; ++v) {
+    KeySums& to = sums[v];
+    to.low[0] = hn::Add(to.low[0], hn::BitCast(d, hn::InterleaveLower(Bytes(), low[v], nothing)));
+    to.low[1] = hn::Add(to.low[1], hn::BitCast(d, hn::InterleaveUpper(Bytes(), low[v], nothing)));
+    to.high[0] =
+        hn::Add(to.high[0], hn::BitCast(d, hn::InterleaveLower(Bytes(), high[v], nothing)));
+    to.high[1] =
+        hn::Add(to.high[1], hn::BitCast(d, hn::InterleaveUpper(Bytes(), high[v], nothing)));
+  }
 }
 
-void FinishPlanes(const uint8_t* totals, int n_blocks, int zero, float step, const float* factors,
-                  float* scores) {
+// Look-ups of a digit, in place of what was there or added to it.
+template <class Table, bool is_first, int n_vectors>
+HWY_INLINE void look_up_digit(const uint8_t* table, const ByteVector (&codes)[n_vectors], int shift,
+                              ByteVector mask, ByteVector (&low)[n_vectors],
+                              ByteVector (&high)[n_vectors]) {
+  const Table planes(table);
+  VELOXQUANT_UNROLL
+  for (int v = 0; v < n_vectors; ++v) {
+    ByteVector l, h;
+    planes.look_up(digit_of<Table>(codes[v], shift, mask), l, h);
+    low[v] = is_first ? l : hn::Add(low[v], l);
+    high[v] = is_first ? h : hn::Add(high[v], h);
+  }
+}
+
+template <int n_vectors>
+HWY_INLINE void load_codes(const uint8_t* const (&from)[n_vectors], int64_t at,
+                           ByteVector (&codes)[n_vectors]) {
+  VELOXQUANT_UNROLL
+  for (int v = 0; v < n_vectors; ++v) codes[v] = hn::LoadU(Bytes(), from[v] + at);
+}
+
+// (high * 128 + low - zero) * step * factors of a vector's tokens.
+HWY_INLINE void finish_scores(const KeySums& sums, int zero, float step, const float* factors,
+                              float* scores) {
   const hn::CappedTag<float, 8> d;
   const hn::RebindToSigned<decltype(d)> di;
   const hn::Rebind<uint16_t, decltype(d)> half;
   const int lanes = static_cast<int>(hn::Lanes(d));
   HWY_ALIGN uint16_t low[2][kLanes / 2], high[2][kLanes / 2];
-  for (int v = 0; v < n_blocks * kVectors; ++v, totals += 4 * kLanes) {
-    in_order(totals, low[0], low[1]);
-    in_order(totals + 2 * kLanes, high[0], high[1]);
-    for (int eight = 0; eight < kLanes / 8; ++eight) {
-      for (int i = 0; i < 8; i += lanes) {
-        const int at = eight / 2 * 8 + i, t = v * kLanes + 8 * eight + i;
-        const auto l = hn::PromoteTo(di, hn::Load(half, low[eight % 2] + at));
-        const auto h = hn::PromoteTo(di, hn::Load(half, high[eight % 2] + at));
-        const auto sum = hn::Sub(hn::Add(hn::ShiftLeft<7>(h), l), hn::Set(di, zero));
-        auto score = hn::Mul(hn::ConvertTo(d, sum), hn::Set(d, step));
-        if (factors != nullptr) score = hn::Mul(score, hn::LoadU(d, factors + t));
-        hn::StoreU(score, d, scores + t);
-      }
+  for (int i = 0; i < 2; ++i) {
+    hn::Store(sums.low[i], Words(), low[i]);
+    hn::Store(sums.high[i], Words(), high[i]);
+  }
+  for (int eight = 0; eight < kLanes / 8; ++eight) {
+    for (int i = 0; i < 8; i += lanes) {
+      const int at = eight / 2 * 8 + i, t = 8 * eight + i;
+      const auto l = hn::PromoteTo(di, hn::Load(half, low[eight % 2] + at));
+      const auto h = hn::PromoteTo(di, hn::Load(half, high[eight % 2] + at));
+      const auto sum = hn::Sub(hn::Add(hn::ShiftLeft<7>(h), l), hn::Set(di, zero));
+      auto score = hn::Mul(hn::ConvertTo(d, sum), hn::Set(d, step));
+      if (factors != nullptr) score = hn::Mul(score, hn::LoadU(d, factors + t));
+      hn::StoreU(score, d, scores + t);
     }
   }
+}
+
+// One row's scores of n_vectors vectors of tokens, a_byte (1, 2 or 4) digits in a byte.
+template <class Table, int a_byte, int n_vectors>
+HWY_INLINE void score_vectors(const uint8_t* const (&from)[n_vectors], int n_bytes, int bits,
+                              const uint8_t* tables, KeySums (&sums)[n_vectors]) {
+  const auto mask = hn::Set(Bytes(), static_cast<uint8_t>((1u << bits) - 1u));
+  const auto nothing = hn::Zero(Words());
+  VELOXQUANT_UNROLL
+  for (int v = 0; v < n_vectors; ++v) sums[v] = {{nothing, nothing}, {nothing, nothing}};
+  ByteVector codes[n_vectors], low[n_vectors], high[n_vectors];
+  int m = 0;
+  for (; m + (a_byte == 1 ? 2 : 1) <= n_bytes; m += a_byte == 1 ? 2 : 1) {
+    load_codes(from, int64_t{m} * kTokens, codes);
+    VELOXQUANT_UNROLL
+    for (int i = 0; i < HWY_MAX(a_byte, 2); i += 2, tables += 2 * Table::kBytes) {
+      look_up_digit<Table, true>(tables, codes, i * bits, mask, low, high);
+      if constexpr (a_byte == 1) load_codes(from, int64_t{m + 1} * kTokens, codes);
+      look_up_digit<Table, false>(tables + Table::kBytes, codes, a_byte == 1 ? 0 : (i + 1) * bits,
+                                  mask, low, high);
+      add_pair(low, high, sums);
+    }
+  }
+  if (m < n_bytes) {
+    load_codes(from, int64_t{m} * kTokens, codes);
+    look_up_digit<Table, true>(tables, codes, 0, mask, low, high);
+    add_pair(low, high, sums);
+  }
+}
+
+template <class Table, int a_byte>
+void score_row(const Blocks& blocks, int bits, const uint8_t* tables, int zero, float step,
+               const float* factors, float* scores) {
+  const auto codes_of = [&](int v) {
+    return blocks.data + v / kVectors * blocks.stride + v % kVectors * kLanes;
+  };
+  const auto finish = [&](const KeySums& sums, int v) HWY_ATTR {
+    finish_scores(sums, zero, step, factors == nullptr ? nullptr : factors + v * kLanes,
+                  scores + v * kLanes);
+  };
+  const int n = blocks.n * kVectors;
+  int v = 0;
+  for (; v + kTogether <= n; v += kTogether) {
+    const uint8_t* from[kTogether];
+    VELOXQUANT_UNROLL
+    for (int i = 0; i < kTogether; ++i) from[i] = codes_of(v + i);
+    KeySums sums[kTogether];
+    score_vectors<Table, a_byte, kTogether>(from, blocks.n_codes, bits, tables, sums);
+    VELOXQUANT_UNROLL
+    for (int i = 0; i < kTogether; ++i) finish(sums[i], v + i);
+  }
+  for (; v < n; ++v) {
+    const uint8_t* const from[1] = {codes_of(v)};
+    KeySums sums[1];
+    score_vectors<Table, a_byte, 1>(from, blocks.n_codes, bits, tables, sums);
+    finish(sums[0], v);
+  }
+}
+
+void ScorePlanes(const Blocks& blocks, const PlaneDigits& digits, const uint8_t* tables, int zero,
+                 float step, const float* factors, float* scores) {
+  with_table(digits, [&](auto form) HWY_ATTR {
+    using Table = typename decltype(form)::Type;
+    const auto score = digits.a_byte == 1   ? score_row<Table, 1>
+                       : digits.a_byte == 2 ? score_row<Table, 2>
+                                            : score_row<Table, 4>;
+    score(blocks, digits.bits, tables, zero, step, factors, scores);
+  });
 }
 
 // ---- values ------------------------------------------------------------------------------------
@@ -284,142 +373,167 @@ HWY_INLINE int place_of(int token) {
   return token % 16 / 8 * (kLanes / 2) + token / 16 * 8 + token % 8;
 }
 
-void WeightsToPlanes(const float* weights, int64_t stride, int n_rows, int n_blocks,
-                     const float* factors, int16_t* integers, float* scales) {
-  constexpr float kMost = 8191.0f;
+// Values have 14 bits. What a lane adds up must stay below 2^31, rounding included.
+constexpr float kMostWeight = 32766.0f, kMostLane = 262000.0f;
+
+float WeightsToPlanes(const float* weights, int n, const float* factors, int row, int n_rows,
+                      int16_t* integers) {
   // Moves the border of rounding through a whole step every 16 tokens: weights far below the
   // largest, all alike, are then right in their sum.
   HWY_ALIGN static constexpr float kDither[16] = {
       -15 / 32.f, 1 / 32.f, -7 / 32.f, 9 / 32.f,  -11 / 32.f, 5 / 32.f, -3 / 32.f, 13 / 32.f,
       -13 / 32.f, 3 / 32.f, -5 / 32.f, 11 / 32.f, -9 / 32.f,  7 / 32.f, -1 / 32.f, 15 / 32.f};
-  const hn::CappedTag<float, 8> d;  // a run of neighbours, see place_of
-  const hn::Rebind<int16_t, decltype(d)> shorts;
-  const int lanes = static_cast<int>(hn::Lanes(d));
-  auto weight = [&](const float* row, int t) HWY_ATTR {
-    const auto w = hn::LoadU(d, row + t);
+  constexpr int kFloats = kLanes / 4;
+  const Floats d;
+  const hn::Rebind<int16_t, Floats> shorts;
+  const auto weight = [&](int t) HWY_ATTR {
+    const auto w = hn::LoadU(d, weights + t);
     return factors == nullptr ? w : hn::Mul(w, hn::LoadU(d, factors + t));
   };
-  for (int first = 0; first < n_blocks; first += kGroupBlocks, scales += n_rows) {
-    const int begin = first * kTokens;
-    const int end = std::min(n_blocks, first + kGroupBlocks) * kTokens;
-    for (int r = 0; r < n_rows; ++r) {
-      const float* row = weights + r * stride;
-      auto most = hn::Zero(d);
-      for (int t = begin; t < end; t += lanes) most = hn::Max(most, hn::Abs(weight(row, t)));
-      const float largest = hn::GetLane(hn::MaxOfLanes(d, most));
-      // Weights that are nothing beside those of other blocks: no reciprocal overflows.
-      const bool counts = largest > 1e-30f;
-      scales[r] = counts ? largest / kMost : 0.0f;
-      const auto inverse = hn::Set(d, counts ? kMost / largest : 0.0f);
-      for (int t = begin; t < end; t += lanes) {
-        const auto border = hn::LoadU(d, kDither + t % 16);
-        const auto integer = hn::NearestInt(hn::MulAdd(weight(row, t), inverse, border));
-        int16_t* to = integers + (int64_t{t / kLanes} * n_rows + r) * kLanes;
-        hn::StoreU(hn::DemoteTo(shorts, integer), shorts, to + place_of(t % kLanes));
-      }
-    }
+  // A lane adds up the products of four tokens of every vector.
+  auto most = hn::Zero(d);
+  auto sum0 = most, sum1 = most, sum2 = most, sum3 = most;
+  const auto count = [&](int t, hn::Vec<Floats>& sum) HWY_ATTR {
+    const auto size = hn::Abs(weight(t));
+    most = hn::Max(most, size);
+    sum = hn::Add(sum, size);
+  };
+  for (int t = 0; t < n; t += kLanes) {
+    count(t, sum0);
+    count(t + kFloats, sum1);
+    count(t + 2 * kFloats, sum2);
+    count(t + 3 * kFloats, sum3);
   }
+  const auto sum = hn::Max(hn::Max(sum0, sum1), hn::Max(sum2, sum3));
+  const float largest = hn::GetLane(hn::MaxOfLanes(d, most));
+  const float lane = 4 * hn::GetLane(hn::MaxOfLanes(d, sum));
+  // Weights that are nothing beside those of other blocks: no reciprocal overflows.
+  const bool counts = largest > 1e-30f;
+  const float unit = counts ? std::max(largest / kMostWeight, lane / kMostLane) : 0.0f;
+  const auto inverse = hn::Set(d, counts ? 1.0f / unit : 0.0f);
+  for (int t = 0; t < n; t += kFloats) {
+    const auto border = hn::LoadU(d, kDither + t % 16);
+    const auto integer = hn::NearestInt(hn::MulAdd(weight(t), inverse, border));
+    const auto rounded = hn::DemoteTo(shorts, integer);
+    int16_t* to = integers + (int64_t{t / kLanes} * n_rows + row) * kLanes;
+#if HWY_MAX_BYTES >= 64
+    const hn::Half<decltype(shorts)> eight;
+    hn::StoreU(hn::LowerHalf(eight, rounded), eight, to + place_of(t % kLanes));
+    hn::StoreU(hn::UpperHalf(eight, rounded), eight, to + place_of(t % kLanes + 8));
+#else
+    hn::StoreU(rounded, shorts, to + place_of(t % kLanes));
+#endif
+  }
+  return unit;
 }
 
 // sum + products of 16-bit integers, two neighbours each; Arm spreads them over two sums.
-HWY_INLINE hn::Vec<Ints> add_products(hn::Vec<Shorts> a, hn::Vec<Shorts> b, hn::Vec<Ints> sum,
-                                      hn::Vec<Ints>& more) {
+HWY_INLINE void add_products(hn::Vec<Shorts> a, hn::Vec<Shorts> b, hn::Vec<Ints>& sum,
+                             hn::Vec<Ints>& more) {
 #if VELOXQUANT_VBMI
   // Highway takes this level only with VNNI, but does not tell the compiler, hence no intrinsic.
   (void)more;
   __m512i raw = sum.raw;
   asm("vpdpwssd %2, %1, %0" : "+v"(raw) : "v"(a.raw), "v"(b.raw));
-  return hn::Vec<Ints>{raw};
+  sum = hn::Vec<Ints>{raw};
 #else
-  return hn::ReorderWidenMulAccumulate(Ints(), a, b, sum, more);
+  sum = hn::ReorderWidenMulAccumulate(Ints(), a, b, sum, more);
 #endif
 }
 
-// Values have 15 bits and weights 13, without sign: eight products, of two vectors of tokens, fit
-// 32 bits. codes: of each of the vectors.
-template <class Table, int n_rows, int n_vectors>
-HWY_INLINE void add_vectors(const Table& planes, const uint8_t* const (&codes)[2], int shift,
-                            ByteVector mask, const int16_t* integers, const float* scales,
-                            hn::Vec<Floats> (&total)[n_rows]) {
+// n_tables (1 or 2) dimensions of byte m, whose digits begin at bits `shift`: one load of codes and
+// weights serves both.
+template <class Table, int n_rows, int n_tables>
+HWY_INLINE void add_dimensions(const Blocks& blocks, int m, const int (&shift)[n_tables],
+                               ByteVector mask, const uint8_t* tables, const int16_t* integers,
+                               const float* units, float* sums) {
   const Bytes d;
   const Shorts shorts;
   const Floats floats;
-  hn::Vec<Ints> sum[n_rows], more[n_rows];
-  VELOXQUANT_UNROLL
-  for (int r = 0; r < n_rows; ++r) sum[r] = more[r] = hn::Zero(Ints());
-  VELOXQUANT_UNROLL
-  for (int i = 0; i < n_vectors; ++i) {
-    ByteVector low, high;
-    planes.look_up(digit_of<Table>(hn::LoadU(d, codes[i]), shift, mask), low, high);
-    const auto a = hn::BitCast(shorts, hn::InterleaveLower(d, low, high));
-    const auto b = hn::BitCast(shorts, hn::InterleaveUpper(d, low, high));
+  const Table first(tables), second(tables + (n_tables - 1) * Table::kBytes);
+  const uint8_t* codes = blocks.data + int64_t{m} * kTokens;
+  for (int done = 0; done < blocks.n; done += kUnitBlocks, units += n_rows) {
+    hn::Vec<Ints> sum[n_tables][n_rows], more[n_tables][n_rows];
     VELOXQUANT_UNROLL
     for (int r = 0; r < n_rows; ++r) {
-      const int16_t* weights = integers + (i * n_rows + r) * kLanes;
-      sum[r] = add_products(a, hn::Load(shorts, weights), sum[r], more[r]);
-      sum[r] = add_products(b, hn::Load(shorts, weights + kLanes / 2), sum[r], more[r]);
+      VELOXQUANT_UNROLL
+      for (int i = 0; i < n_tables; ++i) sum[i][r] = more[i][r] = hn::Zero(Ints());
     }
-  }
-  VELOXQUANT_UNROLL
-  for (int r = 0; r < n_rows; ++r) {
-#if !HWY_ARCH_X86
-    sum[r] = hn::Add(sum[r], more[r]);
-#endif
-    total[r] = hn::MulAdd(hn::ConvertTo(floats, sum[r]), hn::Set(floats, scales[r]), total[r]);
+    const int end = std::min(blocks.n, done + kUnitBlocks);
+    for (int block = done; block < end; ++block, codes += blocks.stride) {
+      VELOXQUANT_UNROLL
+      for (int v = 0; v < kVectors; ++v, integers += n_rows * kLanes) {
+        const auto code = hn::LoadU(d, codes + v * kLanes);
+        hn::Vec<Shorts> a[n_tables], b[n_tables];
+        VELOXQUANT_UNROLL
+        for (int i = 0; i < n_tables; ++i) {
+          ByteVector low, high;
+          (i == 0 ? first : second).look_up(digit_of<Table>(code, shift[i], mask), low, high);
+          a[i] = hn::BitCast(shorts, hn::InterleaveLower(d, low, high));
+          b[i] = hn::BitCast(shorts, hn::InterleaveUpper(d, low, high));
+        }
+        // Products of one sum are far from each other, so that none waits for the one before.
+        VELOXQUANT_UNROLL
+        for (int r = 0; r < n_rows; ++r) {
+          const auto weight = hn::Load(shorts, integers + r * kLanes);
+          VELOXQUANT_UNROLL
+          for (int i = 0; i < n_tables; ++i) add_products(a[i], weight, sum[i][r], more[i][r]);
+        }
+        VELOXQUANT_UNROLL
+        for (int r = 0; r < n_rows; ++r) {
+          const auto weight = hn::Load(shorts, integers + r * kLanes + kLanes / 2);
+          VELOXQUANT_UNROLL
+          for (int i = 0; i < n_tables; ++i) {
+            n_tables == 1 ? add_products(b[i], weight, more[i][r], sum[i][r])
+                          : add_products(b[i], weight, sum[i][r], more[i][r]);
+          }
+        }
+      }
+    }
+    VELOXQUANT_UNROLL
+    for (int i = 0; i < n_tables; ++i) {
+      VELOXQUANT_UNROLL
+      for (int r = 0; r < n_rows; ++r) {
+        float* to = sums + (i * n_rows + r) * kPlaneFloats;
+        const auto total = hn::ConvertTo(floats, hn::Add(sum[i][r], more[i][r]));
+        hn::Store(hn::MulAdd(total, hn::Set(floats, units[r]), hn::Load(floats, to)), floats, to);
+      }
+    }
   }
 }
 
 template <class Table, int n_rows>
-HWY_INLINE void add_digit_planes(const Blocks& blocks, int m, int shift, const PlaneDigits& digits,
-                                 const uint8_t* table, const int16_t* integers, const float* scales,
-                                 float* sums) {
-  const Floats floats;
-  const Table planes(table);
+void add_byte(const Blocks& blocks, int m, const PlaneDigits& digits, int n_dims,
+              const uint8_t* tables, const int16_t* integers, const float* units, float* sums) {
   const auto mask = hn::Set(Bytes(), static_cast<uint8_t>((1u << digits.bits) - 1u));
-  hn::Vec<Floats> total[n_rows];
-  VELOXQUANT_UNROLL
-  for (int r = 0; r < n_rows; ++r) total[r] = hn::Load(floats, sums + r * kPlaneFloats);
-  const int64_t stride = blocks.stride;
-  const uint8_t* codes = blocks.data + m * kTokens;
-  int block = 0;
-  for (; block + kGroupBlocks <= blocks.n; block += kGroupBlocks, scales += n_rows) {
-    VELOXQUANT_UNROLL
-    for (int v = 0; v < kGroupBlocks * kVectors; v += 2, integers += 2 * n_rows * kLanes) {
-      const uint8_t* const two[2] = {codes + v * kLanes,
-                                     codes + (kVectors == 1 ? stride : (v + 1) * kLanes)};
-      add_vectors<Table, n_rows, 2>(planes, two, shift, mask, integers, scales, total);
+  const int a_digit = n_dims / digits.a_byte;
+  const auto shift_of = [&](int dim) { return dim / a_digit * digits.bits; };
+  int dim = 0;
+  if (HWY_MAX_BYTES == 64) {  // as many registers
+    for (; dim + 2 <= n_dims; dim += 2) {
+      const int shift[2] = {shift_of(dim), shift_of(dim + 1)};
+      add_dimensions<Table, n_rows, 2>(blocks, m, shift, mask, tables + dim * Table::kBytes,
+                                       integers, units, sums + dim * n_rows * kPlaneFloats);
     }
-    codes += kGroupBlocks * stride;
   }
-  if (block < blocks.n) {  // half a group
-    const uint8_t* const one[2] = {codes, nullptr};
-    add_vectors<Table, n_rows, 1>(planes, one, shift, mask, integers, scales, total);
-  }
-  VELOXQUANT_UNROLL
-  for (int r = 0; r < n_rows; ++r) hn::Store(total[r], floats, sums + r * kPlaneFloats);
-}
-
-template <class Table>
-void add_rows(const Blocks& blocks, int m, int shift, const PlaneDigits& digits,
-              const uint8_t* table, const int16_t* integers, const float* scales, int n_rows,
-              float* sums) {
-  switch (n_rows) {
-    case 1:
-      return add_digit_planes<Table, 1>(blocks, m, shift, digits, table, integers, scales, sums);
-    case 2:
-      return add_digit_planes<Table, 2>(blocks, m, shift, digits, table, integers, scales, sums);
-    case 3:
-      return add_digit_planes<Table, 3>(blocks, m, shift, digits, table, integers, scales, sums);
-    default:
-      return add_digit_planes<Table, 4>(blocks, m, shift, digits, table, integers, scales, sums);
+  for (; dim < n_dims; ++dim) {
+    const int shift[1] = {shift_of(dim)};
+    add_dimensions<Table, n_rows, 1>(blocks, m, shift, mask, tables + dim * Table::kBytes, integers,
+                                     units, sums + dim * n_rows * kPlaneFloats);
   }
 }
 
-void AddPlanes(const Blocks& blocks, int m, int shift, const PlaneDigits& digits,
-               const uint8_t* table, const int16_t* integers, const float* scales, int n_rows,
+void AddPlanes(const Blocks& blocks, int m, const PlaneDigits& digits, int n_dims,
+               const uint8_t* tables, const int16_t* integers, const float* units, int n_rows,
                float* sums) {
-  const auto add = digits.bits <= 4 ? add_rows<Table16> : add_rows<Table256>;
-  add(blocks, m, shift, digits, table, integers, scales, n_rows, sums);
+  with_table(digits, [&](auto form) HWY_ATTR {
+    using Table = typename decltype(form)::Type;
+    const auto add = n_rows == 1   ? add_byte<Table, 1>
+                     : n_rows == 2 ? add_byte<Table, 2>
+                     : n_rows == 3 ? add_byte<Table, 3>
+                                   : add_byte<Table, 4>;
+    add(blocks, m, digits, n_dims, tables, integers, units, sums);
+  });
 }
 #endif  // HWY_TARGET == HWY_SCALAR
 
@@ -430,18 +544,23 @@ HWY_AFTER_NAMESPACE();
 namespace veloxquant::lookup {
 
 HWY_EXPORT(PlaneLanes);
-HWY_EXPORT(PlaneGroup);
 HWY_EXPORT(HasWideTables);
 HWY_EXPORT(SplitPlanes);
 HWY_EXPORT(LargestMagnitude);
 HWY_EXPORT(FoldPlaneSums);
-HWY_EXPORT(LookUpPlanes);
-HWY_EXPORT(FinishPlanes);
+HWY_EXPORT(ScorePlanes);
 HWY_EXPORT(WeightsToPlanes);
 HWY_EXPORT(AddPlanes);
 
 int plane_lanes() { return HWY_DYNAMIC_DISPATCH(PlaneLanes)(); }
-int plane_group() { return HWY_DYNAMIC_DISPATCH(PlaneGroup)(); }
+bool permutes_pairs_at_once() {
+#if HWY_ARCH_X86
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 bool has_wide_tables() { return HWY_DYNAMIC_DISPATCH(HasWideTables)(); }
 
 void split_planes(const float* x, int n, float factor, int bias, int low_bits, uint8_t* low,
@@ -457,27 +576,21 @@ void fold_plane_sums(const float* sums, int n, float* out) {
   HWY_DYNAMIC_DISPATCH(FoldPlaneSums)(sums, n, out);
 }
 
-void look_up_planes(const Blocks& blocks, const PlaneDigits& digits, const uint8_t* tables,
-                    int n_rows, uint8_t* totals) {
-  HWY_DYNAMIC_DISPATCH(LookUpPlanes)(blocks, digits, tables, n_rows, totals);
+void score_planes(const Blocks& blocks, const PlaneDigits& digits, const uint8_t* tables, int zero,
+                  float step, const float* factors, float* scores) {
+  HWY_DYNAMIC_DISPATCH(ScorePlanes)(blocks, digits, tables, zero, step, factors, scores);
 }
 
-void finish_planes(const uint8_t* totals, int n_blocks, int zero, float step, const float* factors,
-                   float* scores) {
-  HWY_DYNAMIC_DISPATCH(FinishPlanes)(totals, n_blocks, zero, step, factors, scores);
+float weights_to_planes(const float* weights, int n, const float* factors, int row, int n_rows,
+                        int16_t* integers) {
+  return HWY_DYNAMIC_DISPATCH(WeightsToPlanes)(weights, n, factors, row, n_rows, integers);
 }
 
-void weights_to_planes(const float* weights, int64_t stride, int n_rows, int n_blocks,
-                       const float* factors, int16_t* integers, float* scales) {
-  HWY_DYNAMIC_DISPATCH(WeightsToPlanes)
-  (weights, stride, n_rows, n_blocks, factors, integers, scales);
-}
-
-void add_planes(const Blocks& blocks, int m, int shift, const PlaneDigits& digits,
-                const uint8_t* table, const int16_t* integers, const float* scales, int n_rows,
+void add_planes(const Blocks& blocks, int m, const PlaneDigits& digits, int n_dims,
+                const uint8_t* tables, const int16_t* integers, const float* units, int n_rows,
                 float* sums) {
   HWY_DYNAMIC_DISPATCH(AddPlanes)
-  (blocks, m, shift, digits, table, integers, scales, n_rows, sums);
+  (blocks, m, digits, n_dims, tables, integers, units, n_rows, sums);
 }
 
 }  // namespace veloxquant::lookup

@@ -17,6 +17,8 @@ constexpr int kMaxPlaneDigits = 512;  // so that sums of bytes fit 16 bits
 int plane_lanes();       // 16, 32 or 64; 0 where there is no kernel
 bool has_wide_tables();  // 256 bytes are looked up in registers: AVX-512 VBMI
 
+bool permutes_pairs_at_once();  // a permutation of two registers costs what one of one does: AMD
+
 constexpr int plane_size(int bits) { return bits <= 4 ? 16 : 256; }
 
 // x -> round(x * factor) + bias, its low `low_bits` bits and the rest; n a multiple of 4.
@@ -30,25 +32,25 @@ void fold_plane_sums(const float* sums, int n, float* out);
 struct PlaneDigits {
   int bits = 8;
   int a_byte = 1;
+  bool by_halves = permutes_pairs_at_once();  // how tables of 256 are looked up; same results
 };
 
-// Adds the look-ups of all digits to totals, which start at 0: for each row and vector of tokens
-// [sums of low planes][those of odd tokens][high planes][odd tokens], 16 bits each, where the first
-// of two holds even tokens plus 256 times odd ones. tables [digits][n_rows], of 7-bit planes.
-void look_up_planes(const Blocks& blocks, const PlaneDigits& digits, const uint8_t* tables,
-                    int n_rows, uint8_t* totals);
-// totals of one row -> scores [64 * n_blocks] = (high * 128 + low - zero) * step * factors.
-void finish_planes(const uint8_t* totals, int n_blocks, int zero, float step, const float* factors,
-                   float* scores);
+// scores [64 * n_blocks] = (sum over the digits of their 14-bit entries - zero) * step * factors;
+// tables [digits], of 7-bit planes. factors [64 * n_blocks] or null.
+void score_planes(const Blocks& blocks, const PlaneDigits& digits, const uint8_t* tables, int zero,
+                  float step, const float* factors, float* scores);
 
-// weights * factors of up to 4 rows -> integers of 13 bits in the order of add_planes, and the
-// scale of each row and plane_group() blocks, [groups][n_rows].
-int plane_group();
-void weights_to_planes(const float* weights, int64_t stride, int n_rows, int n_blocks,
-                       const float* factors, int16_t* integers, float* scales);
-// sums [n_rows][16] += weights * look-ups of one digit of byte m, 15 bits in planes of 8.
-void add_planes(const Blocks& blocks, int m, int shift, const PlaneDigits& digits,
-                const uint8_t* table, const int16_t* integers, const float* scales, int n_rows,
+// weights * factors [n] -> row `row` of n_rows of integers of up to 15 bits, in the order of
+// add_planes; returns their unit. n: a multiple of 64, up to kVectorsAUnit * plane_lanes(). Where
+// many tokens have large weights they have fewer bits, so that sums of 32 bits hold.
+constexpr int kVectorsAUnit = 16;
+float weights_to_planes(const float* weights, int n, const float* factors, int row, int n_rows,
+                        int16_t* integers);
+// sums [n_dims][n_rows][16] += sum over tokens of weights * look-ups of the n_dims dimensions of
+// byte m, those of its first digit first. tables [n_dims], 14 bits in planes of 8; units [n_rows]
+// of each kVectorsAUnit * plane_lanes() tokens.
+void add_planes(const Blocks& blocks, int m, const PlaneDigits& digits, int n_dims,
+                const uint8_t* tables, const int16_t* integers, const float* units, int n_rows,
                 float* sums);
 
 }  // namespace veloxquant::lookup
