@@ -22,7 +22,7 @@ struct Transform {
 // tables: fp16 [S, H, M or 1, C, d] or [H, M or 1, C, d]: S sequences (1 = shared by all),
 // H KV heads, M sub-vectors (1 = one table for all sub-vectors of a head), C centroids
 // (2..4096; codes take 4, 6, 8, 10 or 12 bits, the least that C allows), d = head_dim /
-// n_subvectors. Views must stay alive as long as the codec. Throws Error on any mismatch.
+// n_subvectors. Views must stay alive and unchanged as long as the codec. Throws Error on any mismatch.
 CodecPtr make_vecinfer_codec(Side side, int n_kv_heads, int head_dim, int n_subvectors,
                              const TensorView& tables, const Transform& transform);
 

@@ -18,6 +18,8 @@
 
 namespace veloxquant::lookup {
 
+class KeptTables;  // plane_codes.h
+
 struct ByteCodes {
   int n_codes = 0;  // per token
   int sub_dim = 0;  // code m stands for dimensions [first_dim(m), first_dim(m) + sub_dim)
@@ -40,7 +42,9 @@ struct ByteCodes {
 
   // table(m, to): what the digits of m stand for, fp32 [n_digits][digit_values][digit_dim].
   std::function<void(int m, float* to)> table;
-  bool shared_table = false;  // the same for every m of a part
+  bool shared_table = false;   // the same for every m of a part
+  bool fp16_tables = false;    // fp16 holds them exactly
+  KeptTables* kept = nullptr;  // of the codec, if these tables do not change
 
   // rows(block, to): the bytes, [n_codes][64]. Empty: the block starts with them.
   std::function<void(const uint8_t* block, uint8_t* to)> rows;

@@ -4,10 +4,12 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "src/backends/cpu/convert.h"
 #include "src/codecs/lookup/chunks.h"
 #include "src/codecs/lookup/plane_kernels.h"
 #include "veloxquant/error.h"
@@ -59,17 +61,110 @@ Buffer take_bytes(int64_t n) {
                      static_cast<int64_t>(sizeof(float)));
 }
 
+// The digits of all tables: those of byte m come one after the other.
+int n_tables(const ByteCodes& codes) {
+  const int a_part = codes.shared_table ? 1 : codes.codes_a_part();
+  return codes.n_parts * a_part * codes.n_digits;
+}
+int table_of(const ByteCodes& codes, int m, int digit) {
+  if (codes.shared_table) m /= codes.codes_a_part();
+  return m * codes.n_digits + digit;
+}
+
+// body(first table of byte m, fp32 columns [digit_dim][plane_size], aligned) for every digit.
+template <class Body>
+void for_each_table(const ByteCodes& codes, const Body& body) {
+  const int n = codes.digit_values(), dim = codes.digit_dim(), size = plane_size(codes.digit_bits);
+  Buffer table = take_buffer(int64_t{codes.sub_dim} * n),
+         columns = take_buffer(int64_t{dim} * size);
+  std::fill(columns.get(), columns.get() + int64_t{dim} * size, 0.0f);
+  for (int m = 0; m < codes.n_codes; m += codes.shared_table ? codes.codes_a_part() : 1) {
+    codes.table(m, table.get());
+    const float* values = table.get();
+    for (int digit = 0; digit < codes.n_digits; ++digit) {
+      for (int v = 0; v < n; ++v) {
+        for (int d = 0; d < dim; ++d) columns[d * size + v] = *values++;
+      }
+      body(table_of(codes, m, digit), columns.get());
+    }
+  }
+}
+
+}  // namespace
+
+struct KeptTables::Keys {
+  Buffer columns;  // of every table: fp32 or, where codes.fp16_tables, fp16
+
+  explicit Keys(const ByteCodes& codes) {
+    const int64_t one = int64_t{codes.digit_dim()} * plane_size(codes.digit_bits);
+    const int64_t element = codes.fp16_tables ? 2 : 4;
+    columns = take_bytes(n_tables(codes) * one * element);
+    for_each_table(codes, [&](int t, const float* x) {
+      uint8_t* to = bytes_of(columns) + t * one * element;
+      if (codes.fp16_tables) {
+        cpu::to_finite_16bit(DType::float16, x, one, reinterpret_cast<uint16_t*>(to));
+      } else {
+        std::memcpy(to, x, one * sizeof(float));
+      }
+    });
+  }
+};
+
+struct KeptTables::Values {
+  Buffer planes;            // of every table and dimension
+  std::vector<float> step;  // likewise
+
+  explicit Values(const ByteCodes& codes) {
+    const int dim = codes.digit_dim(), size = plane_size(codes.digit_bits);
+    planes = take_bytes(int64_t{n_tables(codes)} * dim * 2 * size);
+    step.resize(static_cast<size_t>(n_tables(codes)) * dim);
+    for_each_table(codes, [&](int t, const float* columns) {
+      for (int d = t * dim; d < (t + 1) * dim; ++d, columns += size) {
+        const float most = largest_magnitude(columns, size);
+        step[d] = most / kValueMost;
+        split_planes(columns, 1, size, most > 1e-30f ? kValueMost / most : 0.0f, 0, kValueLowBits,
+                     bytes_of(planes) + int64_t{d} * 2 * size);
+      }
+    });
+  }
+};
+
+KeptTables::KeptTables() = default;
+KeptTables::~KeptTables() = default;
+
+const KeptTables::Keys& KeptTables::keys(const ByteCodes& codes) {
+  std::call_once(once_, [&] { keys_ = std::make_unique<Keys>(codes); });
+  return *keys_;
+}
+const KeptTables::Values& KeptTables::values(const ByteCodes& codes) {
+  std::call_once(once_, [&] { values_ = std::make_unique<Values>(codes); });
+  return *values_;
+}
+
+namespace {
+
 class PlaneScores final : public CodeScores {
  public:
   PlaneScores(const ByteCodes& codes, const float* q, int n_rows)
       : codes_(codes), n_rows_(n_rows), n_digits_(codes.n_codes * codes.n_digits) {
-    const int n = codes.digit_values();
-    Buffer entries = take_buffer(int64_t{n_digits_} * kPlaneRows * n);
-    planes_ = take_bytes(int64_t{n_rows} * n_digits_ * table_bytes(codes));
+    const int64_t stride = int64_t{n_digits_} * plane_size(codes.digit_bits);
+    Buffer entries = take_buffer(kPlaneRows * stride);
+    planes_ = take_bytes(2 * n_rows * stride);
+    KeptTables own;
+    const KeptTables::Keys& tables = (codes.kept == nullptr ? own : *codes.kept).keys(codes);
     for (int first = 0; first < n_rows && error_ <= kMostScoreError; first += kPlaneRows) {
       const int rows = rows_of_panel(n_rows, first);
-      make_entries_of(q, first, rows, entries.get());
-      split(entries.get(), first, rows);
+      float most[kPlaneRows] = {};
+      make_entries(tables, q + int64_t{first} * codes.head_dim(), rows, entries.get(), stride,
+                   most);
+      for (int r = 0; r < rows; ++r) {
+        step_.push_back(most[r] / kKeyMost);
+        error_ = std::max(error_, step_.back() * std::sqrt(static_cast<float>(n_digits_) / 12.0f));
+        // Entries of a row without products at all are 0: no reciprocal of what is next to nothing.
+        split_planes(entries.get() + r * stride, n_digits_, plane_size(codes.digit_bits),
+                     most[r] > 1e-30f ? kKeyMost / most[r] : 0.0f, kKeyZero, kKeyLowBits,
+                     bytes_of(planes_) + (first + r) * 2 * stride);
+      }
     }
   }
 
@@ -88,49 +183,18 @@ class PlaneScores final : public CodeScores {
   }
 
  private:
-  // entries [digits][rows][values]
-  void make_entries_of(const float* q, int first, int rows, float* entries) const {
-    const int n = codes_.digit_values(), dim = codes_.digit_dim(), all = codes_.head_dim();
-    Buffer table = take_buffer(int64_t{codes_.n_digits} * n * dim);
-    Buffer by_value = take_buffer(int64_t{n} * kPlaneRows);
-    Buffer q_part = take_buffer(int64_t{dim} * kPlaneRows);
+  void make_entries(const KeptTables::Keys& tables, const float* q, int rows, float* entries,
+                    int64_t stride, float* most) const {
+    PlaneColumns columns;
+    columns.in_fp16 = codes_.fp16_tables;
+    columns.size = plane_size(codes_.digit_bits);
+    columns.dim = codes_.digit_dim();
+    const int64_t bytes = int64_t{columns.dim} * columns.size * (columns.in_fp16 ? 2 : 4);
     for (int m = 0; m < codes_.n_codes; ++m) {
-      if (!codes_.shared_table || m % codes_.codes_a_part() == 0) codes_.table(m, table.get());
-      for (int digit = 0; digit < codes_.n_digits; ++digit, entries += rows * n) {
-        for (int d = 0; d < dim; ++d) {
-          for (int r = 0; r < kPlaneRows; ++r) {
-            const int at = codes_.first_dim(m) + digit * dim + d;
-            q_part[d * kPlaneRows + r] = r < rows ? q[int64_t{first + r} * all + at] : 0.0f;
-          }
-        }
-        make_entries(table.get() + int64_t{digit} * n * dim, n, dim, q_part.get(), kPlaneRows,
-                     by_value.get());
-        tokens_to_rows(by_value.get(), kPlaneRows, n, nullptr, rows, entries, n);
-      }
-    }
-  }
-
-  void split(const float* entries, int first, int rows) {
-    const int n = codes_.digit_values(), size = plane_size(codes_.digit_bits);
-    std::vector<float> most(rows, 0.0f);
-    for (int k = 0; k < n_digits_; ++k) {
-      for (int r = 0; r < rows; ++r) {
-        most[r] = std::max(most[r], largest_magnitude(entries + (int64_t{k} * rows + r) * n, n));
-      }
-    }
-    for (float largest : most) {
-      step_.push_back(largest / kKeyMost);
-      error_ = std::max(error_, step_.back() * std::sqrt(static_cast<float>(n_digits_) / 12.0f));
-    }
-    if (!(error_ <= kMostScoreError)) return;
-    for (int k = 0; k < n_digits_; ++k) {
-      for (int r = 0; r < rows; ++r, entries += n) {
-        uint8_t* to =
-            bytes_of(planes_) + (int64_t{first + r} * n_digits_ + k) * table_bytes(codes_);
-        if (n < size) std::fill(to, to + 2 * size, uint8_t{0});
-        // Entries of a row without products at all are 0: no reciprocal of what is next to nothing.
-        const float factor = most[r] > 1e-30f ? kKeyMost / most[r] : 0.0f;
-        split_planes(entries, n, factor, kKeyZero, kKeyLowBits, to, to + size);
+      for (int digit = 0; digit < codes_.n_digits; ++digit, entries += columns.size) {
+        columns.data = bytes_of(tables.columns) + table_of(codes_, m, digit) * bytes;
+        make_plane_entries(columns, q + codes_.first_dim(m) + digit * columns.dim,
+                           codes_.head_dim(), rows, entries, stride, most);
       }
     }
   }
@@ -144,9 +208,11 @@ class PlaneScores final : public CodeScores {
 
 class PlaneSums final : public CodeSums {
  public:
-  PlaneSums(const ByteCodes& codes, int n_rows) : codes_(codes), n_rows_(n_rows) {
-    make_tables();
-    sums_ = take_buffer(sums_size());
+  PlaneSums(const ByteCodes& codes, int n_rows)
+      : codes_(codes),
+        n_rows_(n_rows),
+        tables_((codes.kept == nullptr ? own_ : *codes.kept).values(codes)),
+        sums_(take_buffer(sums_size())) {
     clear();
   }
 
@@ -181,7 +247,7 @@ class PlaneSums final : public CodeSums {
       const int rows = rows_of_panel(n_rows_, first);
       fold_plane_sums(panel, n_dims() * rows, folded.get());
       for (int d = 0; d < n_dims(); ++d) {
-        const float step = step_[table_of(d)];
+        const float step = tables_.step[first_plane(d / codes_.sub_dim) + d % codes_.sub_dim];
         for (int r = 0; r < rows; ++r) {
           float& to = y[(first + r) * y_stride + d % dim];
           const float sum = folded[d * rows + r] * step;
@@ -200,42 +266,8 @@ class PlaneSums final : public CodeSums {
     return panels * n_dims() * kPlaneRows * kPlaneFloats;
   }
   void clear() { std::fill(sums_.get(), sums_.get() + sums_size(), 0.0f); }
-  int table_of(int d) const {
-    if (!codes_.shared_table) return d;
-    return d / codes_.head_dim() * codes_.sub_dim + d % codes_.sub_dim;
-  }
-
-  // [n][dim] -> [dim][n]
-  static void turn(const float* table, int n, int dim, float* columns) {
-    if (dim % 4 == 0) return tokens_to_rows(table, dim, n, nullptr, dim, columns, n);
-    for (int v = 0; v < n; ++v) {
-      for (int d = 0; d < dim; ++d) columns[int64_t{d} * n + v] = table[int64_t{v} * dim + d];
-    }
-  }
-
-  void make_tables() {
-    const int n = codes_.digit_values(), dim = codes_.digit_dim();
-    const int size = plane_size(codes_.digit_bits);
-    const int step = codes_.shared_table ? codes_.codes_a_part() : 1;
-    Buffer table = take_buffer(int64_t{codes_.sub_dim} * n),
-           columns = take_buffer(int64_t{dim} * n);
-    planes_ = take_bytes(int64_t{codes_.n_codes / step} * codes_.sub_dim * 2 * size);
-    uint8_t* to = bytes_of(planes_);
-    for (int m = 0; m < codes_.n_codes; m += step) {
-      codes_.table(m, table.get());
-      for (int digit = 0; digit < codes_.n_digits; ++digit) {
-        turn(table.get() + int64_t{digit} * n * dim, n, dim, columns.get());
-        for (int d = 0; d < dim; ++d, to += 2 * size) {
-          const float* column = columns.get() + int64_t{d} * n;
-          const float most = largest_magnitude(column, n);
-          step_.push_back(most / kValueMost);
-          if (n < size) std::fill(to, to + 2 * size, uint8_t{0});
-          split_planes(column, n, most > 1e-30f ? kValueMost / most : 0.0f, 0, kValueLowBits, to,
-                       to + size);
-        }
-      }
-    }
-  }
+  // Of what the first dimension of byte m is looked up in.
+  int64_t first_plane(int m) const { return int64_t{table_of(codes_, m, 0)} * codes_.digit_dim(); }
 
   static void load_weights(int n_blocks, const float* weights, int64_t stride, const float* factors,
                            int rows, int16_t* integers, float* units) {
@@ -256,10 +288,9 @@ class PlaneSums final : public CodeSums {
                  const uint8_t* next) const {
     const int64_t step = chunk.n * codes_.block_bytes / codes_.n_codes;
     for (int m = 0; m < codes_.n_codes; ++m) {
-      const int d = m * codes_.sub_dim;
       add_planes(chunk, m, digits_of(codes_), codes_.sub_dim,
-                 bytes_of(planes_) + int64_t{table_of(d)} * table_bytes(codes_), p, units, rows,
-                 sums + int64_t{d} * rows * kPlaneFloats);
+                 bytes_of(tables_.planes) + first_plane(m) * table_bytes(codes_), p, units, rows,
+                 sums + int64_t{m} * codes_.sub_dim * rows * kPlaneFloats);
       if (next == nullptr) continue;
       for (int64_t i = 0; i < step; i += 64) __builtin_prefetch(next + m * step + i, 0, 2);
     }
@@ -267,8 +298,9 @@ class PlaneSums final : public CodeSums {
 
   ByteCodes codes_;
   int n_rows_;
-  std::vector<float> step_;  // of each table
-  Buffer planes_, sums_;     // sums: per panel [dimensions][rows][16]
+  KeptTables own_;
+  const KeptTables::Values& tables_;
+  Buffer sums_;  // per panel [dimensions][rows][16]
 };
 
 }  // namespace

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 
 #include "src/codecs/lookup/byte_codes.h"
 
@@ -24,6 +25,24 @@ enum class PlaneUse { never, fast, always };
 // Instead of the environment's choice; not while attention runs.
 void set_plane_use(PlaneUse use);
 PlaneUse plane_use();
+
+// What these look-ups make of the tables of one side and head: as large as fp16 tables. A codec
+// whose tables do not change keeps it (ByteCodes::kept), else it is made for every call. Made at
+// first use, by any thread.
+class KeptTables {
+ public:
+  struct Keys;
+  struct Values;
+  KeptTables();
+  ~KeptTables();
+  const Keys& keys(const ByteCodes& codes);
+  const Values& values(const ByteCodes& codes);
+
+ private:
+  std::once_flag once_;  // a head has one side
+  std::unique_ptr<Keys> keys_;
+  std::unique_ptr<Values> values_;
+};
 
 // Null where such look-ups are off, not possible or, of keys, not exact enough.
 // q as in code_scores: a score is the logarithm of a weight, to base 2.

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "src/backends/cpu/unroll.h"
 
@@ -19,8 +20,9 @@ constexpr int kTokens = 64;
 #if HWY_TARGET == HWY_SCALAR  // has no 128-bit registers
 int PlaneLanes() { return 0; }
 bool HasWideTables() { return false; }
-void SplitPlanes(const float*, int, float, int, int, uint8_t*, uint8_t*) {}
+void SplitPlanes(const float*, int, int, float, int, int, uint8_t*) {}
 float LargestMagnitude(const float*, int) { return 0; }
+void MakePlaneEntries(const PlaneColumns&, const float*, int64_t, int, float*, int64_t, float*) {}
 void FoldPlaneSums(const float*, int, float*) {}
 void ScorePlanes(const Blocks&, const PlaneDigits&, const uint8_t*, int, float, const float*,
                  float*) {}
@@ -175,42 +177,92 @@ HWY_INLINE ByteVector digit_of(ByteVector code, int shift, ByteVector mask) {
   }
 }
 
-template <class D>
-HWY_INLINE void split_planes_by(D d, const float* x, int n, float factor, int bias, int low_bits,
-                                uint8_t* low, uint8_t* high) {
-  const hn::RebindToSigned<D> di;
-  const hn::Rebind<uint8_t, D> bytes;
+using Sixteen = hn::CappedTag<float, 16>;  // divides the 16 or 256 entries of a plane
+
+void SplitPlanes(const float* x, int n, int size, float factor, int bias, int low_bits,
+                 uint8_t* planes) {
+  const Sixteen d;
+  const hn::RebindToSigned<Sixteen> di;
+  const hn::Rebind<uint8_t, Sixteen> bytes;
   const auto scale = hn::Set(d, factor);
   const auto zero = hn::Set(di, bias);
   const auto low_mask = hn::Set(di, (1 << low_bits) - 1), byte = hn::Set(di, 255);
-  for (int i = 0; i < n; i += static_cast<int>(hn::Lanes(d))) {
-    const auto v = hn::Add(hn::NearestInt(hn::Mul(hn::LoadU(d, x + i), scale)), zero);
-    const auto rest = hn::And(hn::ShiftRightSame(v, low_bits), byte);
-    hn::StoreU(hn::DemoteTo(bytes, hn::And(v, low_mask)), bytes, low + i);
-    hn::StoreU(hn::DemoteTo(bytes, rest), bytes, high + i);
-  }
-}
-
-void SplitPlanes(const float* x, int n, float factor, int bias, int low_bits, uint8_t* low,
-                 uint8_t* high) {
-  const hn::CappedTag<float, 16> wide;
-  if (n % static_cast<int>(hn::Lanes(wide)) == 0) {
-    split_planes_by(wide, x, n, factor, bias, low_bits, low, high);
-  } else {
-    split_planes_by(hn::FixedTag<float, 4>(), x, n, factor, bias, low_bits, low, high);
+  for (int k = 0; k < n; ++k, x += size, planes += 2 * size) {
+    for (int i = 0; i < size; i += static_cast<int>(hn::Lanes(d))) {
+      const auto v = hn::Add(hn::NearestInt(hn::Mul(hn::Load(d, x + i), scale)), zero);
+      const auto rest = hn::And(hn::ShiftRightSame(v, low_bits), byte);
+      hn::StoreU(hn::DemoteTo(bytes, hn::And(v, low_mask)), bytes, planes + i);
+      hn::StoreU(hn::DemoteTo(bytes, rest), bytes, planes + size + i);
+    }
   }
 }
 
 float LargestMagnitude(const float* x, int n) {
-  const hn::CappedTag<float, 16> wide;
-  const hn::FixedTag<float, 4> few;
-  const int lanes = static_cast<int>(hn::Lanes(wide));
-  auto most = hn::Zero(wide);
-  auto rest = hn::Zero(few);
-  int i = 0;
-  for (; i + lanes <= n; i += lanes) most = hn::Max(most, hn::Abs(hn::LoadU(wide, x + i)));
-  for (; i < n; i += 4) rest = hn::Max(rest, hn::Abs(hn::LoadU(few, x + i)));
-  return std::max(hn::GetLane(hn::MaxOfLanes(wide, most)), hn::GetLane(hn::MaxOfLanes(few, rest)));
+  const Sixteen d;
+  auto most = hn::Zero(d);
+  for (int i = 0; i < n; i += static_cast<int>(hn::Lanes(d))) {
+    most = hn::Max(most, hn::Abs(hn::Load(d, x + i)));
+  }
+  return hn::GetLane(hn::MaxOfLanes(d, most));
+}
+
+template <int n_rows, class Column>
+HWY_INLINE void make_entries_of(const Column& column, int size, int dim, const float* q,
+                                int64_t q_stride, float* entries, int64_t stride, float* most) {
+  const Sixteen d;
+  hn::Vec<Sixteen> largest[n_rows];
+  VELOXQUANT_UNROLL
+  for (int r = 0; r < n_rows; ++r) largest[r] = hn::Zero(d);
+  for (int i = 0; i < size; i += static_cast<int>(hn::Lanes(d))) {
+    hn::Vec<Sixteen> sum[n_rows];
+    VELOXQUANT_UNROLL
+    for (int r = 0; r < n_rows; ++r) sum[r] = hn::Zero(d);
+    for (int k = 0; k < dim; ++k) {
+      const auto x = column(k * size + i);
+      VELOXQUANT_UNROLL
+      for (int r = 0; r < n_rows; ++r) {
+        sum[r] = hn::MulAdd(x, hn::Set(d, q[r * q_stride + k]), sum[r]);
+      }
+    }
+    VELOXQUANT_UNROLL
+    for (int r = 0; r < n_rows; ++r) {
+      hn::Store(sum[r], d, entries + r * stride + i);
+      largest[r] = hn::Max(largest[r], hn::Abs(sum[r]));
+    }
+  }
+  VELOXQUANT_UNROLL
+  for (int r = 0; r < n_rows; ++r) {
+    most[r] = std::max(most[r], hn::GetLane(hn::MaxOfLanes(d, largest[r])));
+  }
+}
+
+void MakePlaneEntries(const PlaneColumns& columns, const float* q, int64_t q_stride, int n_rows,
+                      float* entries, int64_t stride, float* most) {
+  const Sixteen d;
+  const hn::Rebind<hwy::float16_t, Sixteen> halves;
+  const auto make = [&](const auto& column) HWY_ATTR {
+    const auto rows = [&](auto n) HWY_ATTR {
+      make_entries_of<decltype(n)::value>(column, columns.size, columns.dim, q, q_stride, entries,
+                                          stride, most);
+    };
+    switch (n_rows) {
+      case 1:
+        return rows(std::integral_constant<int, 1>());
+      case 2:
+        return rows(std::integral_constant<int, 2>());
+      case 3:
+        return rows(std::integral_constant<int, 3>());
+      default:
+        return rows(std::integral_constant<int, 4>());
+    }
+  };
+  if (columns.in_fp16) {
+    const auto* x = static_cast<const hwy::float16_t*>(columns.data);
+    make([&](int i) HWY_ATTR { return hn::PromoteTo(d, hn::LoadU(halves, x + i)); });
+  } else {
+    const auto* x = static_cast<const float*>(columns.data);
+    make([&](int i) HWY_ATTR { return hn::LoadU(d, x + i); });
+  }
 }
 
 void FoldPlaneSums(const float* sums, int n, float* out) {
@@ -547,6 +599,7 @@ HWY_EXPORT(PlaneLanes);
 HWY_EXPORT(HasWideTables);
 HWY_EXPORT(SplitPlanes);
 HWY_EXPORT(LargestMagnitude);
+HWY_EXPORT(MakePlaneEntries);
 HWY_EXPORT(FoldPlaneSums);
 HWY_EXPORT(ScorePlanes);
 HWY_EXPORT(WeightsToPlanes);
@@ -563,9 +616,14 @@ bool permutes_pairs_at_once() {
 
 bool has_wide_tables() { return HWY_DYNAMIC_DISPATCH(HasWideTables)(); }
 
-void split_planes(const float* x, int n, float factor, int bias, int low_bits, uint8_t* low,
-                  uint8_t* high) {
-  HWY_DYNAMIC_DISPATCH(SplitPlanes)(x, n, factor, bias, low_bits, low, high);
+void split_planes(const float* x, int n, int size, float factor, int bias, int low_bits,
+                  uint8_t* planes) {
+  HWY_DYNAMIC_DISPATCH(SplitPlanes)(x, n, size, factor, bias, low_bits, planes);
+}
+
+void make_plane_entries(const PlaneColumns& columns, const float* q, int64_t q_stride, int n_rows,
+                        float* entries, int64_t stride, float* most) {
+  HWY_DYNAMIC_DISPATCH(MakePlaneEntries)(columns, q, q_stride, n_rows, entries, stride, most);
 }
 
 float largest_magnitude(const float* x, int n) {

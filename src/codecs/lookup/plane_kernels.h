@@ -21,10 +21,22 @@ bool permutes_pairs_at_once();  // a permutation of two registers costs what one
 
 constexpr int plane_size(int bits) { return bits <= 4 ? 16 : 256; }
 
-// x -> round(x * factor) + bias, its low `low_bits` bits and the rest; n a multiple of 4.
-void split_planes(const float* x, int n, float factor, int bias, int low_bits, uint8_t* low,
-                  uint8_t* high);
-float largest_magnitude(const float* x, int n);
+// x [n][size] -> n tables of round(x * factor) + bias: its low `low_bits` bits and the rest. x is
+// aligned, as all floats below are; size: plane_size().
+void split_planes(const float* x, int n, int size, float factor, int bias, int low_bits,
+                  uint8_t* planes);
+float largest_magnitude(const float* x, int n);  // n a multiple of 16
+
+// What the values of a digit stand for, [dim][size], zeros beyond the last value.
+struct PlaneColumns {
+  const void* data = nullptr;
+  bool in_fp16 = false;  // else fp32
+  int size = 0, dim = 0;
+};
+// entries [n_rows][size], `stride` apart, = q . columns, q [n_rows][dim]; raises most [n_rows] to
+// the largest magnitude. n_rows: 1 to 4.
+void make_plane_entries(const PlaneColumns& columns, const float* q, int64_t q_stride, int n_rows,
+                        float* entries, int64_t stride, float* most);
 // sums [n][16] -> out [n]
 void fold_plane_sums(const float* sums, int n, float* out);
 

@@ -45,6 +45,7 @@ lookup::ByteCodes byte_codes(const HeadTables& head) {
   codes.sub_dim = head.sub_dim * codes.n_digits;
   codes.block_bytes = head.n_subvectors * bytes;
   codes.shared_table = head.table_stride == 0;
+  codes.fp16_tables = true;
   codes.table = [head, n = codes.n_digits](int m, float* to) {
     const int n_values = 1 << head.bits;
     for (int i = 0; i < n; ++i) {

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "src/codecs/lookup/plane_codes.h"
 #include "src/codecs/registry.h"
 #include "src/codecs/vecinfer/byte_codes.h"
 #include "src/codecs/vecinfer/kernels.h"
@@ -92,10 +93,10 @@ class VecInferCodec final : public Codec {
   }
   std::unique_ptr<const CodeScores> code_scores(const BlockPlace& place, const float* q,
                                                 int n_rows) const override {
-    return lookup::byte_code_scores(byte_codes(head(place)), q, n_rows);
+    return lookup::byte_code_scores(kept_byte_codes(place), q, n_rows);
   }
   std::unique_ptr<CodeSums> code_sums(const BlockPlace& place, int n_rows) const override {
-    return lookup::byte_code_sums(byte_codes(head(place)), n_rows);
+    return lookup::byte_code_sums(kept_byte_codes(place), n_rows);
   }
 
   void transform_query(int kv_head, float* q, int64_t n) const override {
@@ -179,6 +180,7 @@ class VecInferCodec final : public Codec {
     shape_.table_stride = tables.shape[extra + 1] == 1 ? 0 : one_table;
     head_stride_ = tables.shape[extra + 1] * one_table;
     sequences_ = extra ? tables.shape[0] : 1;
+    kept_ = std::vector<lookup::KeptTables>(sequences_ * heads_);
   }
 
   void set_transform() {
@@ -197,11 +199,20 @@ class VecInferCodec final : public Codec {
     }
   }
 
+  int64_t index_of(const BlockPlace& place) const {
+    return (sequences_ == 1 ? 0 : int64_t{place.sequence}) * heads_ + place.kv_head;
+  }
+
   HeadTables head(const BlockPlace& place) const {
     HeadTables tables = shape_;
-    int64_t s = sequences_ == 1 ? 0 : place.sequence;
-    tables.tables += (s * heads_ + place.kv_head) * head_stride_;
+    tables.tables += index_of(place) * head_stride_;
     return tables;
+  }
+
+  lookup::ByteCodes kept_byte_codes(const BlockPlace& place) const {
+    lookup::ByteCodes codes = byte_codes(head(place));
+    codes.kept = &kept_[index_of(place)];
+    return codes;
   }
 
   const float* scale(int kv_head) const {
@@ -253,6 +264,7 @@ class VecInferCodec final : public Codec {
   HeadTables shape_;
   int64_t head_stride_ = 0;
   int64_t sequences_ = 1;
+  mutable std::vector<lookup::KeptTables> kept_;  // [sequences][heads]
   std::vector<float> inverse_scale_;
 };
 
