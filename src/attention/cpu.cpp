@@ -14,9 +14,11 @@
 #include <hwy/aligned_allocator.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "src/attention/cpu_kernels.h"
@@ -271,42 +273,45 @@ void finish_rows(const Problem& p, const Rows& rows, const std::vector<Segment>&
   }
 }
 
-// Few rows: heads x segments are the work items. Heads go in waves, so that the look-up tables of
-// a large batch do not all exist at once.
+// What the segments of one head share.
+struct HeadWork {
+  std::once_flag prepare;
+  std::unique_ptr<const CodeScores> scores;
+  std::atomic<int64_t> left{0};  // segments that are not done
+};
+
+// Few rows: heads x segments are the work items, in one parallel loop, because waking the workers
+// takes as long as a short context. The first item of a head makes its look-up tables, the last one
+// merges its segments. Heads go in waves, so that the tables of a large batch do not all exist at
+// once.
 void attend_few_rows(const Problem& p, const CodeUse& use, const std::vector<Segment>& segments) {
   const int64_t n_segments = static_cast<int64_t>(segments.size());
   const int64_t n_heads = int64_t{p.batch} * p.n_kv_heads;
   const int64_t wave = use.keys ? std::max<int64_t>(8, kPreparedRows / p.n_rows()) : n_heads;
-  auto rows_of = [&](int64_t head) {
-    return Rows{static_cast<int>(head / p.n_kv_heads), static_cast<int>(head % p.n_kv_heads), 0,
-                static_cast<int>(p.n_rows())};
-  };
-  // The only packed segment of a head makes its own tables: they stay in the caches of its core.
-  const bool alone = std::count_if(segments.begin(), segments.end(),
-                                   [](const Segment& segment) { return segment.packed; }) == 1;
   for (int64_t first = 0; first < n_heads; first += wave) {
     const int64_t n = std::min(wave, n_heads - first);
     Partials partials(n * n_segments, p.n_rows(), padded_columns(p.head_dim));
-    std::vector<std::unique_ptr<const CodeScores>> scores(n);
-    if (use.keys && !alone) {
-      parallel_for(n, [&](long i) { scores[i] = prepare_scores(p, rows_of(first + i)); });
-    }
+    std::vector<HeadWork> heads(n);
+    for (HeadWork& head : heads) head.left = n_segments;
     parallel_for(n * n_segments, [&](long item) {
-      const int64_t i = item / n_segments;
-      const Rows rows = rows_of(first + i);
+      const int64_t i = item / n_segments, head_index = first + i;
+      HeadWork& head = heads[i];
+      const Rows rows{static_cast<int>(head_index / p.n_kv_heads),
+                      static_cast<int>(head_index % p.n_kv_heads), 0, static_cast<int>(p.n_rows())};
       const Segment& segment = segments[item % n_segments];
       if (segment.packed && (use.keys || use.values)) {
-        if (use.keys && alone) scores[i] = prepare_scores(p, rows);
-        attend_codes(p, rows, segment, use, scores[i].get(), partials[item]);
-        if (alone) scores[i].reset();
+        if (use.keys) {
+          std::call_once(head.prepare, [&] { head.scores = prepare_scores(p, rows); });
+        }
+        attend_codes(p, rows, segment, use, head.scores.get(), partials[item]);
       } else {
         attend_segment(p, rows, segment, partials[item]);
       }
-    });
-    parallel_for(n, [&](long i) {
+      if (--head.left > 0) return;
+      head.scores.reset();
       std::vector<Partial> parts;
       for (int64_t k = 0; k < n_segments; ++k) parts.push_back(partials[i * n_segments + k]);
-      finish_rows(p, rows_of(first + i), segments, parts);
+      finish_rows(p, rows, segments, parts);
     });
   }
 }
