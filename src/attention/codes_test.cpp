@@ -86,8 +86,12 @@ Case decode_case() {
 
 class AttentionOnCodes : public AttentionTest {
  protected:
-  void TearDown() override {
+  void SetUp() override {
+    AttentionTest::SetUp();
     lookup::set_plane_use(lookup::PlaneUse::never);
+  }
+  void TearDown() override {
+    lookup::set_plane_use(lookup::PlaneUse::fast);
     AttentionTest::TearDown();
   }
   void check_on_codes(const Case& c, const Codecs& codecs) {

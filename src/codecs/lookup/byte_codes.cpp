@@ -177,15 +177,20 @@ class ByteCodeSums final : public CodeSums {
   std::vector<Buffer> sums_;  // per panel [n_codes][n_values][width]
 };
 
+std::unique_ptr<const CodeScores> scores_in_memory(const ByteCodes& codes, const float* q,
+                                                   int n_rows) {
+  if (codes.sub_dim == 2) return pair_code_scores(codes, q, n_rows);
+  return std::make_unique<ByteCodeScores>(codes, q, n_rows);
+}
+
 }  // namespace
 
 std::string byte_code_kernel() { return widest_panel() > 0 ? "byte look-ups" : ""; }
 
 std::unique_ptr<const CodeScores> byte_code_scores(const ByteCodes& codes, const float* q,
                                                    int n_rows) {
-  if (auto scores = plane_code_scores(codes, q, n_rows)) return scores;
-  if (codes.sub_dim == 2) return pair_code_scores(codes, q, n_rows);
-  return std::make_unique<ByteCodeScores>(codes, q, n_rows);
+  if (auto scores = plane_code_scores(codes, q, n_rows, scores_in_memory)) return scores;
+  return scores_in_memory(codes, q, n_rows);
 }
 
 std::unique_ptr<CodeSums> byte_code_sums(const ByteCodes& codes, int n_rows) {

@@ -27,15 +27,12 @@ constexpr int kKeyZero = 1 << 13, kKeyMost = kKeyZero - 1;  // 14 bits, in plane
 constexpr int kKeyLowBits = 7, kValueLowBits = 8;
 constexpr int kValueMost = (1 << 13) - 1;  // 14 bits
 
-// Rounding the entries moves a score by step * sqrt(digits / 12): this is 6e-4 of a weight.
-constexpr float kMostScoreError = 8.6e-4f;
-
 PlaneUse use_of_environment() {
   const char* text = std::getenv("VELOXQUANT_LOOKUPS");
   const std::string use = text == nullptr ? "" : text;
   require(use.empty() || use == "memory" || use == "registers",
           "[environment] VELOXQUANT_LOOKUPS: got '", use, "', wanted 'memory' or 'registers'");
-  return use == "registers" ? PlaneUse::fast : PlaneUse::never;
+  return use == "memory" ? PlaneUse::never : PlaneUse::fast;
 }
 
 std::atomic<PlaneUse>& chosen_use() {
@@ -53,6 +50,12 @@ bool is_used(const ByteCodes& codes) {
   if (codes.digit_bits <= 4) return true;
   // Wide tables take whole bytes.
   return codes.n_digits == 1 && (use == PlaneUse::always || has_wide_tables());
+}
+// Registers of 32 bytes and less look up as many dimensions a digit more slowly than weights of
+// equal codes are added up in memory.
+bool is_used_for_values(const ByteCodes& codes) {
+  const bool wide = plane_lanes() == kBlockTokens || chosen_use() == PlaneUse::always;
+  return is_used(codes) && (wide || codes.digit_dim() <= 2);
 }
 
 uint8_t* bytes_of(const Buffer& buffer) { return reinterpret_cast<uint8_t*>(buffer.get()); }
@@ -145,14 +148,18 @@ namespace {
 
 class PlaneScores final : public CodeScores {
  public:
-  PlaneScores(const ByteCodes& codes, const float* q, int n_rows)
-      : codes_(codes), n_rows_(n_rows), n_digits_(codes.n_codes * codes.n_digits) {
+  PlaneScores(const ByteCodes& codes, const float* q, int n_rows, MakeScores exact)
+      : codes_(codes),
+        n_rows_(n_rows),
+        n_digits_(codes.n_codes * codes.n_digits),
+        q_(q, q + int64_t{n_rows} * codes.head_dim()),
+        make_exact_(std::move(exact)) {
     const int64_t stride = int64_t{n_digits_} * plane_size(codes.digit_bits);
     Buffer entries = take_buffer(kPlaneRows * stride);
     planes_ = take_bytes(2 * n_rows * stride);
     KeptTables own;
     const KeptTables::Keys& tables = (codes.kept == nullptr ? own : *codes.kept).keys(codes);
-    for (int first = 0; first < n_rows && error_ <= kMostScoreError; first += kPlaneRows) {
+    for (int first = 0; first < n_rows; first += kPlaneRows) {
       const int rows = rows_of_panel(n_rows, first);
       float most[kPlaneRows] = {};
       make_entries(tables, q + int64_t{first} * codes.head_dim(), rows, entries.get(), stride,
@@ -174,6 +181,10 @@ class PlaneScores final : public CodeScores {
     const int64_t row_bytes = int64_t{n_digits_} * table_bytes(codes_);
     for_each_chunk(codes_, blocks, n_blocks, kKeyBlocks,
                    [&](const Blocks& chunk, int64_t token, const float* factors) {
+                     if (!is_exact_enough_with(factors, chunk.n * kBlockTokens)) {
+                       const uint8_t* first = blocks + token / kBlockTokens * codes_.block_bytes;
+                       return exact().score(first, chunk.n, scores + token, stride);
+                     }
                      for (int r = 0; r < n_rows_; ++r) {
                        score_planes(chunk, digits_of(codes_), bytes_of(planes_) + r * row_bytes,
                                     n_digits_ * kKeyZero, step_[r], factors,
@@ -183,6 +194,15 @@ class PlaneScores final : public CodeScores {
   }
 
  private:
+  // The error of a score grows with its token's factor.
+  bool is_exact_enough_with(const float* factors, int n) const {
+    return factors == nullptr || largest_magnitude(factors, n) * error_ <= kMostScoreError;
+  }
+  const CodeScores& exact() const {
+    std::call_once(once_, [&] { exact_ = make_exact_(codes_, q_.data(), n_rows_); });
+    return *exact_;
+  }
+
   void make_entries(const KeptTables::Keys& tables, const float* q, int rows, float* entries,
                     int64_t stride, float* most) const {
     PlaneColumns columns;
@@ -204,6 +224,10 @@ class PlaneScores final : public CodeScores {
   float error_ = 0;
   std::vector<float> step_;  // of each row
   Buffer planes_;            // [rows][digits][planes]
+  std::vector<float> q_;
+  MakeScores make_exact_;
+  mutable std::once_flag once_;
+  mutable std::unique_ptr<const CodeScores> exact_;  // made if a token needs it
 };
 
 class PlaneSums final : public CodeSums {
@@ -309,15 +333,16 @@ void set_plane_use(PlaneUse use) { chosen_use() = use; }
 PlaneUse plane_use() { return chosen_use(); }
 
 std::unique_ptr<const CodeScores> plane_code_scores(const ByteCodes& codes, const float* q,
-                                                    int n_rows) {
+                                                    int n_rows, MakeScores exact) {
   if (!is_used(codes) || codes.n_codes * codes.n_digits > kMaxPlaneDigits) return nullptr;
-  auto scores = std::make_unique<PlaneScores>(codes, q, n_rows);
-  if (!scores->is_exact_enough()) return nullptr;
+  auto scores = std::make_unique<PlaneScores>(codes, q, n_rows, exact);
+  // Factors decide for each token; without them the queries alone do.
+  if (!codes.factors && !scores->is_exact_enough()) return nullptr;
   return scores;
 }
 
 std::unique_ptr<CodeSums> plane_code_sums(const ByteCodes& codes, int n_rows) {
-  if (!is_used(codes)) return nullptr;
+  if (!is_used_for_values(codes)) return nullptr;
   return std::make_unique<PlaneSums>(codes, n_rows);
 }
 

@@ -2,15 +2,14 @@
 //
 // Keys    an entry is the product of a query row with a code's vector, rounded to 14 bits of the
 //         largest; two planes of 7 bits are looked up, and summed up as integers.
-// Values  a dimension of 15 bits is looked up for every token and multiplied with the token's
-//         weight of 13 bits, by integer products of two neighbours.
+// Values  a dimension of 14 bits is looked up for every token and multiplied with the token's
+//         weight of 12 to 15 bits, by integer products of two neighbours.
 //
 // A look-up costs a permutation or two for as many tokens as a register has bytes, where a load
 // gives one token's: with 16 values a table on every SIMD level, with 256 on AVX-512 VBMI alone.
-// The error of an output row that comes of the rounding is some 1e-4; where queries are so large
-// that it might be more, keys are looked up in fp32.
-//
-// Off unless VELOXQUANT_LOOKUPS=registers: README.md has the figures, and what is not measured yet.
+// Rounding moves a score by at most kMostScoreError (standard deviation), which moves an output row
+// by 6e-4 of itself; what would be off by more, large queries or tokens of large factors, is looked
+// up in fp32. VELOXQUANT_LOOKUPS=memory turns all of it off.
 #pragma once
 
 #include <memory>
@@ -44,10 +43,15 @@ class KeptTables {
   std::unique_ptr<Values> values_;
 };
 
-// Null where such look-ups are off, not possible or, of keys, not exact enough.
-// q as in code_scores: a score is the logarithm of a weight, to base 2.
+constexpr float kMostScoreError = 8.6e-4f;  // of a score to base 2
+
+// Null where such look-ups are off, not possible, slower or, of keys, not exact enough.
+// q as in code_scores: a score is the logarithm of a weight, to base 2. exact: makes the scores in
+// fp32, for tokens that need it.
+using MakeScores = std::unique_ptr<const CodeScores> (*)(const ByteCodes& codes, const float* q,
+                                                         int n_rows);
 std::unique_ptr<const CodeScores> plane_code_scores(const ByteCodes& codes, const float* q,
-                                                    int n_rows);
+                                                    int n_rows, MakeScores exact);
 std::unique_ptr<CodeSums> plane_code_sums(const ByteCodes& codes, int n_rows);
 
 }  // namespace veloxquant::lookup

@@ -10,17 +10,24 @@ int dimensions_a_byte(int bits) { return bits == 1 ? 8 : bits == 2 ? 4 : bits <=
 ByteCodes scalar_codes(int head_dim, int bits, const std::vector<std::vector<float>>& levels,
                        int64_t block_bytes) {
   const int n = dimensions_a_byte(bits);
+  // Dimensions that make a digit of up to 4 bits: fewer look-ups of keys, in tables of 16.
+  const int dim = bits == 1 ? 4 : bits == 2 ? 2 : 1;
   ByteCodes codes;
   codes.n_parts = static_cast<int>(levels.size());
   codes.n_codes = codes.n_parts * (head_dim / n);
   codes.sub_dim = n;
-  codes.n_digits = n;
-  codes.digit_bits = bits;
+  codes.n_digits = n / dim;
+  codes.digit_bits = bits * dim;
   codes.block_bytes = block_bytes;
   codes.shared_table = true;
-  codes.table = [n, levels, a_part = head_dim / n](int m, float* to) {
+  codes.table = [=, n_digits = n / dim, a_part = head_dim / n](int m, float* to) {
     const std::vector<float>& part = levels[m / a_part];
-    for (int i = 0; i < n; ++i) to = std::copy(part.begin(), part.end(), to);
+    const int n_values = 1 << (bits * dim), mask = (1 << bits) - 1;
+    for (int i = 0; i < n_digits; ++i) {
+      for (int v = 0; v < n_values; ++v) {
+        for (int d = 0; d < dim; ++d) *to++ = part[v >> d * bits & mask];
+      }
+    }
   };
   return codes;
 }
