@@ -87,7 +87,7 @@ class Codec {
   virtual void decode_block_transposed(Backend backend, const BlockPlace& place,
                                        const uint8_t* block, int n_tokens, float* y_t) const = 0;
 
-  // Optional: attention on codes. The kernel's name, e.g. "byte look-ups"; empty where there is
+  // Optional: attention on codes. The kernel's name, e.g. "register look-ups"; empty where there is
   // none, then attention decodes tiles of 64 tokens.
   virtual std::string code_kernel(Backend) const { return {}; }
   // For n_rows query rows of a KV head, where code_kernel() names one. q: fp32 [n_rows][head_dim],

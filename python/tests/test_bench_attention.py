@@ -30,7 +30,7 @@ def test_rows(capsys, tmp_path):
             assert row["speedup"] == pytest.approx(row["baseline_us"] / row["us"], abs=0.01)
             assert 0 < row["us_p10"] <= row["us"] and row["gbps"] > 0 and row["read_gbps"] > 0
     long = {row["method"]: row for row in rows if row["context"] == 1024}
-    assert "byte look-ups" in long["vecinfer 2 bits"]["kernel"]
+    assert "look-ups" in long["vecinfer 2 bits"]["kernel"]  # of bytes or in registers
     assert long["vecinfer 2 bits"]["bits"] == 2 and long["vecinfer 4 bits d1x16"]["bits"] == 4
     # 16-bit look-ups in registers round to some 1e-4.
     assert all(row["error"] <= 1e-3 for row in rows if row["method"] in attention.METHODS)

@@ -328,6 +328,8 @@ TEST_F(AttentionOnCodes, SaysWhichKernelRunsAndWhyNotAFasterOne) {
     return attention_kernel_name(Backend::cpu, s.source, rows);
   };
   EXPECT_EQ(name(p, 4), level + " codes (vecinfer d4x256: byte look-ups)");
+  lookup::set_plane_use(lookup::PlaneUse::always);
+  EXPECT_EQ(name(p, 4), level + " codes (vecinfer d4x256: register look-ups)");
   EXPECT_EQ(name(p, 65), level + " tiles (vecinfer d4x256: many query rows share a decoded tile)");
   EXPECT_EQ(name(Scenario(c), 4), level + " tiles (test8: no kernel on these codes)");
   c.length = 300;

@@ -293,11 +293,22 @@ void attend_few_rows(const Problem& p, const CodeUse& use, const std::vector<Seg
     Partials partials(n * n_segments, p.n_rows(), padded_columns(p.head_dim));
     std::vector<HeadWork> heads(n);
     for (HeadWork& head : heads) head.left = n_segments;
+    auto rows_of = [&](int64_t i) {
+      return Rows{static_cast<int>((first + i) / p.n_kv_heads),
+                  static_cast<int>((first + i) % p.n_kv_heads), 0, static_cast<int>(p.n_rows())};
+    };
+    auto finish = [&](int64_t i) {
+      std::vector<Partial> parts;
+      for (int64_t k = 0; k < n_segments; ++k) parts.push_back(partials[i * n_segments + k]);
+      finish_rows(p, rows_of(i), segments, parts);
+    };
+    if (segments.empty()) {
+      for (int64_t i = 0; i < n; ++i) finish(i);
+    }
     parallel_for(n * n_segments, [&](long item) {
-      const int64_t i = item / n_segments, head_index = first + i;
+      const int64_t i = item / n_segments;
       HeadWork& head = heads[i];
-      const Rows rows{static_cast<int>(head_index / p.n_kv_heads),
-                      static_cast<int>(head_index % p.n_kv_heads), 0, static_cast<int>(p.n_rows())};
+      const Rows rows = rows_of(i);
       const Segment& segment = segments[item % n_segments];
       if (segment.packed && (use.keys || use.values)) {
         if (use.keys) {
@@ -309,9 +320,7 @@ void attend_few_rows(const Problem& p, const CodeUse& use, const std::vector<Seg
       }
       if (--head.left > 0) return;
       head.scores.reset();
-      std::vector<Partial> parts;
-      for (int64_t k = 0; k < n_segments; ++k) parts.push_back(partials[i * n_segments + k]);
-      finish_rows(p, rows, segments, parts);
+      finish(i);
     });
   }
 }

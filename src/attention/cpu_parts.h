@@ -39,7 +39,7 @@ void load_mask(const Problem& p, const Rows& rows, const Tile& tile, float* mask
 struct CodeUse {
   bool keys = false;
   bool values = false;
-  std::string name;  // e.g. "byte look-ups", or why there is none
+  std::string name;  // e.g. "register look-ups", or why there is none
 };
 CodeUse choose_code_use(Backend backend, const KeyValueSource& source, int64_t n_rows,
                         int64_t n_packed_tiles);

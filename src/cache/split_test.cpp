@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "src/codecs/lookup/plane_codes.h"
 #include "src/math/float16.h"
 #include "tests/support/random.h"
 #include "veloxquant/cache.h"
@@ -35,6 +36,8 @@ class Splits : public ::testing::Test {
     }
     query_ = random.normal(kHeads * kDim);
   }
+
+  ~Splits() override { lookup::set_plane_use(lookup::PlaneUse::fast); }
 
   // Attention over tokens [first, first + n) in a cache of their own.
   Result attend(bool exact, int window, int sinks, int64_t first, int64_t n) const {
@@ -83,14 +86,14 @@ class Splits : public ::testing::Test {
     return result;
   }
 
-  static void expect_same(const Result& got, const Result& wanted) {
+  static void expect_same(const Result& got, const Result& wanted, double tolerance = kTolerance) {
     double error = 0.0, size = 0.0;
     for (int i = 0; i < kHeads * kDim; ++i) {
       error += std::pow(static_cast<double>(got.out[i]) - wanted.out[i], 2);
       size += std::pow(static_cast<double>(wanted.out[i]), 2);
     }
-    EXPECT_LE(std::sqrt(error), kTolerance * std::sqrt(size));
-    for (int h = 0; h < kHeads; ++h) EXPECT_NEAR(got.lse[h], wanted.lse[h], kTolerance);
+    EXPECT_LE(std::sqrt(error), tolerance * std::sqrt(size));
+    for (int h = 0; h < kHeads; ++h) EXPECT_NEAR(got.lse[h], wanted.lse[h], tolerance);
   }
 
  private:
@@ -109,7 +112,17 @@ std::vector<int64_t> even_cuts(int n) {
   return cuts;
 }
 
+// Look-ups in registers round their tables and weights: by parts otherwise than as a whole.
+TEST_F(Splits, MergeToTheWholeWithinTheRoundingOfLookUpsInRegisters) {
+  const Result whole = attend(false, 0, 0, 0, kTokens);
+  for (int n : {1, 3, 20}) {
+    SCOPED_TRACE(n);
+    expect_same(merged(false, 0, even_cuts(n)), whole, 2e-3);
+  }
+}
+
 TEST_F(Splits, MergeToTheWholeWhateverTheirNumber) {
+  lookup::set_plane_use(lookup::PlaneUse::never);
   for (bool exact : {true, false}) {
     SCOPED_TRACE(exact ? "exact" : "turboquant");
     const Result whole = attend(exact, 0, 0, 0, kTokens);

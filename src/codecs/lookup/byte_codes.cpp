@@ -185,7 +185,10 @@ std::unique_ptr<const CodeScores> scores_in_memory(const ByteCodes& codes, const
 
 }  // namespace
 
-std::string byte_code_kernel() { return widest_panel() > 0 ? "byte look-ups" : ""; }
+std::string byte_code_kernel(const ByteCodes& codes, Side side) {
+  if (widest_panel() == 0) return {};
+  return looks_up_planes(codes, side) ? "register look-ups" : "byte look-ups";
+}
 
 std::unique_ptr<const CodeScores> byte_code_scores(const ByteCodes& codes, const float* q,
                                                    int n_rows) {

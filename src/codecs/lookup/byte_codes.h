@@ -53,9 +53,9 @@ struct ByteCodes {
   std::function<void(const uint8_t* block, float* to)> factors;
 };
 
-// The name of the kernel that runs; empty where the SIMD level has no vectors of four floats, then
-// the other two must not be called.
-std::string byte_code_kernel();
+// The name of the kernel that runs on one side's codes; empty where the SIMD level has no vectors
+// of four floats, then the other two must not be called.
+std::string byte_code_kernel(const ByteCodes& codes, Side side);
 std::unique_ptr<const CodeScores> byte_code_scores(const ByteCodes& codes, const float* q,
                                                    int n_rows);
 std::unique_ptr<CodeSums> byte_code_sums(const ByteCodes& codes, int n_rows);

@@ -44,20 +44,6 @@ PlaneDigits digits_of(const ByteCodes& codes) { return {codes.digit_bits, codes.
 int table_bytes(const ByteCodes& codes) { return 2 * plane_size(codes.digit_bits); }
 int rows_of_panel(int n_rows, int first) { return std::min(kPlaneRows, n_rows - first); }
 
-bool is_used(const ByteCodes& codes) {
-  const PlaneUse use = chosen_use();
-  if (use == PlaneUse::never || plane_lanes() == 0 || codes.digit_bits < 2) return false;
-  if (codes.digit_bits <= 4) return true;
-  // Wide tables take whole bytes.
-  return codes.n_digits == 1 && (use == PlaneUse::always || has_wide_tables());
-}
-// Registers of 32 bytes and less look up as many dimensions a digit more slowly than weights of
-// equal codes are added up in memory.
-bool is_used_for_values(const ByteCodes& codes) {
-  const bool wide = plane_lanes() == kBlockTokens || chosen_use() == PlaneUse::always;
-  return is_used(codes) && (wide || codes.digit_dim() <= 2);
-}
-
 uint8_t* bytes_of(const Buffer& buffer) { return reinterpret_cast<uint8_t*>(buffer.get()); }
 Buffer take_bytes(int64_t n) {
   return take_buffer((n + static_cast<int64_t>(sizeof(float)) - 1) /
@@ -332,9 +318,22 @@ class PlaneSums final : public CodeSums {
 void set_plane_use(PlaneUse use) { chosen_use() = use; }
 PlaneUse plane_use() { return chosen_use(); }
 
+bool looks_up_planes(const ByteCodes& codes, Side side) {
+  const PlaneUse use = chosen_use();
+  if (use == PlaneUse::never || plane_lanes() == 0 || codes.digit_bits < 2) return false;
+  if (side == Side::keys && codes.n_codes * codes.n_digits > kMaxPlaneDigits) return false;
+  if (codes.digit_bits > 4) {  // wide tables take whole bytes
+    return codes.n_digits == 1 && (use == PlaneUse::always || has_wide_tables());
+  }
+  // Registers of 32 bytes and less look up as many dimensions a digit more slowly than weights of
+  // equal codes are added up in memory.
+  const bool wide = plane_lanes() == kBlockTokens || use == PlaneUse::always;
+  return side == Side::keys || wide || codes.digit_dim() <= 2;
+}
+
 std::unique_ptr<const CodeScores> plane_code_scores(const ByteCodes& codes, const float* q,
                                                     int n_rows, MakeScores exact) {
-  if (!is_used(codes) || codes.n_codes * codes.n_digits > kMaxPlaneDigits) return nullptr;
+  if (!looks_up_planes(codes, Side::keys)) return nullptr;
   auto scores = std::make_unique<PlaneScores>(codes, q, n_rows, exact);
   // Factors decide for each token; without them the queries alone do.
   if (!codes.factors && !scores->is_exact_enough()) return nullptr;
@@ -342,7 +341,7 @@ std::unique_ptr<const CodeScores> plane_code_scores(const ByteCodes& codes, cons
 }
 
 std::unique_ptr<CodeSums> plane_code_sums(const ByteCodes& codes, int n_rows) {
-  if (!is_used_for_values(codes)) return nullptr;
+  if (!looks_up_planes(codes, Side::values)) return nullptr;
   return std::make_unique<PlaneSums>(codes, n_rows);
 }
 

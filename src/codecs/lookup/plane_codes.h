@@ -43,6 +43,9 @@ class KeptTables {
   std::unique_ptr<Values> values_;
 };
 
+// Whether look-ups of these codes are made in registers, but for what is not exact enough.
+bool looks_up_planes(const ByteCodes& codes, Side side);
+
 constexpr float kMostScoreError = 8.6e-4f;  // of a score to base 2
 
 // Null where such look-ups are off, not possible, slower or, of keys, not exact enough.

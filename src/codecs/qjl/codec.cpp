@@ -93,7 +93,7 @@ class QjlCodec final : public Codec {
   // look-ups for every block.
   std::string code_kernel(Backend backend) const override {
     if (backend == Backend::reference || n_outliers_ > 0) return {};
-    return lookup::byte_code_kernel();
+    return lookup::byte_code_kernel(rabitq::byte_codes(layout_.m, 1, layout_.bytes()), Side::keys);
   }
   std::unique_ptr<const CodeScores> code_scores(const BlockPlace&, const float* q,
                                                 int n_rows) const override {

@@ -101,7 +101,7 @@ class RabitqCodec final : public Codec {
   // A mean adds <q, R c> to every score and R c to every value: such codecs decode tiles.
   std::string code_kernel(Backend backend) const override {
     if (backend == Backend::reference || !mean_.empty()) return {};
-    return lookup::byte_code_kernel();
+    return lookup::byte_code_kernel(bytes_with_factors(), side_);
   }
   std::unique_ptr<const CodeScores> code_scores(const BlockPlace&, const float* q,
                                                 int n_rows) const override {

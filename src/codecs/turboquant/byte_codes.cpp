@@ -114,6 +114,11 @@ class ProdSums final : public CodeSums {
 
 }  // namespace
 
+std::string code_kernel(const CodeView& view, Side side) {
+  const bool only_signs = view.encoder->stage[0].bits == 0;  // of the `prod` form at 1 bit
+  return lookup::byte_code_kernel(only_signs ? signs_of(view) : stages_of(view), side);
+}
+
 std::unique_ptr<const CodeScores> code_scores(const CodeView& view, const float* q, int n_rows) {
   if (view.sketch != nullptr) return std::make_unique<ProdScores>(view, q, n_rows);
   return lookup::byte_code_scores(stages_of(view), q, n_rows);

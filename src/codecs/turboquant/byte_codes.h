@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 
 #include "src/codecs/turboquant/kernels.h"
 #include "src/codecs/turboquant/sketch.h"
@@ -15,6 +16,7 @@ struct CodeView {
   const Sketch* sketch = nullptr;
 };
 
+std::string code_kernel(const CodeView& view, Side side);
 std::unique_ptr<const CodeScores> code_scores(const CodeView& view, const float* q, int n_rows);
 std::unique_ptr<CodeSums> code_sums(const CodeView& view, int n_rows);
 

@@ -134,7 +134,8 @@ class ScalarCodec final : public Codec {
   }
 
   std::string code_kernel(Backend backend) const override {
-    return backend == Backend::reference ? "" : lookup::byte_code_kernel();
+    if (backend == Backend::reference) return {};
+    return turboquant::code_kernel({shape_, &encoder_, sketch_.get()}, side());
   }
   std::unique_ptr<const CodeScores> code_scores(const BlockPlace&, const float* q,
                                                 int n_rows) const override {

@@ -89,7 +89,7 @@ class VecInferCodec final : public Codec {
 
   std::string code_kernel(Backend backend) const override {
     if (backend == Backend::reference || !has_byte_codes(shape_)) return {};
-    return lookup::byte_code_kernel();
+    return lookup::byte_code_kernel(byte_codes(shape_), side_);
   }
   std::unique_ptr<const CodeScores> code_scores(const BlockPlace& place, const float* q,
                                                 int n_rows) const override {
