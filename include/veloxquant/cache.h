@@ -40,6 +40,8 @@ struct AppendPlan {
   int64_t next_tail_start = 0;  // after it
   int n_sealed = 0;             // blocks [tail_start, tail_start + 64 * n_sealed) become packed
   bool extends_last_span = false;
+  // Exact tokens stay in their slots, so that the append may write into the storage that is there.
+  bool keeps_places() const { return n_sealed == 0; }
 };
 
 struct CacheGeometry {
@@ -67,15 +69,17 @@ struct CacheGeometry {
 
 // Buffers of one append. Exact storage: [B, H_kv, exact_capacity, D], fp16 or bf16.
 struct AppendBuffers {
-  TensorView new_keys, new_values;                       // [B, H_kv, n_new, D], any float dtype
-  TensorView exact_keys, exact_values;                   // before; empty views for an empty cache
-  MutableTensorView next_exact_keys, next_exact_values;  // after; no overlap with the above
+  TensorView new_keys, new_values;      // [B, H_kv, n_new, D], any float dtype
+  TensorView exact_keys, exact_values;  // before; empty views for an empty cache
+  // After: no overlap with the above, or the same storage where plan.keeps_places().
+  MutableTensorView next_exact_keys, next_exact_values;
   uint8_t* key_blocks = nullptr;  // [B][H_kv][n_sealed][key block bytes], null if n_sealed = 0
   uint8_t* value_blocks = nullptr;
 };
 
 // Writes what `plan` says. NaN becomes 0 and +-inf (and what overflows 16 bits) the largest finite
-// value; returns how many elements were changed so. Slots that hold no token are written as 0.
+// value; returns how many elements were changed so. Slots that hold no token are written as 0,
+// or left alone where the storage is the same before and after.
 int64_t run_append(Backend backend, const CacheGeometry& geometry, const AppendPlan& plan,
                    const Codec& key_codec, const Codec& value_codec, const AppendBuffers& buffers);
 

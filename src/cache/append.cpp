@@ -11,6 +11,9 @@
 namespace veloxquant {
 namespace {
 
+// Elements that are copied before other threads have woken up.
+constexpr int64_t kAlone = 1 << 16;
+
 // One side of one KV head: where its tokens come from and go to.
 struct HeadAppend {
   const CacheGeometry& geometry;
@@ -39,6 +42,14 @@ struct HeadAppend {
       }
       codec.encode_block(backend, {sequence, kv_head, start}, x.data(), kBlockTokens,
                          blocks + i * codec.block_bytes());
+    }
+  }
+
+  // The new tokens, where the others are and stay.
+  void add_exact(uint16_t* storage) const {
+    for (int64_t p = plan.first; p < plan.first + plan.n_new; ++p) {
+      std::memcpy(storage + slot(p, plan.tail_start) * head_dim, token(p),
+                  sizeof(uint16_t) * head_dim);
     }
   }
 
@@ -99,10 +110,14 @@ int64_t run_append(Backend backend, const CacheGeometry& geometry, const AppendP
     require(codec->n_sequences() == 1 || codec->n_sequences() == batch, "[append] keys: got ",
             batch, " sequences, wanted ", codec->n_sequences(), " as the tables of the codec have");
   }
+  const bool in_place = buffers.next_exact_keys.data == buffers.exact_keys.data ||
+                        buffers.next_exact_values.data == buffers.exact_values.data;
+  require(!in_place || plan.keeps_places(), "[append] next_exact_keys, next_exact_values: got the ",
+          "storage before, wanted other storage where blocks are sealed");
   const DType exact_dtype = buffers.next_exact_keys.dtype;
   std::atomic<int64_t> changed{0};
 
-  parallel_for(long{batch} * heads * 2, [&](long item) {
+  const auto append_line = [&](long item) {
     const bool keys = item % 2 == 0;
     const int h = static_cast<int>(item / 2 % heads), b = static_cast<int>(item / 2 / heads);
     const TensorView& fresh = keys ? buffers.new_keys : buffers.new_values;
@@ -117,8 +132,15 @@ int64_t run_append(Backend backend, const CacheGeometry& geometry, const AppendP
       blocks += (int64_t{b} * heads + h) * plan.n_sealed * codec.block_bytes();
       head.seal(backend, codec, b, h, blocks);
     }
-    head.write_exact(static_cast<uint16_t*>(next.at(b, h)));
-  });
+    uint16_t* to = static_cast<uint16_t*>(next.at(b, h));
+    to == head.exact ? head.add_exact(to) : head.write_exact(to);
+  };
+  const long lines = long{batch} * heads * 2;
+  if (in_place && lines * plan.n_new * dim <= kAlone) {
+    for (long item = 0; item < lines; ++item) append_line(item);
+  } else {
+    parallel_for(lines, append_line);
+  }
   return changed;
 }
 

@@ -233,6 +233,29 @@ TEST(Cache, BytesAreWhatItHolds) {
   EXPECT_EQ(cache.nbytes(), lines * (blocks * 64 * (4 + 4) + 2 * 2 * (4 + 64 + 64) * kDim));
 }
 
+TEST(Cache, SealsOnlyIntoOtherStorage) {
+  Fixture fixture(64, 4);
+  CacheGeometry geometry;
+  geometry.window = 64;
+  geometry.sinks = 4;
+  geometry.tail_start = 4;
+  const int64_t n = 132;  // seals 64
+  std::vector<float> tokens(kBatch * kHeads * n * kDim, 1.0f);
+  std::vector<uint16_t> storage(kBatch * kHeads * geometry.exact_capacity() * kDim);
+  AppendBuffers buffers;
+  buffers.new_keys = buffers.new_values =
+      TensorView(tokens.data(), DType::float32, {kBatch, kHeads, n, kDim});
+  buffers.exact_keys = buffers.exact_values =
+      TensorView(storage.data(), DType::float16, {kBatch, kHeads, geometry.exact_capacity(), kDim});
+  buffers.next_exact_keys = buffers.next_exact_values = MutableTensorView(
+      storage.data(), DType::float16, {kBatch, kHeads, geometry.exact_capacity(), kDim});
+  const AppendPlan plan = geometry.plan_append(n);
+  ASSERT_FALSE(plan.keeps_places());
+  EXPECT_THROW(
+      run_append(Backend::cpu, geometry, plan, *fixture.keys.codec, *fixture.values.codec, buffers),
+      Error);
+}
+
 TEST(Cache, RefusesWhatDoesNotFit) {
   Fixture fixture(64, 4);
   KvCacheConfig config = fixture.config;

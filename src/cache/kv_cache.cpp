@@ -153,7 +153,10 @@ void KvCache::append_and_attend(const TensorView& q, const TensorView& keys,
           keys.shape[0], ", wanted ", s.config.batch);
   KeyValueSource source = s.source();  // sinks and tail as they were
   const AppendPlan plan = s.geometry.plan_append(keys.shape[2]);
-  std::vector<uint16_t> next_keys(s.exact_keys.size()), next_values(s.exact_values.size());
+  // Most steps seal nothing and write their token where it belongs.
+  const bool in_place = plan.keeps_places();
+  std::vector<uint16_t> next_keys(in_place ? 0 : s.exact_keys.size());
+  std::vector<uint16_t> next_values(in_place ? 0 : s.exact_values.size());
   Bytes key_blocks(s.lines() * plan.n_sealed * s.config.key_codec->block_bytes());
   Bytes value_blocks(s.lines() * plan.n_sealed * s.config.value_codec->block_bytes());
   AppendBuffers buffers;
@@ -161,16 +164,20 @@ void KvCache::append_and_attend(const TensorView& q, const TensorView& keys,
   buffers.new_values = values;
   buffers.exact_keys = s.exact_view<TensorView>(s.exact_keys.data());
   buffers.exact_values = s.exact_view<TensorView>(s.exact_values.data());
-  buffers.next_exact_keys = s.exact_view<MutableTensorView>(next_keys.data());
-  buffers.next_exact_values = s.exact_view<MutableTensorView>(next_values.data());
+  buffers.next_exact_keys =
+      s.exact_view<MutableTensorView>(in_place ? s.exact_keys.data() : next_keys.data());
+  buffers.next_exact_values =
+      s.exact_view<MutableTensorView>(in_place ? s.exact_values.data() : next_values.data());
   buffers.key_blocks = key_blocks.data();
   buffers.value_blocks = value_blocks.data();
   const int64_t changed = run_append(default_backend(), s.geometry, plan, *s.config.key_codec,
                                      *s.config.value_codec, buffers);
 
   // Swapping keeps the old storage alive until the end: `source` still reads it.
-  s.exact_keys.swap(next_keys);
-  s.exact_values.swap(next_values);
+  if (!in_place) {
+    s.exact_keys.swap(next_keys);
+    s.exact_values.swap(next_values);
+  }
   s.store(plan, std::move(key_blocks), std::move(value_blocks));
   s.geometry.commit(plan);
   s.nonfinite += changed;

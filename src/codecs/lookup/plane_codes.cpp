@@ -222,11 +222,10 @@ class PlaneSums final : public CodeSums {
       : codes_(codes),
         n_rows_(n_rows),
         tables_((codes.kept == nullptr ? own_ : *codes.kept).values(codes)),
-        sums_(take_buffer(sums_size())) {
-    clear();
-  }
+        sums_(take_buffer(sums_size())) {}
 
   void add(const uint8_t* blocks, int n_blocks, const float* weights, int64_t stride) override {
+    clear_once();
     const int most = kUnits * unit_blocks();
     const int64_t tokens = int64_t{std::min(n_blocks, most)} * kBlockTokens;
     Buffer integers = take_bytes(kPlaneRows * tokens * static_cast<int64_t>(sizeof(int16_t)));
@@ -250,6 +249,7 @@ class PlaneSums final : public CodeSums {
   }
 
   void take(float* y, int64_t y_stride) override {
+    clear_once();
     const int dim = codes_.head_dim();
     const float* panel = sums_.get();
     Buffer folded = take_buffer(int64_t{n_dims()} * kPlaneRows);
@@ -266,7 +266,7 @@ class PlaneSums final : public CodeSums {
       }
       panel += int64_t{n_dims()} * kPlaneRows * kPlaneFloats;
     }
-    clear();
+    is_clear_ = false;
   }
 
  private:
@@ -275,7 +275,10 @@ class PlaneSums final : public CodeSums {
     const int64_t panels = (n_rows_ + kPlaneRows - 1) / kPlaneRows;
     return panels * n_dims() * kPlaneRows * kPlaneFloats;
   }
-  void clear() { std::fill(sums_.get(), sums_.get() + sums_size(), 0.0f); }
+  void clear_once() {
+    if (!is_clear_) std::fill(sums_.get(), sums_.get() + sums_size(), 0.0f);
+    is_clear_ = true;
+  }
   // Of what the first dimension of byte m is looked up in.
   int64_t first_plane(int m) const { return int64_t{table_of(codes_, m, 0)} * codes_.digit_dim(); }
 
@@ -310,7 +313,8 @@ class PlaneSums final : public CodeSums {
   int n_rows_;
   KeptTables own_;
   const KeptTables::Values& tables_;
-  Buffer sums_;  // per panel [dimensions][rows][16]
+  bool is_clear_ = false;  // or begun
+  Buffer sums_;            // per panel [dimensions][rows][16]
 };
 
 }  // namespace
@@ -321,6 +325,8 @@ PlaneUse plane_use() { return chosen_use(); }
 bool looks_up_planes(const ByteCodes& codes, Side side) {
   const PlaneUse use = chosen_use();
   if (use == PlaneUse::never || plane_lanes() == 0 || codes.digit_bits < 2) return false;
+  // With 16 bytes a register loads are as quick.
+  if (use == PlaneUse::fast && plane_lanes() < 32) return false;
   if (side == Side::keys && codes.n_codes * codes.n_digits > kMaxPlaneDigits) return false;
   if (codes.digit_bits > 4) {  // wide tables take whole bytes
     return codes.n_digits == 1 && (use == PlaneUse::always || has_wide_tables());
