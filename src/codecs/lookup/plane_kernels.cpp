@@ -277,28 +277,26 @@ void FoldPlaneSums(const float* sums, int n, float* out) {
 // Vectors of tokens whose sums a register file holds beside the tables.
 constexpr int kTogether = kLanes == 64 ? 2 : 1;
 
-// Sums of look-ups of a vector's tokens, 16 bits each, of the low planes and of the high ones: of
-// tokens 16 b + 0..7 of its 128-bit blocks b, and of 16 b + 8..15.
-struct KeySums {
-  hn::Vec<Words> low[2], high[2];
-};
+// Sums of look-ups of a vector's tokens, 16 bits each: of tokens 16 b + 0..7 of its 128-bit blocks
+// b, and of 16 b + 8..15, of the low planes, then of the high ones. (Not a struct: its constructor
+// would not be compiled for the SIMD level.)
+constexpr int kKeySums = 4;
 
 // The vectors' tokens have these sums of 7-bit entries of one or two digits: they fit a byte, so
 // that two widen at once.
 template <int n_vectors>
 HWY_INLINE void add_pair(const ByteVector (&low)[n_vectors], const ByteVector (&high)[n_vectors],
-                         KeySums (&sums)[n_vectors]) {
+                         hn::Vec<Words> (&sums)[n_vectors][kKeySums]) {
   const Words d;
   const auto nothing = hn::Zero(Bytes());
   VELOXQUANT_UNROLL
   for (int v = 0; v < n_vectors; ++v) {
-    KeySums& to = sums[v];
-    to.low[0] = hn::Add(to.low[0], hn::BitCast(d, hn::InterleaveLower(Bytes(), low[v], nothing)));
-    to.low[1] = hn::Add(to.low[1], hn::BitCast(d, hn::InterleaveUpper(Bytes(), low[v], nothing)));
-    to.high[0] =
-        hn::Add(to.high[0], hn::BitCast(d, hn::InterleaveLower(Bytes(), high[v], nothing)));
-    to.high[1] =
-        hn::Add(to.high[1], hn::BitCast(d, hn::InterleaveUpper(Bytes(), high[v], nothing)));
+    const auto add = [&](int i, ByteVector x)
+                         HWY_ATTR { sums[v][i] = hn::Add(sums[v][i], hn::BitCast(d, x)); };
+    add(0, hn::InterleaveLower(Bytes(), low[v], nothing));
+    add(1, hn::InterleaveUpper(Bytes(), low[v], nothing));
+    add(2, hn::InterleaveLower(Bytes(), high[v], nothing));
+    add(3, hn::InterleaveUpper(Bytes(), high[v], nothing));
   }
 }
 
@@ -325,16 +323,16 @@ HWY_INLINE void load_codes(const uint8_t* const (&from)[n_vectors], int64_t at,
 }
 
 // (high * 128 + low - zero) * step * factors of a vector's tokens.
-HWY_INLINE void finish_scores(const KeySums& sums, int zero, float step, const float* factors,
-                              float* scores) {
+HWY_INLINE void finish_scores(const hn::Vec<Words> (&sums)[kKeySums], int zero, float step,
+                              const float* factors, float* scores) {
   const hn::CappedTag<float, 8> d;
   const hn::RebindToSigned<decltype(d)> di;
   const hn::Rebind<uint16_t, decltype(d)> half;
   const int lanes = static_cast<int>(hn::Lanes(d));
   HWY_ALIGN uint16_t low[2][kLanes / 2], high[2][kLanes / 2];
   for (int i = 0; i < 2; ++i) {
-    hn::Store(sums.low[i], Words(), low[i]);
-    hn::Store(sums.high[i], Words(), high[i]);
+    hn::Store(sums[i], Words(), low[i]);
+    hn::Store(sums[2 + i], Words(), high[i]);
   }
   for (int eight = 0; eight < kLanes / 8; ++eight) {
     for (int i = 0; i < 8; i += lanes) {
@@ -352,11 +350,14 @@ HWY_INLINE void finish_scores(const KeySums& sums, int zero, float step, const f
 // One row's scores of n_vectors vectors of tokens, a_byte (1, 2 or 4) digits in a byte.
 template <class Table, int a_byte, int n_vectors>
 HWY_INLINE void score_vectors(const uint8_t* const (&from)[n_vectors], int n_bytes, int bits,
-                              const uint8_t* tables, KeySums (&sums)[n_vectors]) {
+                              const uint8_t* tables, hn::Vec<Words> (&sums)[n_vectors][kKeySums]) {
   const auto mask = hn::Set(Bytes(), static_cast<uint8_t>((1u << bits) - 1u));
   const auto nothing = hn::Zero(Words());
   VELOXQUANT_UNROLL
-  for (int v = 0; v < n_vectors; ++v) sums[v] = {{nothing, nothing}, {nothing, nothing}};
+  for (int v = 0; v < n_vectors; ++v) {
+    VELOXQUANT_UNROLL
+    for (int i = 0; i < kKeySums; ++i) sums[v][i] = nothing;
+  }
   ByteVector codes[n_vectors], low[n_vectors], high[n_vectors];
   int m = 0;
   for (; m + (a_byte == 1 ? 2 : 1) <= n_bytes; m += a_byte == 1 ? 2 : 1) {
@@ -383,7 +384,7 @@ void score_row(const Blocks& blocks, int bits, const uint8_t* tables, int zero, 
   const auto codes_of = [&](int v) {
     return blocks.data + v / kVectors * blocks.stride + v % kVectors * kLanes;
   };
-  const auto finish = [&](const KeySums& sums, int v) HWY_ATTR {
+  const auto finish = [&](const hn::Vec<Words>(&sums)[kKeySums], int v) HWY_ATTR {
     finish_scores(sums, zero, step, factors == nullptr ? nullptr : factors + v * kLanes,
                   scores + v * kLanes);
   };
@@ -393,14 +394,14 @@ void score_row(const Blocks& blocks, int bits, const uint8_t* tables, int zero, 
     const uint8_t* from[kTogether];
     VELOXQUANT_UNROLL
     for (int i = 0; i < kTogether; ++i) from[i] = codes_of(v + i);
-    KeySums sums[kTogether];
+    hn::Vec<Words> sums[kTogether][kKeySums];
     score_vectors<Table, a_byte, kTogether>(from, blocks.n_codes, bits, tables, sums);
     VELOXQUANT_UNROLL
     for (int i = 0; i < kTogether; ++i) finish(sums[i], v + i);
   }
   for (; v < n; ++v) {
     const uint8_t* const from[1] = {codes_of(v)};
-    KeySums sums[1];
+    hn::Vec<Words> sums[1][kKeySums];
     score_vectors<Table, a_byte, 1>(from, blocks.n_codes, bits, tables, sums);
     finish(sums[0], v);
   }
