@@ -19,32 +19,36 @@ HWY_BEFORE_NAMESPACE();
 namespace veloxquant::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-using F8 = hn::CappedTag<float, 8>;
-using I8 = hn::RebindToSigned<F8>;
-using V8 = hn::Vec<F8>;
+using Floats = hn::CappedTag<float, 16>;
+using Ints = hn::RebindToSigned<Floats>;
+using FloatVector = hn::Vec<Floats>;
 
-// Up to 16 entries in registers, more by gathers. `last`: the last valid code.
+// Up to 16 entries in one register or two, more by gathers. `last`: the last valid code.
 template <bool kInRegisters>
 struct CentroidTable {
   const float* entries;  // 16 or more
-  V8 low, high;
-  hn::Vec<I8> last;
+  FloatVector low, high;
+  hn::Vec<Ints> last;
 
   CentroidTable(const float* padded, int n) : entries(padded) {
-    const F8 d;
+    const Floats d;
     low = hn::LoadU(d, padded);
     high = hn::LoadU(d, padded + 16 - hn::Lanes(d));
-    last = hn::Set(I8(), n - 1);
+    last = hn::Set(Ints(), n - 1);
   }
-  HWY_INLINE V8 look_up(const uint8_t* codes) const {
-    const F8 d;
-    const I8 di;
-    const hn::Rebind<uint8_t, I8> du8;
+  HWY_INLINE FloatVector look_up(const uint8_t* codes) const {
+    const Floats d;
+    const Ints di;
+    const hn::Rebind<uint8_t, Ints> du8;
     const auto code = hn::Min(hn::PromoteTo(di, hn::LoadU(du8, codes)), last);
-#if HWY_MAX_BYTES >= 32
+#if HWY_MAX_BYTES >= 64
+    if constexpr (kInRegisters) {
+      return hn::TableLookupLanes(low, hn::IndicesFromVec(d, code));
+    }
+#elif HWY_MAX_BYTES >= 32
     if constexpr (kInRegisters) {
       const auto index = hn::IndicesFromVec(d, hn::And(code, hn::Set(di, 7)));
-      const V8 upper = hn::BitCast(d, hn::ShiftLeft<28>(code));
+      const FloatVector upper = hn::BitCast(d, hn::ShiftLeft<28>(code));
       return hn::IfNegativeThenElse(upper, hn::TableLookupLanes(high, index),
                                     hn::TableLookupLanes(low, index));
     }
@@ -59,15 +63,15 @@ HWY_INLINE void score_tokens(const float* HWY_RESTRICT table1, int n1,
                              const uint8_t* HWY_RESTRICT codes1, const uint8_t* HWY_RESTRICT codes2,
                              int n_tokens, int dim, const float* HWY_RESTRICT q,
                              float* HWY_RESTRICT scores) {
-  const F8 d;
+  const Floats d;
   const int lanes = static_cast<int>(hn::Lanes(d)), whole = dim / lanes * lanes;
   const CentroidTable<kInRegisters> first(table1, n1), second(table2, n2);
   for (int t = 0; t < n_tokens; ++t, codes1 += dim, codes2 += dim) {
-    V8 sum[kRows];
+    FloatVector sum[kRows];
     VELOXQUANT_UNROLL
     for (int r = 0; r < kRows; ++r) sum[r] = hn::Zero(d);
     for (int i = 0; i < whole; i += lanes) {
-      const V8 key = hn::Add(first.look_up(codes1 + i), second.look_up(codes2 + i));
+      const FloatVector key = hn::Add(first.look_up(codes1 + i), second.look_up(codes2 + i));
       VELOXQUANT_UNROLL
       for (int r = 0; r < kRows; ++r) {
         sum[r] = hn::MulAdd(key, hn::LoadU(d, q + r * dim + i), sum[r]);
@@ -111,17 +115,17 @@ void score_tile(const float* table1, int n1, const float* table2, int n2, const 
 // out[d] = shrink * out[d] + sum_t weights[t] * rows[t][d]
 void add_values(const float* HWY_RESTRICT rows, int n_tokens, int dim,
                 const float* HWY_RESTRICT weights, float shrink, float* HWY_RESTRICT out) {
-  const F8 d;
+  const Floats d;
   const int lanes = static_cast<int>(hn::Lanes(d));
   int i = 0;
   for (; i + 4 * lanes <= dim; i += 4 * lanes) {
-    V8 sum[4];
+    FloatVector sum[4];
     VELOXQUANT_UNROLL
     for (int k = 0; k < 4; ++k) {
       sum[k] = hn::Mul(hn::LoadU(d, out + i + k * lanes), hn::Set(d, shrink));
     }
     for (int t = 0; t < n_tokens; ++t) {
-      const V8 weight = hn::Set(d, weights[t]);
+      const FloatVector weight = hn::Set(d, weights[t]);
       VELOXQUANT_UNROLL
       for (int k = 0; k < 4; ++k) {
         sum[k] = hn::MulAdd(weight, hn::LoadU(d, rows + t * dim + i + k * lanes), sum[k]);
