@@ -33,7 +33,7 @@ flags="$flags '-DHWY_DISABLED_TARGETS=(HWY_SVE|HWY_SVE2|HWY_SVE_256|HWY_SVE2_128
 mkdir -p "$out"
 
 is_ours() {  # a test that needs only the layers built here
-  ! grep -qE '#include [<"](rapidcheck|src/(attention|cache|calibration|artifacts)/|tests/msl/|nlohmann)' "$1" &&
+  ! grep -qE '#include [<"](rapidcheck|src/(attention|cache|calibration|artifacts)/|tests/msl/|nlohmann)|train_vecinfer_rope' "$1" &&
     ! grep -qE '#include "veloxquant/(attention|cache|calibration|artifacts|cuda|rvq_attend)\.h"' "$1"
 }
 tests=()
