@@ -80,7 +80,8 @@ def test_strict_one_pass_equals_token_by_token(held_out):
 
     What differs is the last bit of MLX's matrix products, which rounding to 16 bits amplifies: some
     keys fall on the other side of a rounding boundary, some of those of a code's. Measured: 99.86 %
-    of codes equal, median logit difference 3.4e-3 (fp16 method: 9e-4; logits are up to 20).
+    of codes equal, median logit difference 3.4e-3 where OpenBLAS has AVX2; 99.74 % and 7.7e-3 where
+    it has AVX-512 (fp16 method: 9e-4; logits are up to 20).
     """
     model, tokenizer = load_model("smollm2")
     tokens = mx.array(tokenizer.encode(Path(held_out).read_text())[:320])
@@ -91,14 +92,14 @@ def test_strict_one_pass_equals_token_by_token(held_out):
     rows = []
     for i in range(len(tokens)):
         rows.append(np.array(model(tokens[None, i : i + 1], cache=steps)[0]))
-    assert np.median(np.abs(logits - np.concatenate(rows))) < 5e-3
+    assert np.median(np.abs(logits - np.concatenate(rows))) < 1.2e-2
 
     def codes(caches):
         return np.concatenate([np.array(span).ravel() for cache in caches for span in cache._core.arrays()[2:]])
 
     packed = codes(whole)
     assert packed.size == 30 * 2 * 3 * 192 * 16  # layers, sides, heads, sealed tokens, codes
-    assert np.mean(packed == codes(steps)) >= 0.997
+    assert np.mean(packed == codes(steps)) >= 0.995
 
 
 def test_a_long_context_takes_the_memory_that_is_promised():
