@@ -1,10 +1,7 @@
-// Decode attention on the device: checks the arguments, lays out the scratch, launches three
-// kernels.
+// Decode attention on the device: checks the arguments, lays out the scratch, launches the kernel.
 #include <algorithm>
 
-#include "src/attention/cuda_combine_rows.cuh"
 #include "src/attention/cuda_launch.cuh"
-#include "src/attention/cuda_query.cuh"
 #include "veloxquant/cuda.h"
 
 namespace veloxquant::cuda {
@@ -41,23 +38,6 @@ impl::SideView view_of(const PackedSide& side) {
   view.hadamard = f.transform == TransformKind::hadamard;
   view.n_sequences = f.n_sequences;
   return view;
-}
-
-using QueryKernel = void (*)(impl::DecodeParams, int, int);
-
-template <bool kHalfK, int HEADS>
-QueryKernel query_kernel_of(int head_dim) {
-  switch (head_dim) {
-    case 64:
-      return impl::query_kernel<kHalfK, HEADS, 64>;
-    case 80:  // runs as 96
-    case 96:
-      return impl::query_kernel<kHalfK, HEADS, 96>;
-    case 128:
-      return impl::query_kernel<kHalfK, HEADS, 128>;
-    default:
-      return impl::query_kernel<kHalfK, HEADS, 256>;
-  }
 }
 
 void check_side(const PackedSide& side, Side wanted, const DecodeArgs& args, const char* name) {
@@ -136,7 +116,6 @@ Plan make_plan(const DecodeArgs& args) {
   p.out_type = type_of(args.out_dtype, "out_dtype");
   p.exact_bf16 = type_of(args.exact_dtype, "exact_dtype") == 2;
   p.n_pairs = args.batch * k.n_kv_heads * p.n_groups;
-  p.query_row_bytes = 32 * k.n_chunks;
 
   impl::Choice choice;
   choice.keys = static_cast<impl::Kind>(k.entry);
@@ -165,17 +144,9 @@ Plan make_plan(const DecodeArgs& args) {
   p.most_pieces = std::max(p.n_ctas / (k.n_kv_heads * p.n_groups), 1);
   p.even_pieces = std::max(p.n_ctas / p.n_pairs, 1);
 
-  const auto place = [&plan](int64_t bytes) {
-    const int64_t at = plan.bytes;
-    plan.bytes += (bytes + 255) / 256 * 256;
-    return at;
-  };
-  const int64_t partial_bytes = 4 * impl::partial_floats(choice.heads, k.head_dim);
-  p.plan_at = place(4 * (int64_t{args.batch} + 1));
-  p.query_at = place(int64_t{p.n_pairs} * 16 * p.query_row_bytes);
-  p.query_scale_at = place(int64_t{p.n_pairs} * 32);
-  p.partial_at = place(int64_t{impl::max_items(p.n_pairs, p.n_ctas)} * partial_bytes);
-  p.exact_at = place(p.n_pairs * partial_bytes);
+  const int64_t most = impl::max_items(p.n_ctas);
+  p.records_at = (8 * most + 255) / 256 * 256;
+  plan.bytes = p.records_at + 4 * most * impl::record_floats(choice.heads, k.head_dim);
   return plan;
 }
 
@@ -202,50 +173,7 @@ void decode_attention(const DecodeArgs& args, Stream stream) {
   require(args.workspace != nullptr && args.workspace_bytes >= plan.bytes,
           "[decode_attention] workspace: got ",
           args.workspace == nullptr ? 0 : args.workspace_bytes, " bytes, wanted ", plan.bytes);
-  const backends::Device& device = backends::current_device();
-  const cudaStream_t at = static_cast<cudaStream_t>(stream);
-  const SideFormat& k = args.keys.format;
-  const bool half = k.entry == Entry::half2;
-  const impl::DecodeParams& p = plan.params;
-  const int heads = p.heads_per_group <= 4 ? 4 : 8, head_groups = p.n_kv_heads * p.n_groups;
-  const QueryKernel query =
-      heads == 4
-          ? (half ? query_kernel_of<true, 4>(k.head_dim) : query_kernel_of<false, 4>(k.head_dim))
-          : (half ? query_kernel_of<true, 8>(k.head_dim) : query_kernel_of<false, 8>(k.head_dim));
-  const int shared = 4 * impl::query_shared_floats(heads, k.head_dim == 80 ? 96 : k.head_dim);
-  backends::check(cudaFuncSetAttribute(query, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-                  "decode_attention");
-  cudaLaunchAttribute attribute = impl::overlap_attribute();
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(impl::query_tiles(p.batch, head_groups, p.n_ctas) * head_groups +
-                        (p.n_exact == nullptr ? 0 : p.n_pairs));
-  config.blockDim = dim3(impl::kQueryThreads);
-  config.dynamicSmemBytes = shared;
-  config.stream = at;
-  config.attrs = &attribute;
-  config.numAttrs = device.major >= 9 ? 1 : 0;
-  backends::check(
-      cudaLaunchKernelEx(&config, query, p, 8 * k.n_chunks, static_cast<int>(k.sub_dim)),
-      "decode_attention");
-  config.dynamicSmemBytes = 0;
-  plan.launcher(p, device, at);
-  const SideFormat& v = args.values.format;
-  const int value_dim = 8 * v.n_chunks, value_sub_dim = static_cast<int>(v.sub_dim);
-  const int rows = p.batch * p.heads_per_group;
-  config.blockDim = dim3(impl::kCombineThreads);
-  if (head_groups * rows <= 2 * p.n_ctas) {
-    config.gridDim = dim3(head_groups * rows);
-    const auto combine = heads == 4 ? impl::combine_kernel<4> : impl::combine_kernel<8>;
-    backends::check(cudaLaunchKernelEx(&config, combine, p, value_dim, value_sub_dim),
-                    "decode_attention");
-    return;
-  }
-  // As few rows a CTA as leave one wave of CTAs.
-  const bool four = head_groups * impl::divide_up(rows, 4) <= p.n_ctas;
-  config.gridDim = dim3(head_groups * impl::divide_up(rows, four ? 4 : 8));
-  const auto combine = four ? impl::combine_rows_kernel<4> : impl::combine_rows_kernel<8>;
-  backends::check(cudaLaunchKernelEx(&config, combine, p, heads, value_dim, value_sub_dim),
-                  "decode_attention");
+  plan.launcher(plan.params, backends::current_device(), static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace veloxquant::cuda

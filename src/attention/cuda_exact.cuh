@@ -6,7 +6,7 @@
 // rows g their high terms and rows g + 8 their low ones.
 #pragma once
 
-#include "src/attention/cuda_parts.cuh"
+#include "src/attention/cuda_cut.cuh"
 
 namespace veloxquant::attention::cuda {
 
@@ -61,18 +61,19 @@ template <bool kBf16, int PIECES>
 struct ExactQuery {
   uint32_t high[PIECES][4], low[PIECES][4];
 
-  // x: the head's query in shared memory, or null for a head that is none. Returns what a unit
-  // stands for: a power of two that brings the largest to [1, 2).
-  __device__ __forceinline__ float load(const float* x, int head_dim, int i) {
+  // x: the head's query in shared memory, zero beyond head_dim. Returns what a unit stands for: a
+  // power of two that brings the largest to [1, 2).
+  __device__ __forceinline__ float load(const float* x, int i) {
     float row[PIECES][8], top = 0.0f;
 #pragma unroll
     for (int q = 0; q < PIECES; ++q) {
 #pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const int d = 32 * q + 8 * i + k;
-        row[q][k] = x != nullptr && d < head_dim ? x[d] : 0.0f;
-        top = fmaxf(top, fabsf(row[q][k]));
+      for (int k = 0; k < 8; k += 4) {
+        const float4 y = *reinterpret_cast<const float4*>(x + 32 * q + 8 * i + k);
+        row[q][k] = y.x, row[q][k + 1] = y.y, row[q][k + 2] = y.z, row[q][k + 3] = y.w;
       }
+#pragma unroll
+      for (int k = 0; k < 8; ++k) top = fmaxf(top, fabsf(row[q][k]));
     }
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
@@ -92,43 +93,96 @@ struct ExactQuery {
   }
 };
 
-// x: the queries [heads][stride] in shared memory. All warps; what they find lies in `space`.
-template <bool kBf16, int HEADS, int DIM, int WARPS>
-__device__ __forceinline__ void attend_exact(const DecodeParams& p, const Pair& pair, int n_tokens,
-                                             const float* x, int stride,
-                                             const MergeSpace<HEADS, WARPS>& space) {
-  constexpr int kKeyPieces = DIM / 32, kValuePieces = (DIM + 63) / 64;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, i = lane & 3;
+// Where the exact tokens of an item's share lie, and which this warp begins with: chunks slot, slot
+// + kExactWarps ... of `n_chunks` fall to a warp.
+template <class S>
+struct ExactShare {
+  const uint16_t* keys;
+  const uint16_t* values;
+  int first, end, n_tokens, slot;  // tokens; the warp has some where first < end
+
+  // Chunks go on where dealing out the steps to the warps has ended.
+  __device__ __forceinline__ ExactShare(const DecodeParams& p, const Item& item) {
+    const int warp = threadIdx.x >> 5, after = item.end_step - item.first_step;
+    n_tokens = item.n_exact;
+    slot = (warp + S::WARPS - after % S::WARPS) % S::WARPS;
+    first = kChunkTokens * (item.first_chunk + slot);
+    end = slot < S::kExactWarps ? min(kChunkTokens * (item.first_chunk + item.n_chunks), n_tokens)
+                                : first;
+    if (first >= end) return;
+    const Pair& pair = item.pair;
+    keys = p.exact_keys.data + pair.sequence * p.exact_keys.batch_stride +
+           pair.kv_head * p.exact_keys.head_stride;
+    values = p.exact_values.data + pair.sequence * p.exact_values.batch_stride +
+             pair.kv_head * p.exact_values.head_stride;
+  }
+
+  __device__ __forceinline__ void prefetch(const DecodeParams& p) const {
+    const int lane = threadIdx.x & 31;
+    if (first >= end) return;
+    prefetch_rows(keys, p.exact_keys.token_stride, first, n_tokens, S::head_dim(p), lane);
+    prefetch_rows(values, p.exact_values.token_stride, first, n_tokens, S::head_dim(p), lane);
+  }
+};
+
+// A warp with a share, on its own; what it finds lies in result WARPS + slot of `shared`.
+template <bool kBf16, class S>
+__device__ __forceinline__ void attend_exact(const DecodeParams& p, const Pair& pair,
+                                             const ExactShare<S>& share, const Shared<S>& shared) {
+  constexpr int HEADS = S::HEADS, kKeyPieces = S::DIM / 32, kValuePieces = (S::DIM + 63) / 64;
+  constexpr int kTurn = kChunkTokens * S::kExactWarps;
+  const int D = S::head_dim(p), n_tokens = share.n_tokens;
+  const int lane = threadIdx.x & 31, g = lane >> 2, i = lane & 3;
   const int64_t key_stride = p.exact_keys.token_stride, value_stride = p.exact_values.token_stride;
-  const uint16_t* keys = p.exact_keys.data + pair.sequence * p.exact_keys.batch_stride +
-                         pair.kv_head * p.exact_keys.head_stride;
-  const uint16_t* values = p.exact_values.data + pair.sequence * p.exact_values.batch_stride +
-                           pair.kv_head * p.exact_values.head_stride;
-  prefetch_rows(keys, key_stride, 16 * warp, n_tokens, p.head_dim, lane);
-  prefetch_rows(values, value_stride, 16 * warp, n_tokens, p.head_dim, lane);
-  __syncthreads();  // the queries are there
+  // Where registers allow, a turn's rows are on their way before anything is waited for.
+  constexpr bool kEarly = S::DIM <= 128;
+  uint4 k[2][kEarly ? kKeyPieces : 1], v[kEarly ? kValuePieces : 1][4];
+  const auto key = [&](int first, int tile, int q) {
+    const int token = min(first + 8 * tile + g, n_tokens - 1);
+    return load_dims(share.keys + token * key_stride, 32 * q + 8 * i, D);
+  };
+  const auto load_values = [&](int first, int q, uint4(&to)[4]) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int token = min(first + 2 * i + (j & 1) + 8 * (j >> 1), n_tokens - 1);
+      to[j] = load_dims(share.values + token * value_stride, 64 * q + 8 * g, D);
+    }
+  };
+  const auto fetch = [&](int first) {
+    if constexpr (kEarly) {
+#pragma unroll
+      for (int n = 0; n < 2 * kKeyPieces; ++n)
+        k[n / kKeyPieces][n % kKeyPieces] = key(first, n / kKeyPieces, n % kKeyPieces);
+#pragma unroll
+      for (int q = 0; q < kValuePieces; ++q) load_values(first, q, v[q]);
+    }
+  };
+  fetch(share.first);
+  // What columns beyond the heads hold is nobody's.
+  const float* x = shared.queries() + g % HEADS * Shared<S>::kQueryStride;
   ExactQuery<kBf16, kKeyPieces> query;
-  const float scale =
-      p.scale * kLog2e * query.load(g < pair.n_heads ? x + g * stride : nullptr, p.head_dim, i);
+  const float scale = p.scale * kLog2e * query.load(x, i);
   float acc[kValuePieces][4][4] = {};
   float top = kNothing, sum = 0.0f;
 #pragma unroll 1
-  for (int first = 16 * warp; first < n_tokens; first += 16 * WARPS) {
+  for (int first = share.first; first < share.end; first += kTurn) {
+    const bool more = first + kTurn < share.end;
+    if (more) {
+      prefetch_rows(share.keys, key_stride, first + kTurn, share.end, D, lane);
+      prefetch_rows(share.values, value_stride, first + kTurn, share.end, D, lane);
+    }
     float c[2][4] = {};
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      const uint16_t* row = keys + min(first + 8 * tile + g, n_tokens - 1) * key_stride;
+    for (int q = 0; q < kKeyPieces; ++q) {
 #pragma unroll
-      for (int q = 0; q < kKeyPieces; ++q) {
-        const uint4 k = load_dims(row, 32 * q + 8 * i, p.head_dim);
+      for (int tile = 0; tile < 2; ++tile) {
+        const uint4 row = kEarly ? k[tile][kEarly ? q : 0] : key(first, tile, q);
         const uint32_t(&high)[4] = query.high[q];
         const uint32_t(&low)[4] = query.low[q];
-        mma_16<kBf16>(c[tile], high[0], low[0], high[1], low[1], k.x, k.y);
-        mma_16<kBf16>(c[tile], high[2], low[2], high[3], low[3], k.z, k.w);
+        mma_16<kBf16>(c[tile], high[0], low[0], high[1], low[1], row.x, row.y);
+        mma_16<kBf16>(c[tile], high[2], low[2], high[3], low[3], row.z, row.w);
       }
     }
-    prefetch_rows(keys, key_stride, first + 16 * WARPS, n_tokens, p.head_dim, lane);
-    prefetch_rows(values, value_stride, first + 16 * WARPS, n_tokens, p.head_dim, lane);
     float s[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -163,18 +217,14 @@ __device__ __forceinline__ void attend_exact(const DecodeParams& p, const Pair& 
     }
 #pragma unroll
     for (int q = 0; q < kValuePieces; ++q) {
-      uint4 v[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int token = min(first + 2 * i + (j & 1) + 8 * (j >> 1), n_tokens - 1);
-        v[j] = load_dims(values + token * value_stride, 64 * q + 8 * g, p.head_dim);
-      }
+      uint4(&piece)[4] = v[kEarly ? q : 0];
+      if constexpr (!kEarly) load_values(first, q, piece);
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         uint32_t e[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          e[j] = w == 0 ? v[j].x : w == 1 ? v[j].y : w == 2 ? v[j].z : v[j].w;
+          e[j] = w == 0 ? piece[j].x : w == 1 ? piece[j].y : w == 2 ? piece[j].z : piece[j].w;
         float(&to)[4] = acc[q][w];
         to[0] *= keep0;
         to[1] *= keep1;
@@ -186,9 +236,11 @@ __device__ __forceinline__ void attend_exact(const DecodeParams& p, const Pair& 
         if constexpr (kBf16) mma_16<kBf16>(to, a0, a1, a2, a3, rest[0], rest[1]);
       }
     }
+    if (more) fetch(first + kTurn);
   }
   sum += __shfl_xor_sync(0xffffffffu, sum, 1);
   sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+  const int result = S::WARPS + share.slot;
 #pragma unroll
   for (int q = 0; q < kValuePieces; ++q) {
 #pragma unroll
@@ -196,14 +248,13 @@ __device__ __forceinline__ void attend_exact(const DecodeParams& p, const Pair& 
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int head = 2 * i + (k & 1), d = 64 * q + 8 * g + 2 * w + (k >> 1);
-        if (head < HEADS && d < p.head_dim)
-          space.warps[(warp * HEADS + head) * p.head_dim + d] = acc[q][w][k];
+        if (head < HEADS && d < D) shared.rows[(result * HEADS + head) * D + d] = acc[q][w][k];
       }
     }
   }
   if (i == 0 && g < HEADS) {
-    space.maximum[warp * HEADS + g] = top;
-    space.sum[warp * HEADS + g] = sum;
+    shared.top()[g * Shared<S>::kWeights + result] = top;
+    shared.sum()[g * Shared<S>::kWeights + result] = sum;
   }
 }
 

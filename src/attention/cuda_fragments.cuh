@@ -53,12 +53,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
 // product makes the address, 256 code + lane's place. by_subvector: [m][code].
 template <bool kByLane>
 struct Tables {
-  const char* base;
-  uint32_t lane_bytes;
+  uint32_t lane_bytes;  // an address in shared memory, so that the product is all of one
 
   // `place`: the lane's own sub-vector among those of a chunk.
   __device__ __forceinline__ Tables(const char* base, int lane, int place)
-      : base(base), lane_bytes(kByLane ? 4 * lane : 1024 * place) {}
+      : lane_bytes(static_cast<uint32_t>(__cvta_generic_to_shared(base)) +
+                   (kByLane ? 4 * lane : 1024 * place)) {}
 
   // The entry of byte kByte of `codes`; `subvector` counts from the lane's place.
   template <int kByte>
@@ -69,12 +69,17 @@ struct Tables {
       constexpr uint32_t kWeight = kByte % 2 == 0 ? 256u : 256u << 16;
       const uint32_t offset =
           kByte < 2 ? __dp2a_lo(kWeight, codes, lane_bytes) : __dp2a_hi(kWeight, codes, lane_bytes);
-      return *reinterpret_cast<const uint32_t*>(base + offset);
+      return at(offset);
     } else {
       // 4 * code + lane's table, in one dot product of bytes.
       const uint32_t offset = __dp4a(codes, 4u << (8 * kByte), lane_bytes);
-      return *reinterpret_cast<const uint32_t*>(base + subvector * 1024 + offset);
+      return at(offset + subvector * 1024);
     }
+  }
+
+ private:
+  __device__ __forceinline__ static uint32_t at(uint32_t address) {
+    return *static_cast<const uint32_t*>(__cvta_shared_to_generic(address));
   }
 };
 
@@ -84,18 +89,18 @@ struct Query {
   static constexpr int kTerms = HEADS == 8 ? 2 : 1;
   uint32_t b[kTerms][CHUNKS][2];
 
-  // rows: [2 terms][8 heads][row_bytes]
+  // rows: [2 terms][HEADS][row_bytes]
   __device__ __forceinline__ void load(const uint8_t* rows, int row_bytes, int lane) {
     const int g = lane >> 2, i = lane & 3;
 #pragma unroll
     for (int t = 0; t < kTerms; ++t) {
       const int term = HEADS == 4 ? g & 1 : t, head = HEADS == 4 ? g >> 1 : g;
-      const uint8_t* row = rows + (term * 8 + head) * row_bytes + i * 4;
+      const uint8_t* row = rows + (term * HEADS + head) * row_bytes + i * 4;
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) {
 #pragma unroll
         for (int k = 0; k < 2; ++k)
-          b[t][c][k] = __ldcg(reinterpret_cast<const unsigned int*>(row + c * 32 + k * 16));
+          b[t][c][k] = *reinterpret_cast<const uint32_t*>(row + c * 32 + k * 16);
       }
     }
   }
@@ -327,13 +332,14 @@ struct Output {
     }
   }
 
-  // Writes out[head][D] and sums[head]. Entries beyond D (padding) are left out.
-  __device__ __forceinline__ void write(float* out, float* sums, int head_dim, int lane) const {
+  // Writes out[head][D] and sums[head * stride]. Entries beyond D (padding) are left out.
+  __device__ __forceinline__ void write(float* out, float* sums, int stride, int head_dim,
+                                        int lane) const {
     const int g = lane >> 2, i = lane & 3;
 #pragma unroll
     for (int e = 0; e < HEADS / 4; ++e) {
       const int head = HEADS / 4 * i + e;
-      if (g == 0) sums[head] = joined(sum[0], sum[kTerms - 1], 0, e);
+      if (g == 0) sums[head * stride] = joined(sum[0], sum[kTerms - 1], 0, e);
 #pragma unroll
       for (int r = 0; r < CHUNKS; ++r) {
 #pragma unroll

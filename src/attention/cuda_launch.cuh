@@ -12,35 +12,35 @@ struct Choice {
   int heads;  // 4 or 8
 };
 
-// A kernel may start before the one ahead of it on the stream has ended; it waits for it itself.
-inline cudaLaunchAttribute overlap_attribute() {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  return attribute;
-}
-
 // One CTA fills a multiprocessor: its tables are shared by as many warps as registers allow.
 template <class S>
 void launch(DecodeParams params, const backends::Device& device, cudaStream_t stream) {
-  const int merge = S::merge_bytes(params.head_dim);
-  int shared = S::kTableBytes + S::kFixedBytes + merge;
+  constexpr int kFixed = Shared<S>::kFixedBytes;
+  const int rows = Shared<S>::rows_bytes(params.head_dim);
+  int shared = S::kTableBytes + kFixed + rows;
   params.merge_over_tables = 0;
   if (shared > device.shared_per_block) {
-    params.merge_over_tables = merge > S::kTableBytes ? merge : S::kTableBytes;
-    shared = params.merge_over_tables + S::kFixedBytes;
+    params.merge_over_tables = rows > S::kTableBytes ? rows : S::kTableBytes;
+    shared = params.merge_over_tables + kFixed;
   }
   require(shared <= device.shared_per_block, "[decode_attention] shared memory: got a device with ",
           device.shared_per_block, " bytes a block, wanted ", shared, " for this format");
+  const int matrix = 4 * params.head_dim * params.head_dim;
+  const bool dense = params.keys.matrix != nullptr || params.values.matrix != nullptr;
+  params.matrix_in_shared = dense && shared + matrix <= device.shared_per_block;
+  if (params.matrix_in_shared) shared += matrix;
   const auto kernel = decode_kernel<S>;
   backends::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
                   "decode_attention");
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(params.n_ctas);
-  config.blockDim = dim3(32 * S::WARPS);
+  config.blockDim = dim3(S::THREADS);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  cudaLaunchAttribute attribute = overlap_attribute();
+  // It may start before the kernel ahead of it on the stream has ended, and waits for that itself.
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
   config.numAttrs = device.major >= 9 ? 1 : 0;
   backends::check(cudaLaunchKernelEx(&config, kernel, params), "decode_attention");

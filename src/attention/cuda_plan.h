@@ -1,11 +1,13 @@
 // How decode attention is cut into work, and where its scratch lies. Shared by host and device.
 //
 // Every (KV head, group of query heads, sequence) is a pair; a pair has one unit for each packed
-// block, and is cut into equal items of at most T units; a CTA takes an item at a time. (The exact
-// tokens of a pair have a CTA of the kernel before.) T is chosen by cost: waves of CTAs x (T + what
-// an item costs beside its units). Lengths are known on the device alone, so every CTA works the
-// plan out for itself. The items of a pair write partial results; another kernel combines them, in
-// the order of the items.
+// block, and is cut into equal items of at most T units; a CTA takes an item at a time. T is chosen
+// by cost: waves of CTAs x (T + what an item costs beside its units). Lengths are known on the
+// device alone, so every CTA works the plan out for itself. The items of a pair that has several
+// leave records; the CTA that leaves the last of them puts them together, in the order of the
+// items.
+//
+// Scratch: counters[kMaxItems], one a pair, at its first item's place; records[kMaxItems].
 #pragma once
 
 #include <cstdint>
@@ -47,9 +49,8 @@ struct DecodeParams {
   int q_type, out_type, exact_bf16;  // 0 fp32, 1 fp16, 2 bf16
   int n_ctas, n_pairs;
   int most_pieces, even_pieces;  // of a sequence: where a wave has only its items, or all alike
-  // Offsets in the workspace.
-  int64_t query_at, query_scale_at, partial_at, exact_at, plan_at;
-  int query_row_bytes;
+  int64_t records_at;            // offset in the workspace
+  int matrix_in_shared;
   int merge_over_tables;  // where shared memory has no room for both
 };
 
@@ -61,27 +62,28 @@ struct DecodeParams {
 
 // What an item costs beside its units: queries, tables, merge.
 constexpr int kItemUnits = 16;
-// Items of a call, at most: more waves than this are not worth a finer cut.
-VQ_PLAN int max_items(int n_pairs, int n_ctas) {
-  return n_pairs > 4 * n_ctas ? n_pairs : 4 * n_ctas;
-}
+// Items of a call whose pairs are cut, at most: more waves than this are not worth a finer cut.
+VQ_PLAN int max_items(int n_ctas) { return 4 * n_ctas; }
 
 VQ_PLAN int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// The first of the items of CTA c of n.
-VQ_PLAN int divide_into(int items, int c, int n) {
-  return static_cast<int>(static_cast<int64_t>(items) * c / n);
+// The counters of the items that have left their records. Whatever the scratch holds at first: a
+// word without the mark counts as 0.
+constexpr uint64_t kCounterMark = 0x9e3779b97f4a0000u;
+constexpr uint64_t kCounterBits = 0xffffu;
+
+// Floats of a record: packed and exact outputs [2][heads][D], then of each the maximum and the sum
+// of each head, [2][2][heads].
+VQ_PLAN int64_t record_floats(int heads, int head_dim) {
+  return static_cast<int64_t>(2 * heads) * head_dim + 4 * heads;
 }
 
-// CTAs of a head group that prepare queries: about one a multiprocessor in all.
-VQ_PLAN int query_tiles(int batch, int head_groups, int n_ctas) {
-  const int wanted = n_ctas / head_groups;
-  return wanted < 1 ? 1 : wanted < batch ? wanted : batch;
-}
-
-// Floats of one partial result: [heads][D] outputs, then maximum and sum of each head.
-VQ_PLAN int64_t partial_floats(int heads, int head_dim) {
-  return static_cast<int64_t>(heads) * head_dim + 2 * heads;
+// Exact tokens come in chunks of 16, a warp's turn. The first `exact_parts` items of a pair share
+// them, four chunks each, or more where there are no more items.
+constexpr int kChunkTokens = 16, kPartChunks = 4;
+VQ_PLAN int exact_parts(int n_exact, int n_parts) {
+  const int wanted = divide_up(n_exact, kChunkTokens * kPartChunks);
+  return wanted < n_parts ? wanted : n_parts;
 }
 
 }  // namespace veloxquant::attention::cuda

@@ -1,0 +1,208 @@
+// The results of an item's warps -> a record; the records of a pair -> out and log-sum-exp.
+//
+// An item that is all of its pair keeps its record in shared memory. Otherwise records lie in the
+// scratch, and the CTA that leaves the last one of a pair puts them together, always in the order
+// of the parts, while its share of the inverse transform's matrix is on the way.
+#pragma once
+
+#include "src/attention/cuda_cut.cuh"
+#include "src/attention/cuda_matrix.cuh"
+
+namespace veloxquant::attention::cuda {
+
+// A sum of parts, by a thread for four dimensions of a head.
+struct Part {
+  float top = kNothing, sum = 0.0f;
+  float4 quad = {0.0f, 0.0f, 0.0f, 0.0f};
+};
+
+// Results first .. end - 1 of a head -> one: a thread's four dimensions, maximum and sum.
+template <class S, int kMost>
+__device__ __forceinline__ Part merge_results(int first, int n, int h, int slot, int slots,
+                                              float unit, const Shared<S>& shared) {
+  const float* tops = shared.top() + h * Shared<S>::kWeights + first;
+  const float* sums = shared.sum() + h * Shared<S>::kWeights + first;
+  const float4* rows = reinterpret_cast<const float4*>(shared.rows) + first * slots + slot;
+  Part part;
+#pragma unroll
+  for (int w = 0; w < kMost; ++w) {
+    if (w < n) part.top = fmaxf(part.top, tops[w]);
+  }
+#pragma unroll
+  for (int w = 0; w < kMost; ++w) {
+    if (w < n) {
+      const float weight = exp2_fast(tops[w] - part.top) * unit;
+      part.sum = fmaf(weight, sums[w], part.sum);
+      add_scaled(part.quad, weight, rows[w * slots]);
+    }
+  }
+  return part;
+}
+
+// Rows [2][HEADS][D] and tops [4][HEADS] (packed maximum, packed sum, the exact ones): a record.
+template <class S>
+__device__ __forceinline__ void merge_warps(const DecodeParams& p, int n_exact_results, bool alone,
+                                            float* rows, float* tops, const Shared<S>& shared) {
+  constexpr int HEADS = S::HEADS;
+  constexpr float kUnit = S::kValue != kInt8 ? 1.0f : 1.5279e-5f;  // 2^-15.998
+  const int quads = S::head_dim(p) / 4, slots = HEADS * quads;
+  __syncthreads();
+#pragma unroll 1
+  for (int e = threadIdx.x; e < 2 * slots; e += S::THREADS) {
+    const bool exact = e >= slots;
+    const int slot = exact ? e - slots : e, h = slot / quads;
+    const Part part = exact
+                          ? merge_results<S, S::kExactWarps>(S::WARPS, n_exact_results, h, slot,
+                                                             slots, 1.0f, shared)
+                          : merge_results<S, S::WARPS>(0, S::WARPS, h, slot, slots, kUnit, shared);
+    float4* to = reinterpret_cast<float4*>(rows) + e;
+    float* top = tops + (exact ? 2 * HEADS : 0) + h;
+    const bool is_first = slot == h * quads;
+    if (alone) {
+      *to = part.quad;
+      if (is_first) top[0] = part.top, top[HEADS] = part.sum;
+    } else {
+      __stcg(to, part.quad);
+      if (is_first) __stcg(top, part.top), __stcg(top + HEADS, part.sum);
+    }
+  }
+}
+
+// Whether this CTA leaves the last record of a pair. The counter is 0 again after that.
+template <class S>
+__device__ __forceinline__ bool leaves_last(const DecodeParams& p, const Item& item,
+                                            const Shared<S>& shared) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    auto* counter = reinterpret_cast<unsigned long long*>(p.workspace) + item.index;
+    __threadfence();
+    const unsigned long long before = atomicAdd(counter, 1ull);
+    const bool last = (before & kCounterBits) == static_cast<unsigned>(item.n_parts - 1);
+    if (last) {
+      *counter = kCounterMark;
+      __threadfence();
+    }
+    *shared.last() = last;
+  }
+  __syncthreads();
+  return *shared.last() != 0;
+}
+
+// All records of a pair -> to[groups + 1][HEADS][D] and tops[groups + 1][2][HEADS] (maximum, sum):
+// `groups` shares of the packed parts, then the exact ones.
+template <class S>
+__device__ __forceinline__ void gather_records(const DecodeParams& p, const Item& item,
+                                               const float* records, float* to,
+                                               const Shared<S>& shared) {
+  constexpr int HEADS = S::HEADS, kAhead = 8, kGroups = S::kGroups;
+  const int D = S::head_dim(p), quads = D / 4, slots = HEADS * quads;
+  const int size = static_cast<int>(record_floats(HEADS, D));
+#pragma unroll 1
+  for (int e = threadIdx.x; e < (kGroups + 1) * slots; e += S::THREADS) {
+    const int g = e / slots, slot = e - g * slots, h = slot / quads;
+    const bool exact = g == kGroups;
+    const int n = exact ? exact_parts(item.n_exact, item.n_parts) : item.n_parts;
+    const int step = exact ? 1 : kGroups;
+    const float* rows = records + (exact ? HEADS * D : 0) + 4 * slot;
+    const float* tops = records + 2 * HEADS * D + (exact ? 2 * HEADS : 0) + h;
+    Part sum;
+#pragma unroll 1
+    for (int begin = exact ? 0 : g; begin < n; begin += kAhead * step) {
+      Part part[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int at = begin + k * step;
+        if (at < n) {
+          part[k].top = __ldcg(tops + at * size);
+          part[k].sum = __ldcg(tops + at * size + HEADS);
+          part[k].quad = __ldcg(reinterpret_cast<const float4*>(rows + at * size));
+        }
+      }
+      float next = sum.top;
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) next = fmaxf(next, part[k].top);
+      const float keep = exp2_fast(sum.top - next);
+      sum.top = next;
+      sum.sum *= keep;
+      sum.quad =
+          make_float4(sum.quad.x * keep, sum.quad.y * keep, sum.quad.z * keep, sum.quad.w * keep);
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const float weight = exp2_fast(part[k].top - next);
+        sum.sum = fmaf(weight, part[k].sum, sum.sum);
+        add_scaled(sum.quad, weight, part[k].quad);
+      }
+    }
+    reinterpret_cast<float4*>(to)[e] = sum.quad;
+    if (slot == h * quads) {
+      shared.merged_tops()[2 * g * HEADS + h] = sum.top;
+      shared.merged_tops()[(2 * g + 1) * HEADS + h] = sum.sum;
+    }
+  }
+}
+
+// `groups` sums of a pair -> out and log-sum-exp. Between barriers.
+template <class S>
+__device__ __forceinline__ void finish(const DecodeParams& p, const Pair& pair, int groups,
+                                       float* sums, const Shared<S>& shared) {
+  constexpr int HEADS = S::HEADS;
+  const int D = S::head_dim(p), quads = D / 4, slots = HEADS * quads;
+  const int64_t row = static_cast<int64_t>(pair.sequence) * p.n_q_heads + pair.first_head;
+  for (int slot = threadIdx.x; slot < slots; slot += S::THREADS) {
+    const int h = slot / quads, d = 4 * (slot - h * quads);
+    // The last group is the exact tokens'.
+    const float* tops = shared.merged_tops() + h;
+    float both = tops[2 * groups * HEADS];
+    for (int g = 0; g < groups; ++g) both = fmaxf(both, tops[2 * g * HEADS]);
+    const float exact_weight = exp2_fast(tops[2 * groups * HEADS] - both);
+    float total = exact_weight * tops[(2 * groups + 1) * HEADS];
+    float4 packed = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int g = 0; g < groups; ++g) {
+      const float weight = exp2_fast(tops[2 * g * HEADS] - both);
+      total = fmaf(weight, tops[(2 * g + 1) * HEADS], total);
+      add_scaled(packed, weight, reinterpret_cast<const float4*>(sums)[g * slots + slot]);
+    }
+    const float4 exact = reinterpret_cast<const float4*>(sums)[groups * slots + slot];
+    const float inverse = total > 0.0f ? reciprocal(total) : 0.0f;
+    const float keep = inverse * exact_weight;
+    const float low = inverse * shared.value_scales()[d / S::kValueSub],
+                high = inverse * shared.value_scales()[(d + 2) / S::kValueSub];
+    float* x = shared.output() + d * HEADS + h;
+    x[0] = packed.x * low;
+    x[HEADS] = packed.y * low;
+    x[2 * HEADS] = packed.z * high;
+    x[3 * HEADS] = packed.w * high;
+    reinterpret_cast<float4*>(shared.turned)[slot] =
+        make_float4(exact.x * keep, exact.y * keep, exact.z * keep, exact.w * keep);
+    if (d == 0 && h < pair.n_heads && p.lse != nullptr)
+      p.lse[row + h] = total > 0.0f ? (both + __log2f(total)) * kLn2 : -INFINITY;
+  }
+  __syncthreads();
+  const bool dense = p.values.matrix != nullptr;
+  const float* lambda = nullptr;
+  if (dense) {
+    multiply_matrix<S>(p, p.values, pair.kv_head, shared.output(), shared);
+    __syncthreads();
+  } else if (p.values.hadamard) {
+    hadamard_heads<S>(shared.output(), D);
+    if (p.values.lambda != nullptr) lambda = p.values.lambda + pair.kv_head * D;
+  }
+  for (int e = 2 * threadIdx.x; e < pair.n_heads * D; e += 2 * S::THREADS) {
+    const int h = e / D, d = e - h * D;
+    float2 y;
+    if (dense) {
+      y = add_groups<S>(shared.rows, D, h, d);
+    } else {
+      y = make_float2(shared.output()[d * HEADS + h], shared.output()[(d + 1) * HEADS + h]);
+      if (lambda != nullptr) {
+        y.x *= __ldg(lambda + d);
+        y.y *= __ldg(lambda + d + 1);
+      }
+    }
+    y.x += shared.turned[e];
+    y.y += shared.turned[e + 1];
+    store_pair(p.out, row * D + e, p.out_type, y);
+  }
+}
+
+}  // namespace veloxquant::attention::cuda
