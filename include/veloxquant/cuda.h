@@ -90,9 +90,9 @@ struct DecodeArgs {
   ExactSide exact_keys, exact_values;
   DType exact_dtype = DType::float16;
   const int32_t* n_exact = nullptr;  // device [batch]; null: none
-  const void* q = nullptr;           // [batch][n_q_heads][D], fp32, fp16 or bf16, row-major
+  const void* q = nullptr;  // [batch][n_q_heads][D], fp32, fp16 or bf16, row-major; on 2 elements
   DType q_dtype = DType::float16;
-  void* out = nullptr;  // [batch][n_q_heads][D]
+  void* out = nullptr;  // [batch][n_q_heads][D]; on 2 elements
   DType out_dtype = DType::float16;
   float* lse = nullptr;  // [batch][n_q_heads], or null
   void* workspace = nullptr;

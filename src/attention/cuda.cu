@@ -170,6 +170,11 @@ void decode_attention(const DecodeArgs& args, Stream stream) {
   const Plan plan = make_plan(args);
   require(args.q != nullptr && args.out != nullptr,
           "[decode_attention] q, out: got null, wanted device pointers");
+  const auto pairs_of_elements = [](const void* at, DType dtype) {
+    return reinterpret_cast<uintptr_t>(at) % (dtype == DType::float32 ? 8 : 4) == 0;
+  };
+  require(pairs_of_elements(args.q, args.q_dtype) && pairs_of_elements(args.out, args.out_dtype),
+          "[decode_attention] q, out: got an address off two elements, wanted multiples of them");
   require(args.workspace != nullptr && args.workspace_bytes >= plan.bytes,
           "[decode_attention] workspace: got ",
           args.workspace == nullptr ? 0 : args.workspace_bytes, " bytes, wanted ", plan.bytes);

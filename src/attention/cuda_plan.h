@@ -7,7 +7,7 @@
 // leave records; the CTA that leaves the last of them puts them together, in the order of the
 // items.
 //
-// Scratch: counters[kMaxItems], one a pair, at its first item's place; records[kMaxItems].
+// Scratch: a counter for each of max_items, of which a pair uses its first item's; as many records.
 #pragma once
 
 #include <cstdint>
@@ -50,8 +50,8 @@ struct DecodeParams {
   int n_ctas, n_pairs;
   int most_pieces, even_pieces;  // of a sequence: where a wave has only its items, or all alike
   int64_t records_at;            // offset in the workspace
-  int matrix_in_shared;
-  int merge_over_tables;  // where shared memory has no room for both
+  int matrix_in_shared;          // whether shared memory has room for a transform's matrix too
+  int merge_over_tables;         // where shared memory has no room for both
 };
 
 #ifdef __CUDACC__
