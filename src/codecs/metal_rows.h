@@ -84,20 +84,6 @@ VQ_FN float simd_dot_row(A a, B b, int n, uint lane) {
   return partial;
 }
 
-// fp32 -> T as a cache keeps it: finite.
-template <class T>
-struct FiniteNarrow {
-  static T of(float x) { return x; }
-};
-template <>
-struct FiniteNarrow<half> {
-  static half of(float x) { return finite_half(x); }
-};
-template <>
-struct FiniteNarrow<bfloat> {
-  static bfloat of(float x) { return finite_bfloat(x); }
-};
-
 // n bits at a bit of a stream of 32-bit words, least significant first; 1 <= n <= 31.
 template <class Words>
 VQ_FN uint32_t bits_at(Words words, int at, int n) {

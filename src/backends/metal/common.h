@@ -35,6 +35,26 @@ VQ_FN bfloat finite_bfloat(float x) {
   if ((bits & 0x7fffu) == 0x7f80u) bits -= 1u;
   return as_type<bfloat>((ushort)bits);
 }
+// fp32 -> T as a cache keeps it: finite.
+template <class T>
+struct FiniteNarrow {
+  static T of(float x) { return x; }
+};
+template <>
+struct FiniteNarrow<half> {
+  static half of(float x) { return finite_half(x); }
+};
+template <>
+struct FiniteNarrow<bfloat> {
+  static bfloat of(float x) { return finite_bfloat(x); }
+};
+
+// Whether FiniteNarrow keeps a number but for its rounding.
+template <class T>
+VQ_FN bool kept_as_it_is(float x) {
+  return is_finite_bits(bits_of((float)Narrow<T>::of(x)));
+}
+
 // An exact key or value as a cache of half (BFLOAT = 0) or bfloat keeps it.
 template <int BFLOAT>
 VQ_FN float as_kept(float x) {

@@ -2,6 +2,7 @@
 
 #include <climits>
 
+#include "src/backends/metal/prune.h"
 #include "src/backends/metal/source.h"
 
 namespace veloxquant::metal {
@@ -66,7 +67,8 @@ bool threads_are_single(const Kernel& kernel) {
 
 Kernel cuda_kernel_of(const Kernel& kernel) {
   Kernel cuda = kernel;
-  cuda.header = flattened("src/backends/metal/cuda_prelude.h") + kernel.header;
+  const std::string prelude = flattened("src/backends/metal/cuda_prelude.h");
+  cuda.header = flush_left(needed_by(kernel.header + kernel.body, prelude)) + kernel.header;
   std::string attributes;
   if (threads_are_single(kernel)) {
     cuda.inputs.push_back(kGridInput);

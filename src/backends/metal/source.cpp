@@ -5,6 +5,7 @@
 #include <set>
 #include <sstream>
 
+#include "src/backends/metal/prune.h"
 #include "veloxquant/error.h"
 
 namespace veloxquant::metal {
@@ -17,11 +18,19 @@ const char* text_of(const std::string& path) {
   fail("[metal] source: got ", path, ", wanted a header that CMake embeds (cmake/metal.cmake)");
 }
 
+std::string without_comment(const std::string& line) {
+  const size_t end = line.find("//");
+  if (end == std::string::npos) return line;
+  const size_t last = line.find_last_not_of(' ', end == 0 ? 0 : end - 1);
+  return end == 0 || last == std::string::npos ? std::string() : line.substr(0, last + 1);
+}
+
 void append(const std::string& path, std::set<std::string>& done, std::string& out) {
   if (!done.insert(path).second) return;
   std::istringstream lines(text_of(path));
   for (std::string line; std::getline(lines, line);) {
-    if (line.rfind("#pragma once", 0) == 0) continue;
+    line = without_comment(line);
+    if (line.empty() || line.rfind("#pragma once", 0) == 0) continue;
     if (line.rfind("#include <", 0) == 0) continue;
     if (line.rfind("#include \"", 0) == 0) {
       append(line.substr(10, line.rfind('"') - 10), done, out);
@@ -48,10 +57,10 @@ std::string flattened(const std::string& path) {
 
 Kernel make_kernel(const std::string& name, std::vector<std::string> inputs,
                    std::vector<std::string> outputs, const std::string& header_path,
-                   std::string body, bool row_contiguous) {
+                   const std::string& body, bool row_contiguous) {
   Kernel kernel;
-  kernel.header = flattened(header_path);
-  kernel.body = std::move(body);
+  kernel.header = flush_left(needed_by(body, flattened(header_path)));
+  kernel.body = flush_left(body);
   char hash[20];
   std::snprintf(hash, sizeof hash, "_%08x",
                 static_cast<uint32_t>(hash_of(kernel.header + kernel.body)));

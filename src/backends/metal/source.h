@@ -14,14 +14,15 @@ struct EmbeddedFile {
 };
 const std::vector<EmbeddedFile>& embedded_files();  // written by CMake
 
-// The file with what it includes of ours in front; standard headers are dropped (Metal has none).
+// The file with what it includes of ours in front, less comments; standard headers are dropped
+// (Metal has none).
 // `path`: as in #include, "src/codecs/vecinfer/metal.h". Throws Error for a file that is not there.
 std::string flattened(const std::string& path);
 
-// A kernel of this header. Its name carries a hash of the text: MLX keeps libraries by name, and so
-// does Apple's own cache.
+// A kernel of what it needs of this header. Its name carries a hash of the text: MLX keeps
+// libraries by name, and so does Apple's own cache.
 Kernel make_kernel(const std::string& name, std::vector<std::string> inputs,
                    std::vector<std::string> outputs, const std::string& header_path,
-                   std::string body, bool row_contiguous = true);
+                   const std::string& body, bool row_contiguous = true);
 
 }  // namespace veloxquant::metal
