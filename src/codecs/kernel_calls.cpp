@@ -50,4 +50,16 @@ Call hamming_score_call(int n, int n_dims) {
   return call;
 }
 
+void set_encode_grid(Call& call, int batch, int heads, int n_blocks, int64_t block_bytes) {
+  call.launch.grid = {8 * kThreads, n_blocks, batch * heads};
+  call.launch.threadgroup = {kThreads, 1, 1};
+  call.launch.outputs = {{Type::uint8, {batch, heads, n_blocks, block_bytes}}};
+}
+
+void set_decode_grid(Call& call, int batch, int heads, int n_blocks, int dim) {
+  call.launch.grid = {64 * dim, n_blocks, batch * heads};
+  call.launch.threadgroup = {kThreads, 1, 1};
+  call.launch.outputs = {{Type::float32, {batch, heads, int64_t{64} * n_blocks, dim}}};
+}
+
 }  // namespace veloxquant::metal

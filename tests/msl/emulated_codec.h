@@ -66,16 +66,7 @@ class EmulatedCodec {
   }
 
   void scalar(const test::CodecCase& one) {
-    turboquant::BlockKernelShape s;
-    s.dim = dim_;
-    s.stages = one.spec().method == "turboquant" ? 1 : 2;
-    s.prod = integer(one, "prod", 0) == 1;
-    s.bits = static_cast<int>(integer(one, "bits", 1)) - (s.prod ? 1 : 0);
-    s.scale =
-        s.prod
-            ? ScalarScale::raw
-            : static_cast<ScalarScale>(choice(one, "scale", {"norm_corrected", "raw", "unbiased"}));
-    s.by_token = one.spec().side == Side::values;
+    const turboquant::BlockKernelShape s = turboquant::block_shape_of(one.spec());
     const uint64_t seed = static_cast<uint64_t>(integer(one, "seed", 0));
     arrays_ = {turboquant::rotation_signs(dim_, seed),
                turboquant::quantizer_numbers(dim_, s.bits, s.stages),
@@ -95,12 +86,7 @@ class EmulatedCodec {
   }
 
   void rabitq(const test::CodecCase& one, int head) {
-    rabitq::BlockKernelShape s;
-    s.dim = dim_;
-    s.bits = static_cast<int>(integer(one, "bits", 1));
-    s.scale =
-        static_cast<RabitqScale>(choice(one, "scale", {"unbiased", "reconstruction", "norm"}));
-    s.mean = one.has_table("mean");
+    const rabitq::BlockKernelShape s = rabitq::block_shape_of(one.spec(), one.has_table("mean"));
     const uint64_t seed = static_cast<uint64_t>(integer(one, "seed", 0));
     arrays_ = {turboquant::rotation_signs(dim_, seed), {0}};
     if (s.mean) {
@@ -151,9 +137,11 @@ class EmulatedCodec {
                  metal::Call (*decode)(const Shape&)) {
     encode_ = [s, encode](int n_tokens) {
       Shape shape = s;
+      shape.heads = 1;
       shape.n_tokens = n_tokens;
       return encode(shape);
     };
+    s.heads = 1;
     s.n_tokens = 64;
     decode_ = [s, decode] { return decode(s); };
   }

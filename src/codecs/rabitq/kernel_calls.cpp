@@ -3,6 +3,9 @@
 #include <algorithm>
 
 #include "src/backends/metal/source.h"
+#include "src/codecs/kernel_calls.h"
+#include "src/codecs/rabitq/levels.h"
+#include "src/codecs/registry.h"
 
 namespace veloxquant::rabitq {
 namespace {
@@ -20,6 +23,19 @@ std::vector<metal::TemplateArgument> arguments_of(const BlockKernelShape& s) {
 }
 
 }  // namespace
+
+BlockKernelShape block_shape_of(const CodecSpec& spec, bool has_mean) {
+  static const CodecTables none;
+  SpecReader reader(spec, none);
+  BlockKernelShape s;
+  s.heads = spec.n_kv_heads;
+  s.dim = spec.head_dim;
+  s.bits = static_cast<int>(reader.integer("bits", 1, kMaxBits));
+  s.scale =
+      static_cast<RabitqScale>(reader.choice("scale", {"unbiased", "reconstruction", "norm"}));
+  s.mean = has_mean;
+  return s;
+}
 
 std::optional<std::string> no_kernel_because(const BlockKernelShape& s) {
   if (s.dim > 256) return "head_dim above 256";
@@ -41,9 +57,7 @@ Call encode_blocks_call(const BlockKernelShape& s) {
   Call call{&kernel, {}};
   call.launch.arguments = arguments_of(s);
   call.launch.arguments.push_back({"SCALE", static_cast<int>(s.scale)});
-  call.launch.grid = {8 * kThreads, s.n_blocks(), s.batch * s.heads};
-  call.launch.threadgroup = {kThreads, 1, 1};
-  call.launch.outputs = {{Type::uint8, {s.batch, s.heads, s.n_blocks(), s.block_bytes()}}};
+  metal::set_encode_grid(call, s.batch, s.heads, s.n_blocks(), s.block_bytes());
   return call;
 }
 
@@ -55,9 +69,7 @@ Call decode_blocks_call(const BlockKernelShape& s) {
       thread_position_in_grid);)");
   Call call{&kernel, {}};
   call.launch.arguments = arguments_of(s);
-  call.launch.grid = {64 * s.dim, s.n_blocks(), s.batch * s.heads};
-  call.launch.threadgroup = {kThreads, 1, 1};
-  call.launch.outputs = {{Type::float32, {s.batch, s.heads, int64_t{64} * s.n_blocks(), s.dim}}};
+  metal::set_decode_grid(call, s.batch, s.heads, s.n_blocks(), s.dim);
   return call;
 }
 

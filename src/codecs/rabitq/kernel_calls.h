@@ -7,6 +7,7 @@
 #include <string>
 
 #include "src/backends/metal/kernel.h"
+#include "veloxquant/codec_spec.h"
 #include "veloxquant/rabitq.h"
 
 namespace veloxquant::rabitq {
@@ -20,6 +21,8 @@ struct BlockKernelShape {
   int n_blocks() const { return (n_tokens + 63) / 64; }
   int64_t block_bytes() const { return int64_t{8} * dim * bits + 128; }
 };
+// Of a codec, for one sequence without tokens.
+BlockKernelShape block_shape_of(const CodecSpec& spec, bool has_mean);
 std::optional<std::string> no_kernel_because(const BlockKernelShape& shape);
 
 // inputs: x [batch, heads, n_tokens, dim]; signs fp32 [2, dim] of the rotation; mean fp32 [heads,

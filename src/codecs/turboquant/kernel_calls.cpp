@@ -3,6 +3,8 @@
 #include <algorithm>
 
 #include "src/backends/metal/source.h"
+#include "src/codecs/kernel_calls.h"
+#include "src/codecs/registry.h"
 #include "src/codecs/rotation.h"
 #include "src/codecs/turboquant/math.h"
 #include "veloxquant/words.h"
@@ -76,7 +78,8 @@ std::vector<float> rotation_signs(int dim, uint64_t seed) {
 }
 
 std::optional<std::string> no_kernel_because(const RowShape& s) {
-  if (s.dim > 1024) return "rows of more than 1024 values";
+  if (s.dim > kMaxKernelDim)
+    return "rows of more than " + std::to_string(kMaxKernelDim) + " values";
   return std::nullopt;
 }
 
@@ -159,6 +162,23 @@ Call centroids_call(int n, int n_centroids) {
   return call;
 }
 
+BlockKernelShape block_shape_of(const CodecSpec& spec) {
+  static const CodecTables none;
+  SpecReader reader(spec, none);
+  BlockKernelShape s;
+  s.heads = spec.n_kv_heads;
+  s.dim = spec.head_dim;
+  s.stages = spec.method == "turboquant" ? 1 : 2;
+  s.prod = s.stages == 1 && reader.integer_or("prod", 0, 0, 1) == 1;
+  s.bits = static_cast<int>(reader.integer("bits", 1, kMaxScalarBits)) - (s.prod ? 1 : 0);
+  s.scale =
+      s.prod
+          ? ScalarScale::raw
+          : static_cast<ScalarScale>(reader.choice("scale", {"norm_corrected", "raw", "unbiased"}));
+  s.by_token = spec.side == Side::values;
+  return s;
+}
+
 std::optional<std::string> no_kernel_because(const BlockKernelShape& s) {
   if (s.dim > 256) return "head_dim above 256";
   return std::nullopt;
@@ -179,9 +199,7 @@ Call encode_blocks_call(const BlockKernelShape& s) {
   Call call{&kernel, {}};
   call.launch.arguments = arguments_of(s);
   call.launch.arguments.push_back({"SCALE", static_cast<int>(s.scale)});
-  call.launch.grid = {8 * kThreads, s.n_blocks(), s.batch * s.heads};
-  call.launch.threadgroup = {kThreads, 1, 1};
-  call.launch.outputs = {{Type::uint8, {s.batch, s.heads, s.n_blocks(), s.block_bytes()}}};
+  metal::set_encode_grid(call, s.batch, s.heads, s.n_blocks(), s.block_bytes());
   return call;
 }
 
@@ -194,9 +212,7 @@ Call decode_blocks_call(const BlockKernelShape& s) {
       thread_position_in_grid);)");
   Call call{&kernel, {}};
   call.launch.arguments = arguments_of(s);
-  call.launch.grid = {64 * s.dim, s.n_blocks(), s.batch * s.heads};
-  call.launch.threadgroup = {kThreads, 1, 1};
-  call.launch.outputs = {{Type::float32, {s.batch, s.heads, int64_t{64} * s.n_blocks(), s.dim}}};
+  metal::set_decode_grid(call, s.batch, s.heads, s.n_blocks(), s.dim);
   return call;
 }
 

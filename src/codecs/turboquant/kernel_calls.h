@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "src/backends/metal/kernel.h"
+#include "veloxquant/codec_spec.h"
 #include "veloxquant/scalar_quant.h"
 
 namespace veloxquant::turboquant {
@@ -25,6 +26,7 @@ struct RowShape {
   ScalarScale scale = ScalarScale::norm_corrected;
   bool rotate = false;
 };
+constexpr int kMaxKernelDim = 1024;
 std::optional<std::string> no_kernel_because(const RowShape& shape);
 
 // inputs: x [n, dim], signs (one number without rotation), quantizers. outputs: words uint32
@@ -54,6 +56,8 @@ struct BlockKernelShape {
     return int64_t{8} * dim * (stages * bits + (prod ? 1 : 0)) + (prod ? 256 : 128);
   }
 };
+// Of turboquant or turboquant_rvq, for one sequence without tokens.
+BlockKernelShape block_shape_of(const CodecSpec& spec);
 std::optional<std::string> no_kernel_because(const BlockKernelShape& shape);
 
 // inputs: x [batch, heads, n_tokens, dim]; signs; quantizers; columns: S transposed of `prod`, fp32

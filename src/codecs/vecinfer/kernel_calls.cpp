@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "src/backends/metal/source.h"
+#include "src/codecs/kernel_calls.h"
 
 namespace veloxquant::vecinfer {
 namespace {
@@ -37,12 +38,16 @@ std::vector<int64_t> shape_of(const RowShape& s, std::initializer_list<int64_t> 
   return shape;
 }
 
+std::optional<std::string> above(int dim, int most, int sub_dim) {
+  if (dim > most) return "head_dim above " + std::to_string(most);
+  if (sub_dim <= kMaxKernelSubDim) return std::nullopt;
+  return "sub-vectors of more than " + std::to_string(kMaxKernelSubDim) + " dimensions";
+}
+
 }  // namespace
 
 std::optional<std::string> no_kernel_because(const BlockShape& s) {
-  if (s.dim > 256) return "head_dim above 256";
-  if (s.sub_dim > 32) return "sub-vectors of more than 32 dimensions";
-  return std::nullopt;
+  return above(s.dim, kMaxBlockKernelDim, s.sub_dim);
 }
 
 namespace {
@@ -67,9 +72,7 @@ Call encode_blocks_call(const BlockShape& s) {
   Call call{&kernel, {}};
   call.launch.arguments = arguments_of(s);
   call.launch.arguments.push_back({"TRANSFORM", s.transform});
-  call.launch.grid = {8 * kThreads, s.n_blocks, s.batch * s.heads};
-  call.launch.threadgroup = {kThreads, 1, 1};
-  call.launch.outputs = {{Type::uint8, {s.batch, s.heads, s.n_blocks, s.block_bytes()}}};
+  metal::set_encode_grid(call, s.batch, s.heads, s.n_blocks, s.block_bytes());
   return call;
 }
 
@@ -81,16 +84,12 @@ Call decode_blocks_call(const BlockShape& s) {
       thread_position_in_grid);)");
   Call call{&kernel, {}};
   call.launch.arguments = arguments_of(s);
-  call.launch.grid = {64 * s.dim, s.n_blocks, s.batch * s.heads};
-  call.launch.threadgroup = {kThreads, 1, 1};
-  call.launch.outputs = {{Type::float32, {s.batch, s.heads, int64_t{64} * s.n_blocks, s.dim}}};
+  metal::set_decode_grid(call, s.batch, s.heads, s.n_blocks, s.dim);
   return call;
 }
 
 std::optional<std::string> no_kernel_because(const RowShape& s) {
-  if (s.dim > 1024) return "head_dim above 1024";
-  if (s.sub_dim > 32) return "sub-vectors of more than 32 dimensions";
-  return std::nullopt;
+  return above(s.dim, kMaxKernelDim, s.sub_dim);
 }
 
 Call quantize_call(const RowShape& s) {

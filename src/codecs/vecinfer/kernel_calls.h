@@ -18,6 +18,9 @@ struct RowShape {
   int n_subvectors() const { return dim / sub_dim; }
 };
 
+constexpr int kMaxKernelDim = 1024, kMaxKernelSubDim = 32;
+constexpr int kMaxBlockKernelDim = 256;
+
 // Why these kernels do not take the shape; nothing where they do.
 std::optional<std::string> no_kernel_because(const RowShape& shape);
 
@@ -43,8 +46,9 @@ struct BlockShape {
   int64_t block_bytes() const { return int64_t{dim} / sub_dim * 8 * bits; }
 };
 std::optional<std::string> no_kernel_because(const BlockShape& shape);
-// inputs: x [batch, heads, n_tokens, dim], n_tokens in the last of n_blocks; tables; forward fp32: 1 / lambda [heads, dim], E
-// [heads, dim, dim], or one number. outputs: u8 [batch, heads, n_blocks, block bytes].
+// inputs: x [batch, heads, n_tokens, dim], n_tokens in the last of n_blocks; tables; forward fp32:
+// 1 / lambda [heads, dim], E [heads, dim, dim], or one number. outputs: u8 [batch, heads, n_blocks,
+// block bytes].
 metal::Call encode_blocks_call(const BlockShape& shape);
 // inputs: blocks, tables. outputs: fp32 [batch, heads, 64 n_blocks, dim], codec coordinates.
 metal::Call decode_blocks_call(const BlockShape& shape);
