@@ -7,7 +7,10 @@
 
 #include "src/attention/kernel_calls.h"
 #include "src/backends/metal/cuda_text.h"
+#include "src/cache/kernel_calls.h"
 #include "src/codecs/kernel_calls.h"
+#include "src/codecs/rabitq/kernel_calls.h"
+#include "src/codecs/turboquant/kernel_calls.h"
 #include "src/codecs/vecinfer/kernel_calls.h"
 
 namespace veloxquant::metal {
@@ -159,6 +162,88 @@ TEST_F(CudaText, VecInferCompiles) {
                     {{Type::float16, {2, 2, 192, 64}}, tables, {Type::float32, {2, 64, 64}}});
     expect_compiles(vecinfer::decode_blocks_call(b),
                     {{Type::uint8, {2, 2, 3, b.block_bytes()}}, tables});
+  }
+}
+
+TEST_F(CudaText, ScalarCodecsCompile) {
+  const ArrayShape signs{Type::float32, {2, 80}}, quantizers{Type::float32, {2, 16}},
+      one{Type::float32, {1}}, square{Type::float32, {80, 80}};
+  const turboquant::RowShape rows{19, 80, 3, ScalarScale::norm_corrected, true};
+  const ArrayShape words{Type::uint32, {19, 8}}, scalars{Type::float16, {19}};
+  expect_compiles(turboquant::quantize_call(rows), {{Type::bfloat16, {19, 80}}, signs, quantizers});
+  expect_compiles(turboquant::dequantize_call(rows, Type::bfloat16),
+                  {words, scalars, signs, quantizers});
+  expect_compiles(turboquant::nearest_call(99, 8), {{Type::float16, {99}}, {Type::float32, {8}}});
+  expect_compiles(turboquant::hadamard_nearest_call(19, 64, 8),
+                  {{Type::float32, {19, 64}}, {Type::float32, {64}}, {Type::float32, {8}}});
+  expect_compiles(turboquant::centroids_call(99, 8), {{Type::uint8, {99}}, {Type::float32, {8}}});
+  for (bool prod : {false, true}) {
+    turboquant::BlockKernelShape b;
+    b.batch = 2, b.heads = 2, b.n_tokens = 130, b.dim = 80, b.bits = 2;
+    b.stages = prod ? 1 : 2, b.prod = prod, b.by_token = prod;
+    expect_compiles(turboquant::encode_blocks_call(b),
+                    {{Type::float16, {2, 2, 130, 80}}, signs, quantizers, prod ? square : one});
+    expect_compiles(turboquant::decode_blocks_call(b),
+                    {{Type::uint8, {2, 2, 3, b.block_bytes()}}, quantizers, prod ? square : one});
+  }
+}
+
+TEST_F(CudaText, RabitqCompiles) {
+  const ArrayShape signs{Type::float32, {2, 80}};
+  expect_compiles(rabitq::encode_rows_call(19, 80), {{Type::float32, {19, 80}}, signs});
+  for (bool mean : {false, true}) {
+    rabitq::BlockKernelShape b;
+    b.batch = 2, b.heads = 2, b.n_tokens = 130, b.dim = 80, b.bits = mean ? 3 : 1, b.mean = mean;
+    const ArrayShape means{Type::float32, {mean ? 2 : 1, mean ? 80 : 1}};
+    expect_compiles(rabitq::encode_blocks_call(b),
+                    {{Type::float16, {2, 2, 130, 80}}, signs, means});
+    expect_compiles(rabitq::decode_blocks_call(b),
+                    {{Type::uint8, {2, 2, 3, b.block_bytes()}}, means});
+  }
+}
+
+TEST_F(CudaText, TilesOfOtherCodecsCompile) {
+  const ArrayShape q{Type::float16, {1, 6, 2, 64}}, exact{Type::float16, {1, 2, 132, 64}};
+  for (int stages : {0, 1, 2}) {  // 0: bit planes
+    attention::DecodeShape s;
+    s.batch = 1, s.n_kv_heads = 2, s.group = 3, s.n_queries = 2, s.head_dim = 64;
+    s.keys.bits = s.values.bits = 2, s.keys.stages = s.values.stages = stages;
+    s.keys.kind = s.values.kind =
+        stages == 0 ? attention::TileKind::planes : attention::TileKind::scalar;
+    s.values.by_token = stages > 0, s.values.mean = stages == 0;
+    s.n_spans = s.n_exact = 1, s.key_transform = s.value_transform = 3, s.out = Type::float16;
+    const ArrayShape span{Type::uint8, {1, 2, 4, 2304}}, signs{Type::float32, {2, 64}};
+    const ArrayShape levels{Type::float32, {stages, 16}};
+    expect_compiles(attention::first_pass_call(s, 4),
+                    {q,
+                     {Type::int32, {4, 6}},
+                     {Type::int32, {2, 4}},
+                     {Type::float32, {2}},
+                     signs,
+                     stages > 0 ? levels : ArrayShape{Type::float32, {1}},
+                     stages > 0 ? levels : ArrayShape{Type::float32, {129}},
+                     span,
+                     span,
+                     exact,
+                     exact});
+    expect_compiles(attention::second_pass_call(s), {{Type::float32, {1, 2, 4, 6, 64}},
+                                                     {Type::float32, {1, 2, 4, 6, 2}},
+                                                     {Type::int32, {3}},
+                                                     {Type::float32, {6}},
+                                                     signs});
+    s.keys.n_rows = 128;
+    expect_compiles(attention::turn_queries_call(s, 1), {q, {Type::float32, {1, 64, 128}}});
+  }
+}
+
+TEST_F(CudaText, AppendCompiles) {
+  for (int n : {1, 200}) {  // without a block to seal, and with one
+    CacheGeometry geometry(64, 4);
+    geometry.length = 50;
+    const AppendPlan plan = geometry.plan_append(n);
+    const ArrayShape fresh{Type::float32, {1, 2, n, 80}}, exact{Type::bfloat16, {1, 2, 132, 80}};
+    expect_compiles(append_call({1, 2, 80, Type::bfloat16}, geometry, plan),
+                    {fresh, fresh, exact, exact, {Type::int32, {2, 2}}, {Type::int32, {8}}});
   }
 }
 

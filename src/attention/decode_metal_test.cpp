@@ -163,9 +163,32 @@ struct MetalDecode {
     shape.out = type_of(c.out_dtype);
   }
 
+  // Queries through the codec's matrix: of all heads, or the rows of a sketch.
+  std::vector<float> turned(const Input& q) const {
+    const int64_t D = shape.head_dim, rows = shape.key_rows();
+    const bool sketched = keys.sketch.m() > 0;
+    std::vector<float> matrix = keys.owned.query_matrix;
+    if (sketched) {
+      std::vector<float> identity(D * D, 0.0f);
+      for (int64_t d = 0; d < D; ++d) identity[d * D + d] = 1.0f;
+      matrix.resize(D * rows);
+      keys.sketch.project(identity.data(), static_cast<int>(D), matrix.data());
+    }
+    const int matrices = sketched ? 1 : shape.n_kv_heads;
+    const metal::Call call = turn_queries_call(shape, matrices);
+    return msl::run(*call.kernel, call.launch,
+                    {q, Input(Type::float32, {matrices, D, rows}, matrix.data())})
+        .output<float>(0);
+  }
+
   Result run(int cores) {
     const Case& c = p.c;
     EXPECT_FALSE(no_decode_kernel_because(shape)) << *no_decode_kernel_because(shape);
+    const AttentionParams& params = p.params;
+    const int64_t first =
+        params.first_query_position >= 0 ? params.first_query_position : c.length - c.n_queries;
+    const std::vector<int32_t> seen =
+        seen_numbers(p.source.visibility, params.mask, first, c.n_queries, c.length);
     std::vector<Stretch> stretches;
     for (size_t i = 0; i < p.source.packed.size(); ++i) {
       const PackedRun& run = p.source.packed[i];
@@ -177,7 +200,12 @@ struct MetalDecode {
       stretches.push_back({false, static_cast<int>(i), 0, static_cast<int>(run.keys.shape[2]),
                            static_cast<int>(run.start), 0});
     }
-    const std::vector<Item> items = plan_items(shape, stretches, cores);
+    std::vector<Stretch> parts_seen;
+    for (const Stretch& stretch : stretches) {
+      const Stretch part = seen_part(stretch, seen);
+      if (part.count > 0) parts_seen.push_back(part);
+    }
+    const std::vector<Item> items = plan_items(shape, parts_seen, cores);
     n_items = items.size();
     std::vector<int32_t> plan;
     int packed = 0;
@@ -188,30 +216,13 @@ struct MetalDecode {
     }
     if (items.size() < 2) plan.resize(12, 0);
 
-    const AttentionParams& params = p.params;
-    const int64_t first =
-        params.first_query_position >= 0 ? params.first_query_position : c.length - c.n_queries;
-    std::vector<int32_t> seen;
-    const Visibility& v = p.source.visibility;
-    for (int64_t i = 0; i < c.n_queries; ++i) {
-      const int64_t t = first + i;
-      const int64_t end = params.mask.causal ? std::min(c.length, t + 1) : c.length;
-      const int64_t begin = params.mask.sliding_window > 0
-                                ? std::max<int64_t>(0, t + 1 - params.mask.sliding_window)
-                                : 0;
-      const bool both = v.n_new_blocks > 0;
-      seen.insert(seen.end(), {static_cast<int32_t>(begin), static_cast<int32_t>(end),
-                               both ? static_cast<int32_t>(v.code_end(t)) : INT32_MAX,
-                               both ? static_cast<int32_t>(v.tail_start) : INT32_MAX});
-    }
     const float numbers[2] = {params.scale, params.logit_softcap};
     const int64_t H = c.n_kv_heads, D = c.head_dim, Hq = H * c.group, Lq = c.n_queries;
 
     // q row-major, as the op makes it.
     Tensor q(c.q_dtype, c.batch, Hq, Lq, D, 0);
     q.view.stride = {Hq * Lq * D, Lq * D, D, 1};
-    const int64_t key_rows = shape.key_rows();
-    std::vector<float> q_codes(c.batch * Hq * Lq * key_rows), row(D);
+    std::vector<float> row(D);
     for (int64_t b = 0; b < c.batch; ++b) {
       for (int64_t h = 0; h < Hq; ++h) {
         for (int64_t i = 0; i < Lq; ++i) {
@@ -219,20 +230,15 @@ struct MetalDecode {
             row[k] = load_element(p.q.view.at(b, h, i), c.q_dtype, k);
             store_element(q.view.at(b, h, i), c.q_dtype, k, row[k]);
           }
-          if (keys.transform != 2) continue;
-          float* to = &q_codes[((b * Hq + h) * Lq + i) * key_rows];
-          if (keys.sketch.m() > 0) {
-            keys.sketch.project(row.data(), 1, to);
-          } else {
-            keys.codec->transform_query(static_cast<int>(h / c.group), row.data(), 1);
-            std::copy(row.begin(), row.end(), to);
-          }
         }
       }
     }
-    std::vector<Input> inputs = {Input(type_of(c.q_dtype), {c.batch, Hq, Lq, D}, q.view.data)};
-    if (shape.n_spans > 0 && shape.key_transform == 2) {
-      inputs.emplace_back(Type::float32, std::vector<int64_t>{c.batch, Hq, Lq, key_rows},
+    const Input q_input(type_of(c.q_dtype), {c.batch, Hq, Lq, D}, q.view.data);
+    std::vector<float> q_codes;
+    if (shape.n_spans > 0 && shape.key_transform == 2) q_codes = turned(q_input);
+    std::vector<Input> inputs = {q_input};
+    if (!q_codes.empty()) {
+      inputs.emplace_back(Type::float32, std::vector<int64_t>{c.batch, Hq, Lq, shape.key_rows()},
                           q_codes.data());
     }
     inputs.emplace_back(Type::int32, std::vector<int64_t>{int64_t(plan.size()) / 6, 6},
@@ -414,6 +420,31 @@ TEST(MetalDecode, ManyQueriesMasksCapsSinksAndTypes) {
   c.mask_broadcast = true;
   c.causal = false;
   check(c);
+}
+
+// Prefill: more queries than share a threadgroup's rows, and tokens that none of them sees.
+TEST(MetalDecode, HundredsOfQueries) {
+  Case c = decode_case(64, 2, 700);
+  c.n_queries = 70;
+  c.n_new_blocks = 1;
+  check(c);
+  c.strict = true;
+  c.sliding_window = 200;
+  check(c, scalar_side(Side::keys, c, 2, 1), scalar_side(Side::values, c, 2, 1));
+}
+
+TEST(MetalDecode, PartsThatAreSeen) {
+  const std::vector<int32_t> seen = {100, 400, 300, 50, 130, 401, 320, 50};
+  const Stretch packed = seen_part({true, 1, 2, 1000, 20, 99}, seen);
+  EXPECT_EQ(packed.first, 3);  // whole blocks below position 100 are left out
+  EXPECT_EQ(packed.position, 84);
+  EXPECT_EQ(packed.count, 320 - 84);
+  const Stretch exact = seen_part({false, 1, 2, 1000, 20, 0}, seen);
+  EXPECT_EQ(exact.first, 82);
+  EXPECT_EQ(exact.position, 100);
+  EXPECT_EQ(exact.count, 401 - 100);
+  EXPECT_EQ(seen_part({false, 1, 2, 70, 20, 0}, seen).count, 0);
+  EXPECT_EQ(seen_part({true, 1, 2, 70, 320, 9}, seen).count, 0);
 }
 
 TEST(MetalDecode, WithoutPackedBlocks) {

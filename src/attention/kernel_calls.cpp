@@ -76,15 +76,17 @@ std::string first_pass_body(const DecodeShape& s) {
   const int first_row = (int)threadgroup_position_in_grid.x / n_items * ROWS;
   const uint self = thread_index_in_threadgroup, n_threads = threads_per_threadgroup.x;
   const uint lane = self % 32, simdgroup = self / 32, n_simdgroups = n_threads / 32;
-  const int source = plan[6 * item + 1], first = plan[6 * item + 2], count = plan[6 * item + 3];
+  const int source = plan[6 * item + 1], first = plan[6 * item + 2];
   const int position = plan[6 * item + 4];
   const int64_t head_queries = (int64_t)(batch * n_heads + head) * n_rows * DIM;
   const float factor = params[0] * M_LOG2E_F, cap = params[1];
   float maximum[ROWS], sum[ROWS];
   int query_of[ROWS];
   int64_t mask_row[ROWS];
+  int seen_end = 0;
   for (int r = 0; r < ROWS; ++r) {
     const int row = min(first_row + r, n_rows - 1);
+    seen_end = max(seen_end, veloxquant::end_of_seen(seen, row / group_size, plan[6 * item] == 0));
     maximum[r] = -INFINITY;
     sum[r] = 0.0f;
     query_of[r] = row / group_size;
@@ -93,8 +95,10 @@ std::string first_pass_body(const DecodeShape& s) {
       s.mask ? "batch * mask_strides[0] + (head * group_size + row % group_size) * mask_strides[1] "
                "+ query_of[r] * mask_strides[2]"
              : "0";
-  text += ";\n  }\n  const int64_t mask_step = " + std::string(s.mask ? "mask_strides[3]" : "0") +
-          ";\n";
+  text +=
+      ";\n  }\n  const int count = min(plan[6 * item + 3], max(0, seen_end - position));\n"
+      "  const int64_t mask_step = " +
+      std::string(s.mask ? "mask_strides[3]" : "0") + ";\n";
   if (s.n_spans > 0) {
     text += "  if (plan[6 * item] == 0) {\n" + table_text("k", s.keys) + table_text("v", s.values);
     if (s.key_transform == 2) {
@@ -213,12 +217,17 @@ std::vector<std::string> first_pass_inputs(const DecodeShape& s) {
 }  // namespace
 
 std::optional<std::string> no_decode_kernel_because(const DecodeShape& s) {
-  if (s.head_dim % 8 != 0 || s.head_dim > 256) return "head_dim must be a multiple of 8 up to 256";
-  if (s.n_queries > 16) return "more than 16 queries";
+  if (s.head_dim % 8 != 0 || s.head_dim > kMaxDecodeDim) {
+    return "head_dim must be a multiple of 8 up to " + std::to_string(kMaxDecodeDim);
+  }
+  if (s.n_queries > kMaxDecodeQueries) {
+    return "more than " + std::to_string(kMaxDecodeQueries) + " queries";
+  }
   for (const CodeFormat* f : {&s.keys, &s.values}) {
     if (s.n_spans == 0) continue;
-    if (f->kind == TileKind::vecinfer && f->sub_dim > 16)
-      return "sub-vectors of more than 16 dimensions";
+    if (f->kind == TileKind::vecinfer && f->sub_dim > kMaxDecodeSubDim) {
+      return "sub-vectors of more than " + std::to_string(kMaxDecodeSubDim) + " dimensions";
+    }
     if (f->n_rows > 0 && (f->mean || f == &s.values)) return "a sketch of values, or with a mean";
   }
   if (s.key_rows() > 1024) return "a sketch of more than 1024 signs";
@@ -228,6 +237,36 @@ std::optional<std::string> no_decode_kernel_because(const DecodeShape& s) {
       12 + (s.key_transform == 2 ? 1 : 0) + 2 * s.n_spans + 4 * s.n_exact + (s.mask ? 2 : 0);
   if (buffers > kMaxBuffers) return "more arrays than a Metal function takes";
   return std::nullopt;
+}
+
+std::vector<int32_t> seen_numbers(const Visibility& v, const AttentionMask& mask,
+                                  int64_t first_query, int64_t n_queries, int64_t length) {
+  std::vector<int32_t> seen;
+  const bool both = v.n_new_blocks > 0;  // forms of a token
+  for (int64_t t = first_query; t < first_query + n_queries; ++t) {
+    const int64_t window = mask.sliding_window;
+    for (int64_t number : {window > 0 ? std::max<int64_t>(0, t + 1 - window) : 0,
+                           mask.causal ? std::min(length, t + 1) : length,
+                           both ? v.code_end(t) : INT32_MAX, both ? v.tail_start : INT32_MAX}) {
+      seen.push_back(static_cast<int32_t>(number));
+    }
+  }
+  return seen;
+}
+
+Stretch seen_part(const Stretch& stretch, const std::vector<int32_t>& seen) {
+  int begin = INT32_MAX, end = 0;
+  for (size_t q = 0; q + 3 < seen.size(); q += 4) {
+    begin = std::min(begin, seen[q]);
+    end = std::max(end, stretch.packed ? std::min(seen[q + 1], seen[q + 2]) : seen[q + 1]);
+  }
+  Stretch part = stretch;
+  int skipped = std::clamp(begin - part.position, 0, part.count);
+  if (part.packed) skipped -= skipped % kBlockTokens;
+  part.first += part.packed ? skipped / kBlockTokens : skipped;
+  part.position += skipped;
+  part.count = std::clamp(end - part.position, 0, part.count - skipped);
+  return part;
 }
 
 std::vector<Item> plan_items(const DecodeShape& s, const std::vector<Stretch>& stretches,
@@ -241,12 +280,12 @@ std::vector<Item> plan_items(const DecodeShape& s, const std::vector<Stretch>& s
   const int64_t wanted = (int64_t{kThreadgroupsACore} * cores + groups - 1) / groups;
   const int64_t each =
       std::clamp<int64_t>(blocks / std::max<int64_t>(wanted, 1), 1, kMaxItemBlocks);
+  const int64_t each_exact = wanted > 1 ? kMaxSimdgroups : kMaxItemBlocks;
   std::vector<Item> items;
   for (bool packed : {true, false}) {
     for (const Stretch& stretch : stretches) {
       if (stretch.packed != packed) continue;
-      const int step =
-          static_cast<int>(packed ? each * kBlockTokens : kMaxSimdgroups * kBlockTokens);
+      const int step = static_cast<int>((packed ? each : each_exact) * kBlockTokens);
       for (int done = 0; done < stretch.count; done += step) {
         Item item = stretch;
         item.first += packed ? done / kBlockTokens : done;
@@ -257,6 +296,21 @@ std::vector<Item> plan_items(const DecodeShape& s, const std::vector<Stretch>& s
     }
   }
   return items;
+}
+
+Call turn_queries_call(const DecodeShape& s, int matrices) {
+  static const Kernel kernel = metal::make_kernel("vq_turn_queries", {"q", "matrix"}, {"q_codes"},
+                                                  "src/attention/metal_queries.h", R"(
+  veloxquant::turn_query<DIM>(q, matrix, MATRICES, HEADS, GROUP, q_codes, thread_position_in_grid,
+                              threads_per_grid);)");
+  Call call{&kernel, {}};
+  call.launch.arguments = {
+      {"DIM", s.head_dim}, {"MATRICES", matrices}, {"HEADS", s.n_kv_heads}, {"GROUP", s.group}};
+  const int q_heads = s.n_kv_heads * s.group, rows = s.key_rows();
+  call.launch.grid = {rows, s.n_queries, s.batch * q_heads};
+  call.launch.threadgroup = {std::min(rows, 256), 1, 1};
+  call.launch.outputs = {{Type::float32, {s.batch, q_heads, s.n_queries, rows}}};
+  return call;
 }
 
 Call first_pass_call(const DecodeShape& s, int n_items) {

@@ -43,6 +43,10 @@ struct DecodeShape {
   int key_rows() const { return keys.n_rows > 0 ? keys.n_rows : head_dim; }
 };
 
+constexpr int kMaxDecodeQueries = 256;  // of a launch: what it writes between its passes grows so
+
+constexpr int kMaxDecodeDim = 256, kMaxDecodeSubDim = 16;
+
 // Why there is no kernel for the shape; nothing where there is.
 std::optional<std::string> no_decode_kernel_because(const DecodeShape& shape);
 
@@ -54,10 +58,19 @@ struct Item {
 // Tokens [first, first + count) of array `source`, at `position`; capacity: of a span, in blocks.
 using Stretch = Item;
 
+// What queries see, four numbers each (metal_decode.h).
+std::vector<int32_t> seen_numbers(const Visibility& visibility, const AttentionMask& mask,
+                                  int64_t first_query, int64_t n_queries, int64_t length);
+// The stretch less tokens that no query sees; of packed ones whole blocks at its start.
+Stretch seen_part(const Stretch& stretch, const std::vector<int32_t>& seen);
+
 // Stretches cut so that `cores` GPU cores get at least 8 threadgroups each, where the context has
 // as many blocks; packed ones first.
 std::vector<Item> plan_items(const DecodeShape& shape, const std::vector<Stretch>& stretches,
                              int cores);
+
+// inputs: q [B, Hq, Lq, D]; matrix fp32 [1 or H, D, key_rows]. outputs: q_codes of the first pass.
+metal::Call turn_queries_call(const DecodeShape& shape, int matrices);
 
 // inputs: q [B, Hq, Lq, D]; q_codes fp32 [B, Hq, Lq, key_rows] (key_transform 2 only); plan int32
 // [n, 6] (at least 2 rows), seen int32 [Lq, 4], params fp32 [2]: scale, softcap; smooth fp32 [H, D]

@@ -31,6 +31,13 @@ VQ_FN bool sees(Seen seen, int query, bool packed, int position) {
   return position >= begin && position < end && form;
 }
 
+// Positions of a form that a query sees end here.
+template <class Seen>
+VQ_FN int end_of_seen(Seen seen, int query, bool packed) {
+  const int end = seen[kSeenNumbers * query + 1];
+  return packed ? min(end, seen[kSeenNumbers * query + 2]) : end;
+}
+
 // exp2 of a difference that may be -inf - -inf.
 VQ_FN float power_below(float x, float maximum) {
   return maximum == -INFINITY ? 0.0f : exp2(x - maximum);
