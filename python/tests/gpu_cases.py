@@ -3,11 +3,15 @@
 import mlx.core as mx
 import numpy as np
 
+from veloxquant_mlx import _ext
 from veloxquant_mlx.allocators.vecinfer import compute_query_lut
 from veloxquant_mlx.metal import (
     rabitq_hamming_score,
     turboquant_bit_pack,
     turboquant_bit_unpack,
+    turboquant_hadamard_quantize,
+    turboquant_scalar_dequantize,
+    turboquant_scalar_quantize,
     vecinfer_dequant_metal,
     vecinfer_encode_decode_metal,
     vecinfer_encode_decode_simple_metal,
@@ -49,6 +53,11 @@ def cases():
     query, keys = _bytes(16), _bytes(300, 16)
     offsets, scale = _normal(300), mx.array([-0.37])
     quantize, dequantize = ["vq_vecinfer_quantize"], ["vq_vecinfer_dequantize"]
+    scalar, back = ["vq_scalar_quantize"], ["vq_scalar_dequantize"]
+    hard = mx.where(
+        mx.abs(x) > 2, mx.array(float("inf"), h16), mx.where(mx.abs(x) < 0.01, mx.array(float("nan"), h16), x)
+    )
+    levels = mx.sort(_normal(8))
     return [
         ("quantize fp16, one table", lambda: vecinfer_quantize_metal(x, book, 4), quantize),
         ("quantize bf16 rows of a slice", lambda: vecinfer_quantize_metal(_strided(x.astype(bf16)), book, 4), quantize),
@@ -85,7 +94,36 @@ def cases():
             ["vq_unpack_words"],
         ),
         ("Hamming scores", lambda: rabitq_hamming_score(query, keys, offsets, scale), ["vq_hamming_score"]),
+        ("scalar quantize, 2 bits", lambda: _parts(turboquant_scalar_quantize(hard, 2)), scalar),
+        (
+            "scalar quantize of a slice, 3 bits, unbiased",
+            lambda: _parts(turboquant_scalar_quantize(_strided(x.astype(mx.float32)), bits=3, scale="unbiased")),
+            scalar,
+        ),
+        ("rotated, 4 bits", lambda: _parts(turboquant_hadamard_quantize(x.astype(bf16), bits=4, seed=3)), scalar),
+        (
+            "scalar dequantize, rotated",
+            lambda: turboquant_scalar_dequantize(turboquant_hadamard_quantize(x, bits=2, seed=3)),
+            scalar + back,
+        ),
+        (
+            "scalar dequantize",
+            lambda: turboquant_scalar_dequantize(turboquant_scalar_quantize(odd[:, :35].astype(mx.float32), 1)),
+            scalar + back,
+        ),
+        ("nearest scalar", lambda: turboquant_scalar_quantize(hard, levels, 3), ["vq_scalar_nearest"]),
+        ("centroids of scalars", lambda: turboquant_scalar_dequantize(odd, levels), ["vq_scalar_centroids"]),
+        (
+            "nearest of the fused Hadamard",
+            lambda: turboquant_hadamard_quantize(x, mx.sign(_fixed(64)), levels, 3),
+            ["vq_hadamard_nearest"],
+        ),
+        ("RaBitQ codes", lambda: _ext.rabitq_encode(hard, 5), ["vq_rabitq_encode_rows"]),
     ]
+
+
+def _parts(quantized):
+    return quantized.packed, quantized.norms
 
 
 def _fixed(*shape):
@@ -105,36 +143,45 @@ def cache_cases():
         "Hadamard": {"kind": "hadamard"},
         "as they are, tables per sub-vector": {"kind": "none", "tables": 16, "centroids": 64},
         "dense": {"kind": "dense", "dtype": mx.bfloat16},
+        "turboquant": {"kind": "turboquant"},
+        "rvq": {"kind": "turboquant_rvq", "dtype": mx.bfloat16},
+        "rabitq with a mean": {"kind": "rabitq"},
+        "rabitq, values of vecinfer": {"kind": "rabitq", "values": "dense"},
     }
 
 
-def make_cache(kind, dtype=mx.float16, window=64, sinks=4, **codecs):
-    from veloxquant_mlx import _ext
+# Bits of keys and of values.
+BITS = {"turboquant": (2, 3), "turboquant_rvq": (1, 2), "rabitq": (1, 2)}
 
+
+def make_cache(kind, dtype=mx.float16, window=64, sinks=4, **codecs):
     return _ext.ArrayCache(*make_codecs(kind, **codecs), window, sinks, dtype)
 
 
-def make_codecs(kind, tables=1, centroids=256, heads=2, dim=64):
+def make_codecs(kind, values=None, **options):
+    """Codecs of both sides; values: another kind for them."""
+    return [_codec(side, kind if side == "keys" or not values else values, **options) for side in ("keys", "values")]
+
+
+def _codec(side, kind, tables=1, centroids=256, heads=2, dim=64):
     from veloxquant_mlx.cache.codecs import vecinfer
 
-    r = np.random.default_rng(23)
-    sides = []
-    for side in ("keys", "values"):
-        table = mx.array(r.standard_normal((heads, tables, centroids, 4), dtype=np.float32))
-        options = {"hadamard": kind == "hadamard"}
-        if kind == "hadamard" and side == "keys":
-            options["scale"] = mx.array(0.5 + r.random((heads, dim), dtype=np.float32))
-        if kind == "dense":
-            q = np.stack([np.linalg.qr(r.standard_normal((dim, dim)))[0] for _ in range(heads)])
-            options["encode_matrix"] = options["query_matrix"] = mx.array(q.astype(np.float32))
-        sides.append(vecinfer.codec(side, table, dim // 4, **options))
-    return sides
+    r = np.random.default_rng(23 + (side == "values"))
+    if kind in BITS:
+        given = {"mean": mx.array(r.standard_normal((heads, dim), dtype=np.float32))} if kind == "rabitq" else {}
+        return _ext.codec(side, kind, heads, dim, {"bits": BITS[kind][side == "values"], "seed": 7}, given)
+    table = mx.array(r.standard_normal((heads, tables, centroids, 4), dtype=np.float32))
+    options = {"hadamard": kind == "hadamard"}
+    if kind == "hadamard" and side == "keys":
+        options["scale"] = mx.array(0.5 + r.random((heads, dim), dtype=np.float32))
+    if kind == "dense":
+        q = np.stack([np.linalg.qr(r.standard_normal((dim, dim)))[0] for _ in range(heads)])
+        options["encode_matrix"] = options["query_matrix"] = mx.array(q.astype(np.float32))
+    return vecinfer.codec(side, table, dim // 4, **options)
 
 
-def drive(cache, steps, group=3, dtype=mx.float16, seed=29, bad=False, **options):
+def drive(cache, steps, group=3, dtype=mx.float16, seed=29, bad=False, dim=64, **options):
     """Appends steps[i] tokens and attends them; -n trims. -> outputs of attention (fp32), arrays of the cache."""
-    from veloxquant_mlx import _ext
-
     r = np.random.default_rng(seed)
     outs, mask = [], options.get("mask")
     for i, n in enumerate(steps):
@@ -142,7 +189,7 @@ def drive(cache, steps, group=3, dtype=mx.float16, seed=29, bad=False, **options
             cache.trim(-n)
             continue
         k, v, q = (
-            mx.array(r.standard_normal((2, n, h, 64), dtype=np.float32)).astype(dtype).swapaxes(1, 2)
+            mx.array(r.standard_normal((2, n, h, dim), dtype=np.float32)).astype(dtype).swapaxes(1, 2)
             for h in (2, 2, 2 * group)
         )
         if bad and i % 5 == 1:

@@ -21,6 +21,12 @@ FUNCTIONS = {
     "vq_pack_words": ["turboquant_bit_pack"],
     "vq_unpack_words": ["turboquant_bit_unpack"],
     "vq_hamming_score": ["rabitq_hamming_score"],
+    "vq_scalar_quantize": ["turboquant_scalar_quantize", "turboquant_hadamard_quantize"],
+    "vq_scalar_dequantize": ["turboquant_scalar_dequantize"],
+    "vq_scalar_nearest": [],
+    "vq_scalar_centroids": [],
+    "vq_hadamard_nearest": [],
+    "vq_rabitq_encode_rows": ["rabitq_encode"],
 }
 OPTIONS = [("sliding_window",), ("logit_softcap",), ("mask",), ("sinks",), ("mask", "sinks", "logit_softcap")]
 
@@ -87,12 +93,13 @@ def test_what_no_kernel_takes_runs_on_the_cpu(record):
     x, book = mx.array(np.random.default_rng(0).standard_normal((3, 64), dtype=np.float32)), mx.ones((4, 64))
     wide = vecinfer_quantize_metal(x, book, 64)
     scores = rabitq_hamming_score(mx.zeros((2, 8), mx.uint8), mx.zeros((5, 8), mx.uint8), mx.ones(5), 1.0)
-    codes = turboquant_scalar_quantize(x, 2)
+    long = mx.array(np.random.default_rng(1).standard_normal((2, 1040), dtype=np.float32))
+    codes = turboquant_scalar_quantize(long, 2)
     recorder = record("cuda")
     assert np.array_equal(vecinfer_quantize_metal(x, book, 64), wide)  # sub-vectors of 64
     again = rabitq_hamming_score(mx.zeros((2, 8), mx.uint8), mx.zeros((5, 8), mx.uint8), mx.ones(5), 1.0)
     assert np.array_equal(again, scores)  # two queries
-    assert np.array_equal(turboquant_scalar_quantize(x, 2).packed, codes.packed)  # no kernel
+    assert np.array_equal(turboquant_scalar_quantize(long, 2).packed, codes.packed)  # rows of more than 1024
     assert vecinfer_quantize_metal(mx.zeros((2, 0, 8)), mx.ones((4, 4)), 4).shape == (2, 0, 2)
     assert recorder.launches == []
 
@@ -117,16 +124,32 @@ def errors(got, expected):
 def test_decode_steps_keep_the_bytes_and_attend_within_tolerance(name):
     arguments = cache_cases()[name]
     dtype = arguments.get("dtype", mx.float32)
-    steps, seals = (STEPS, 3) if name == "Hadamard" else (STEPS[:7], 1)
+    steps = STEPS if name == "Hadamard" else STEPS[:7]
     expected, arrays, positions = drive(make_cache(**arguments), steps, dtype=dtype)
     with on_machine() as machine:
         got, gpu_arrays, gpu_positions = drive(make_cache(**arguments), steps, dtype=dtype)
     assert gpu_positions == positions
     assert len(arrays) == len(gpu_arrays) and all(map(np.array_equal, arrays, gpu_arrays))
     assert errors(got, expected) < (1e-2 if dtype == mx.bfloat16 else 2e-3)
-    one_step = ["vq_decode_items", "vq_decode_merge"]
-    assert machine.names.count(one_step[0]) == machine.names.count(one_step[1]) == sum(0 < n <= 16 for n in steps)
-    assert machine.names.count("vq_vecinfer_encode_blocks") == 2 * seals
+    names, appends = machine.names, sum(0 < n for n in steps)
+    assert names.count("vq_decode_items") == names.count("vq_decode_merge") == appends
+    assert names.count("vq_append") + names.count("vq_append_seal") == appends
+    assert sum(n.endswith("encode_blocks") for n in names) == 2 * names.count("vq_append_seal") > 0
+
+
+def test_prefill_attends_some_hundred_queries_at_a_time():
+    steps = [70, 300]
+    expected, arrays, _ = drive(make_cache("turboquant", dim=16), steps, group=1, dim=16)
+    with on_machine() as machine:
+        got, gpu_arrays, _ = drive(make_cache("turboquant", dim=16), steps, group=1, dim=16)
+    assert all(map(np.array_equal, arrays, gpu_arrays)) and errors(got, expected) < 2e-3
+    assert machine.names.count("vq_decode_items") == 1 + 2
+    # What no query of a launch sees is in none of its items.
+    options = ready(("sliding_window", "mask"), steps)
+    expected, _, _ = drive(make_cache("turboquant", dim=16), steps, group=1, dim=16, **options)
+    with on_machine():
+        got, _, _ = drive(make_cache("turboquant", dim=16), steps, group=1, dim=16, **options)
+    assert errors(got, expected) < 2e-3
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=[", ".join(o) for o in OPTIONS])
@@ -135,7 +158,7 @@ def test_masks_sinks_windows_and_soft_caps(options):
     expected, _, _ = drive(make_cache("hadamard"), steps, **ready(options, steps))
     with on_machine() as machine:
         got, _, _ = drive(make_cache("hadamard"), steps, **ready(options, steps))
-    assert machine.names.count("vq_decode_items") == 2
+    assert machine.names.count("vq_decode_items") == 3
     assert errors(got, expected) < 2e-3
 
 
@@ -150,16 +173,19 @@ def test_values_that_are_not_finite_are_counted_on_a_gpu_too():
 
 
 def test_a_long_history_is_few_spans():
-    steps = [1500, 1100, 1100, 1100, 1100, 1, 1]
-    expected, arrays, positions = drive(make_cache("none", tables=16, centroids=16), steps, group=1)
+    before, steps = [1500, 1100, 1100, 1100, 1100], [1, 1]
+    caches = [make_cache("none", tables=16, centroids=16) for _ in range(2)]
+    for cache in caches:
+        drive(cache, before, group=1)
+    expected, arrays, positions = drive(caches[0], steps, group=1, seed=5)
     with on_machine():
-        got, gpu_arrays, gpu_positions = drive(make_cache("none", tables=16, centroids=16), steps, group=1)
+        got, gpu_arrays, gpu_positions = drive(caches[1], steps, group=1, seed=5)
     spans, gpu_spans = len(positions[2:]) // 3, len(gpu_positions[2:]) // 3
     assert spans == 5 and gpu_spans == 4
     for side in range(2):
-        before = np.concatenate(arrays[2 + side * spans : 2 + (side + 1) * spans], 2)
-        after = np.concatenate(gpu_arrays[2 + side * gpu_spans : 2 + (side + 1) * gpu_spans], 2)
-        assert np.array_equal(before, after)
+        one = np.concatenate(arrays[2 + side * spans : 2 + (side + 1) * spans], 2)
+        other = np.concatenate(gpu_arrays[2 + side * gpu_spans : 2 + (side + 1) * gpu_spans], 2)
+        assert np.array_equal(one, other)
     assert errors(got, expected) < 2e-3
 
 
@@ -201,6 +227,7 @@ def test_selftest_passes_on_the_machine_and_sees_a_wrong_kernel(capsys):
             wrong = launch["name"].startswith(("vq_vecinfer_quantize", "vq_decode_merge", "vq_pack_words"))
             return [a + 1 if wrong else a for a in outputs]
 
+    names = {name for name, _ in _ext.gpu_operations()} | {"no fused multiply-add in encode"}
     for launcher, failed in (
         (Machine(), set()),
         (Wrong(), {"vecinfer_quantize_metal", "turboquant_bit_pack", "attend"}),
@@ -220,6 +247,5 @@ def test_selftest_passes_on_the_machine_and_sees_a_wrong_kernel(capsys):
         report = selftest.text(fields)
         got = {check["name"] for check in fields["checks"] if not check["passed"]}
         assert got == failed, report
-        assert fields["passed"] == (not failed) and f"11 checks, {len(failed)} failed" in report
-    names = {check["name"] for check in fields["checks"]}
-    assert names == {name for name, _ in _ext.gpu_operations()} | {"no fused multiply-add in encode"}
+        assert fields["passed"] == (not failed) and f"{len(names)} checks, {len(failed)} failed" in report
+    assert names == {check["name"] for check in fields["checks"]}

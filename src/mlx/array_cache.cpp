@@ -116,7 +116,7 @@ void ArrayCache::merge_spans(const mx::Stream& stream) {
 int64_t ArrayCache::nonfinite() const {
   int64_t counted = *nonfinite_;
   if (gpu_nonfinite_) {
-    mx::array total = *gpu_nonfinite_;
+    mx::array total = mx::sum(*gpu_nonfinite_, false);
     counted += total.item<int>();
   }
   return counted;
@@ -141,14 +141,14 @@ std::pair<Snapshot, Snapshot> ArrayCache::update(const mx::array& keys, const mx
   check(keys, "keys");
   check(values, "values");
 
-  // A decode step runs where MLX does. Prefill, and what has no GPU kernel, on the CPU throughout:
-  // an array that both read is moved under MLX's hands (CUDA).
+  // What has no GPU kernel runs on the CPU throughout: an array that both read is moved under MLX's
+  // hands (CUDA).
   std::optional<GpuStream> gpu = gpu_stream(s);
   if (gpu) {
-    std::optional<std::string> reason = no_gpu_cache_because(*keys_, *values_);
-    if (!reason && keys.shape(2) > kGpuQueries) reason = "more than 16 tokens at once: prefill";
-    if (reason) note_cpu("append", s, *reason);
-    if (reason) gpu.reset();
+    if (const auto reason = no_gpu_cache_because(*keys_, *values_)) {
+      note_cpu("append", s, *reason);
+      gpu.reset();
+    }
   }
   const mx::Stream stream = gpu ? gpu->stream : cpu_stream(s);
   batch_ = keys.shape(0);
@@ -166,15 +166,11 @@ std::pair<Snapshot, Snapshot> ArrayCache::update(const mx::array& keys, const mx
   const AppendPlan plan = geometry_.plan_append(keys.shape(2));
   std::vector<mx::array> next;
   if (gpu && plan.n_new > 0) {
-    GpuAppend append = append_on_gpu(keys, values, exact_->keys, exact_->values, *keys_, *values_,
-                                     geometry_, plan, *gpu);
+    // The counts are outputs of the same kernel as the exact storage: evaluated with it.
+    GpuAppend append = append_on_gpu(keys, values, exact_->keys, exact_->values, gpu_nonfinite_,
+                                     *keys_, *values_, geometry_, plan, *gpu);
     next = std::move(append.outputs);
-    gpu_nonfinite_ =
-        gpu_nonfinite_ ? mx::add(*gpu_nonfinite_, append.nonfinite, stream) : append.nonfinite;
-    // The count is evaluated with the cache, or its graph would keep every step's keys.
-    const std::vector<mx::array> kept = mx::depends({next[0], next[1]}, {*gpu_nonfinite_});
-    next[0] = kept[0];
-    next[1] = kept[1];
+    gpu_nonfinite_ = append.nonfinite;
   } else {
     next = append_op(keys, values, exact_->keys, exact_->values, keys_, values_, geometry_, plan,
                      nonfinite_, stream);
@@ -186,6 +182,10 @@ std::pair<Snapshot, Snapshot> ArrayCache::update(const mx::array& keys, const mx
   }
   geometry_.commit(plan);
   if (gpu) merge_spans(stream);
+  if (gpu && plan.n_sealed == 0) {
+    // Every token is in one place: the exact storage has the new ones, and they are not read twice.
+    return snapshot();
+  }
 
   auto finish = [&](Snapshot& snapshot, const std::vector<mx::array>& spans,
                     const mx::array& chunk) {
@@ -309,6 +309,10 @@ void ArrayCache::restore(const std::vector<mx::array>& arrays,
     (keys ? key_spans : value_spans).push_back(std::move(blocks));
   }
   geometry_ = std::move(geometry);
+  if (gpu_nonfinite_) {  // counts of another batch's heads
+    nonfinite_ = std::make_shared<std::atomic<int64_t>>(nonfinite());
+    gpu_nonfinite_.reset();
+  }
   batch_ = batch;
   exact_.reset();
   if (!arrays.empty()) {

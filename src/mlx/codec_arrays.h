@@ -5,11 +5,14 @@
 
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 
 #include "veloxquant/codec_spec.h"
 
 namespace veloxquant {
+
+struct GpuCodecSlot;  // gpu_codec.cpp
 
 // Immutable: caches, snapshots and pending operations share one.
 struct CodecArrays {
@@ -18,6 +21,10 @@ struct CodecArrays {
   CodecPtr core;                                   // over their memory
 
   int64_t nbytes() const;  // of the arrays
+
+  // What gpu_codec() makes when a GPU first asks.
+  mutable std::once_flag gpu_once;
+  mutable std::shared_ptr<const GpuCodecSlot> gpu;
 };
 
 using SharedCodec = std::shared_ptr<const CodecArrays>;

@@ -1,6 +1,5 @@
-// A cache's append and attention of few tokens (a decode step) on the GPU, out of the core's
-// kernels and MLX's own operations. Bytes are those of run_append, attention is within tolerance of
-// attend.
+// A cache's append and attention on the GPU, each a few launches of the core's kernels. Bytes are
+// those of run_append, attention is within tolerance of attend.
 #pragma once
 
 #include <mlx/array.h>
@@ -16,19 +15,19 @@
 
 namespace veloxquant {
 
-constexpr int kGpuQueries = 16;  // more at a time are prefill: the CPU's tiles, so far
-constexpr int kGpuSpans = 4;     // a Metal function takes 31 buffers: longer spans instead of more
+constexpr int kGpuSpans = 4;  // a Metal function takes 31 buffers: longer spans instead of more
 
-// Why these codecs' decode steps do not run on a GPU; nothing where they do.
+// Why caches of these codecs do not run on a GPU; nothing where they do.
 std::optional<std::string> no_gpu_cache_because(const CodecArrays& keys, const CodecArrays& values);
 
 struct GpuAppend {
   // As CacheAppend's: exact keys, exact values, with sealed blocks those of keys and of values.
   std::vector<mlx::core::array> outputs;
-  mlx::core::array nonfinite;  // int32, elements of both that were not finite
+  mlx::core::array nonfinite;  // int32 [2, B H]: the given counts and this append's
 };
 GpuAppend append_on_gpu(const mlx::core::array& keys, const mlx::core::array& values,
                         const mlx::core::array& exact_keys, const mlx::core::array& exact_values,
+                        const std::optional<mlx::core::array>& nonfinite,
                         const CodecArrays& key_codec, const CodecArrays& value_codec,
                         const CacheGeometry& geometry, const AppendPlan& plan,
                         const GpuStream& gpu);

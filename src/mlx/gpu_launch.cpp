@@ -106,23 +106,6 @@ bool has_empty_output(const metal::Call& call) {
 
 }  // namespace
 
-const std::vector<GpuOperation>& gpu_operations() {
-  static const std::vector<GpuOperation> operations = {
-      {"vecinfer_quantize_metal", "head_dim up to 1024, sub-vectors of up to 32"},
-      {"vecinfer_dequant_metal", "head_dim up to 1024, sub-vectors of up to 32"},
-      {"vecinfer_encode_decode_metal", "head_dim up to 1024, sub-vectors of up to 32"},
-      {"vecinfer_encode_decode_simple_metal", "head_dim up to 1024, sub-vectors of up to 32"},
-      {"compute_query_lut", "head_dim up to 1024, sub-vectors of up to 32"},
-      {"turboquant_bit_pack", "any"},
-      {"turboquant_bit_unpack", "any"},
-      {"rabitq_hamming_score", "one query"},
-      {"append", "caches of method vecinfer, up to 16 tokens at a time"},
-      {"attend",
-       "caches of method vecinfer, up to 16 queries, head_dim a multiple of 8 up to 256, "
-       "sub-vectors of up to 16"}};
-  return operations;
-}
-
 void set_gpu_launcher(Launcher launcher, Gpu gpu) { test_launcher() = {std::move(launcher), gpu}; }
 
 std::optional<GpuStream> gpu_stream(mx::StreamOrDevice s) {
@@ -141,11 +124,11 @@ metal::Type metal_type(mx::Dtype dtype) {
   fail("[gpu] dtype: got ", dtype_text(dtype), ", wanted one that kernels have");
 }
 
-std::vector<mx::array> launch(const metal::Call& call, std::vector<mx::array> inputs,
-                              const GpuStream& gpu) {
-  if (const auto reason = no_launch_because(call, gpu.gpu)) {
-    fail("[", call.kernel->name, "] grid: got ", *reason);
-  }
+namespace {
+
+// A call that no_launch_because() lets through.
+std::vector<mx::array> launch_checked(const metal::Call& call, std::vector<mx::array> inputs,
+                                      const GpuStream& gpu) {
   const metal::Kernel& kernel = text_of(*call.kernel, gpu.gpu);
   GpuLaunch launch;
   launch.gpu = gpu.gpu;
@@ -183,6 +166,16 @@ std::vector<mx::array> launch(const metal::Call& call, std::vector<mx::array> in
                              launch.arguments, std::nullopt, false, gpu.stream);
 }
 
+}  // namespace
+
+std::vector<mx::array> launch(const metal::Call& call, std::vector<mx::array> inputs,
+                              const GpuStream& gpu) {
+  if (const auto reason = no_launch_because(call, gpu.gpu)) {
+    fail("[", call.kernel->name, "] grid: got ", *reason);
+  }
+  return launch_checked(call, std::move(inputs), gpu);
+}
+
 std::optional<std::vector<mx::array>> on_gpu(
     const std::string& name, mx::StreamOrDevice s,
     const std::optional<std::string>& no_kernel_because, const std::function<metal::Call()>& make,
@@ -196,7 +189,7 @@ std::optional<std::vector<mx::array>> on_gpu(
     if (has_empty_output(call)) return std::nullopt;
     reason = no_launch_because(call, gpu->gpu);
     if (!reason) {
-      std::vector<mx::array> out = launch(call, inputs(gpu->stream), *gpu);
+      std::vector<mx::array> out = launch_checked(call, inputs(gpu->stream), *gpu);
       for (size_t i = 0; i < out.size(); ++i) {
         if (out[i].shape() != shapes[i]) out[i] = mx::reshape(out[i], shapes[i], gpu->stream);
       }

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "src/codecs/kernel_calls.h"
+#include "src/codecs/turboquant/kernel_calls.h"
 #include "src/math/lloyd_max_tables.h"
 #include "src/math/rotation.h"
 #include "src/mlx/function_op.h"
@@ -40,15 +41,14 @@ mx::Shape leading(const mx::array& a, std::initializer_list<int64_t> last) {
   return shape;
 }
 
-// Centroids as fp32, and how many.
-std::pair<mx::array, int> centroid_table(const char* name, const mx::array& centroids, int bits,
-                                         mx::StreamOrDevice s) {
+// How many centroids there are.
+int centroid_count(const char* name, const mx::array& centroids, int bits) {
   require_floats(name, "centroids", centroids);
   require(bits == 0 || static_cast<int64_t>(centroids.size()) == int64_t{1} << bits, "[", name,
           "] centroids: got ", shape_text(centroids), ", wanted ", 1 << bits, " (2^bits)");
   require(centroids.size() >= 1 && centroids.size() <= 256, "[", name, "] centroids: got ",
           shape_text(centroids), ", wanted 1 to 256");
-  return {dense(centroids, mx::float32, s), static_cast<int>(centroids.size())};
+  return static_cast<int>(centroids.size());
 }
 
 std::optional<std::string> too_many(size_t elements) {
@@ -56,17 +56,46 @@ std::optional<std::string> too_many(size_t elements) {
   return std::nullopt;
 }
 
+// Row-major in `dtype` and of this shape.
+mx::array shaped(const mx::Stream& stream, const mx::array& a, mx::Dtype dtype, mx::Shape shape) {
+  return mx::reshape(dense_on(stream, a, dtype), std::move(shape), stream);
+}
+
 // Any integers as uint8 codes: what exceeds a byte, and what is negative, is out of every table's
 // range and becomes 255.
-mx::array code_bytes(const mx::array& codes, mx::StreamOrDevice s) {
-  if (codes.dtype() == mx::uint8 || codes.dtype() == mx::bool_) return dense(codes, mx::uint8, s);
-  const mx::Stream stream = cpu_stream(s);
+mx::array code_bytes(const mx::Stream& stream, const mx::array& codes) {
+  if (codes.dtype() == mx::uint8 || codes.dtype() == mx::bool_) {
+    return dense_on(stream, codes, mx::uint8);
+  }
   mx::array wide = mx::astype(codes, mx::int64, stream);
   const mx::array top(255, mx::int64);
   wide = mx::where(mx::less(wide, mx::array(0, mx::int64), stream), top,
                    mx::minimum(wide, top, stream), stream);
-  return dense(wide, mx::uint8, s);
+  return dense_on(stream, wide, mx::uint8);
 }
+
+// What the kernels of scalar_quant.h are told and given: rows, the rotation, the quantiser.
+struct ScalarRows {
+  turboquant::RowShape shape;
+  std::optional<std::string> no_kernel_because;
+  uint64_t seed;
+
+  ScalarRows(const ScalarQuantParams& params, int64_t rows)
+      : shape{static_cast<int>(rows), params.dim, params.bits, params.scale, params.rotate},
+        no_kernel_because(too_many(static_cast<size_t>(rows) * params.dim)),
+        seed(params.seed) {
+    if (!no_kernel_because) no_kernel_because = turboquant::no_kernel_because(shape);
+  }
+  mx::array signs() const {
+    if (!shape.rotate) return mx::array({0.0f}, {1});
+    const std::vector<float> signs = turboquant::rotation_signs(shape.dim, seed);
+    return mx::array(signs.data(), {2, shape.dim}, mx::float32);
+  }
+  mx::array quantizer() const {
+    const std::vector<float> numbers = turboquant::quantizer_numbers(shape.dim, shape.bits, 1);
+    return mx::array(numbers.data(), {1, 16}, mx::float32);
+  }
+};
 
 }  // namespace
 
@@ -79,6 +108,17 @@ std::pair<mx::array, mx::array> scalar_quantize_op(const char* name, const mx::a
   params.dim = x.shape(-1);
   require(!params.rotate || (is_power_of_two(params.dim) && params.dim <= 1024), "[", name,
           "] x: got ", shape_text(x), ", wanted a power of two up to 1024 as its last dimension");
+  const ScalarRows rows(params, row_count(x));
+  if (const auto out = on_gpu(
+          name, s, rows.no_kernel_because, [&] { return turboquant::quantize_call(rows.shape); },
+          [&](const mx::Stream& gpu) {
+            return std::vector<mx::array>{
+                shaped(gpu, x, core_float(x.dtype()), {rows.shape.n, params.dim}), rows.signs(),
+                rows.quantizer()};
+          },
+          {leading(x, {words_per_row(params.dim, params.bits)}), leading(x, {})})) {
+    return {(*out)[0], (*out)[1]};
+  }
   std::vector<mx::array> out = function_op(
       name, {dense_floats(x, s)},
       {{leading(x, {words_per_row(params.dim, params.bits)}), mx::uint32},
@@ -103,10 +143,22 @@ mx::array scalar_dequantize_op(const mx::array& words, const mx::array& scalars,
           words_per_row(std::max(1, params.dim), params.bits), "]");
   require(mx::issubdtype(scalars.dtype(), mx::floating) && scalars.shape() == leading(words, {}),
           "[", name, "] norms: got ", shape_text(scalars), ", wanted one for each row of words");
-  const bool known = dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
+  const mx::Dtype row_dtype = core_float(dtype);
+  const ScalarRows rows(params, row_count(words));
+  if (const auto out = on_gpu(
+          name, s, rows.no_kernel_because,
+          [&] { return turboquant::dequantize_call(rows.shape, metal_type(row_dtype)); },
+          [&](const mx::Stream& gpu) {
+            return std::vector<mx::array>{
+                shaped(gpu, words, mx::uint32, {rows.shape.n, words.shape(-1)}),
+                shaped(gpu, scalars, mx::float16, {rows.shape.n}), rows.signs(), rows.quantizer()};
+          },
+          {leading(words, {params.dim})})) {
+    return mx::astype((*out)[0], dtype, s);
+  }
   const mx::array out = function_op(
       name, {dense(words, mx::uint32, s), dense(scalars, mx::float16, s)},
-      {{leading(words, {params.dim}), known ? dtype : mx::float32}},
+      {{leading(words, {params.dim}), row_dtype}},
       [params](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
         scalar_dequantize(default_backend(), params, in[0].data<uint32_t>(),
                           reinterpret_cast<const uint16_t*>(in[1].data<uint8_t>()),
@@ -121,10 +173,19 @@ mx::array nearest_scalar_op(const mx::array& x, const mx::array& centroids, int 
   const char* name = "turboquant_scalar_quantize";
   require_floats(name, "x", x);
   require_bits(name, bits, 1, kMaxScalarBits);
-  const auto [table, n] = centroid_table(name, centroids, bits, s);
+  const int n = centroid_count(name, centroids, bits), size = static_cast<int>(x.size());
+  if (const auto out = on_gpu(
+          name, s, too_many(x.size()), [&] { return turboquant::nearest_call(size, n); },
+          [&](const mx::Stream& gpu) {
+            return std::vector<mx::array>{shaped(gpu, x, core_float(x.dtype()), {size}),
+                                          shaped(gpu, centroids, mx::float32, {n})};
+          },
+          {x.shape()})) {
+    return (*out)[0];
+  }
   return function_op(
-      name, {dense_floats(x, s), table}, {{x.shape(), mx::uint8}},
-      [n = n](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+      name, {dense_floats(x, s), dense(centroids, mx::float32, s)}, {{x.shape(), mx::uint8}},
+      [n](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
         nearest_scalar(default_backend(), dtype_of(in[0].dtype()), in[0].data<uint8_t>(),
                        in[0].size(), in[1].data<float>(), n, out[0].data<uint8_t>());
       },
@@ -144,10 +205,22 @@ mx::array hadamard_nearest_op(const mx::array& x, const mx::array& diag, const m
       (mx::issubdtype(diag.dtype(), mx::floating) || mx::issubdtype(diag.dtype(), mx::integer)) &&
           diag.ndim() == 1 && diag.shape(0) == dim,
       "[", name, "] diag: got ", shape_text(diag), ", wanted [", dim, "]");
-  const auto [table, n] = centroid_table(name, centroids, bits, s);
+  const int n = centroid_count(name, centroids, bits), rows = static_cast<int>(row_count(x));
+  if (const auto out = on_gpu(
+          name, s, too_many(x.size()),
+          [&] { return turboquant::hadamard_nearest_call(rows, dim, n); },
+          [&](const mx::Stream& gpu) {
+            return std::vector<mx::array>{shaped(gpu, x, core_float(x.dtype()), {rows, dim}),
+                                          dense_on(gpu, diag, mx::float32),
+                                          shaped(gpu, centroids, mx::float32, {n})};
+          },
+          {x.shape()})) {
+    return (*out)[0];
+  }
   return function_op(
-      name, {dense_floats(x, s), dense(diag, mx::float32, s), table}, {{x.shape(), mx::uint8}},
-      [n = n, dim](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+      name, {dense_floats(x, s), dense(diag, mx::float32, s), dense(centroids, mx::float32, s)},
+      {{x.shape(), mx::uint8}},
+      [n, dim](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
         nearest_scalar_of_hadamard(
             default_backend(), dtype_of(in[0].dtype()), in[0].data<uint8_t>(), row_count(in[0]),
             dim, in[1].data<float>(), in[2].data<float>(), n, out[0].data<uint8_t>());
@@ -159,10 +232,20 @@ mx::array scalar_centroids_op(const mx::array& indices, const mx::array& centroi
                               mx::StreamOrDevice s) {
   const char* name = "turboquant_scalar_dequantize";
   require_integers(name, "indices", indices);
-  const auto [table, n] = centroid_table(name, centroids, 0, s);
+  const int n = centroid_count(name, centroids, 0), size = static_cast<int>(indices.size());
+  if (const auto out = on_gpu(
+          name, s, too_many(indices.size()), [&] { return turboquant::centroids_call(size, n); },
+          [&](const mx::Stream& gpu) {
+            return std::vector<mx::array>{mx::reshape(code_bytes(gpu, indices), {size}, gpu),
+                                          shaped(gpu, centroids, mx::float32, {n})};
+          },
+          {indices.shape()})) {
+    return (*out)[0];
+  }
   return function_op(
-      name, {code_bytes(indices, s), table}, {{indices.shape(), mx::float16}},
-      [n = n](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+      name, {code_bytes(cpu_stream(s), indices), dense(centroids, mx::float32, s)},
+      {{indices.shape(), mx::float16}},
+      [n](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
         scalar_centroids(in[0].data<uint8_t>(), in[0].size(), in[1].data<float>(), n,
                          reinterpret_cast<uint16_t*>(out[0].data<uint8_t>()));
       },
@@ -284,7 +367,8 @@ mx::array rvq_attend_op(const mx::array& q, const mx::array& keys1, const mx::ar
     require_integers(name, argument, codes);
     const bool words = codes.dtype() == mx::uint32 && codes.ndim() == 4 &&
                        codes.shape(3) == words_per_row(dim, bits) && codes.shape(3) != dim;
-    return words ? dense(unpack_words_op(codes, bits, dim, s), mx::uint8, s) : code_bytes(codes, s);
+    return words ? dense(unpack_words_op(codes, bits, dim, s), mx::uint8, s)
+                 : code_bytes(stream, codes);
   };
   const mx::array k1 = key_codes("k_indices1", keys1, options.b1);
   const mx::array k2 = key_codes("k_indices2", keys2, options.b2);
@@ -306,11 +390,15 @@ mx::array rvq_attend_op(const mx::array& q, const mx::array& keys1, const mx::ar
               value_table.shape(1) >= 1,
           "[", name, "] v_codebook: got ", shape_text(value_table), ", wanted [", 1 << options.bv,
           ", sub_v] (2^bv rows)");
-  const auto [table1, n1] = centroid_table(name, centroids1, options.b1, s);
-  const auto [table2, n2] = centroid_table(name, centroids2, options.b2, s);
-  std::vector<mx::array> inputs{
-      dense(q, mx::float32, s),          k1, k2, code_bytes(values, s), table1, table2,
-      dense(value_table, mx::float32, s)};
+  centroid_count(name, centroids1, options.b1);
+  centroid_count(name, centroids2, options.b2);
+  std::vector<mx::array> inputs{dense(q, mx::float32, s),
+                                k1,
+                                k2,
+                                code_bytes(stream, values),
+                                dense(centroids1, mx::float32, s),
+                                dense(centroids2, mx::float32, s),
+                                dense(value_table, mx::float32, s)};
   if (options.key_norms) {
     require_floats(name, "key_norms", *options.key_norms);
     require(options.key_norms->shape() == mx::Shape({q.shape(0), kv_heads, n_tokens}), "[", name,

@@ -3,11 +3,14 @@
 #include <mlx/ops.h>
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <vector>
 
 #include "src/backends/cpu/convert.h"
 #include "src/codecs/kernel_calls.h"
+#include "src/codecs/rabitq/kernel_calls.h"
+#include "src/codecs/turboquant/kernel_calls.h"
 #include "src/mlx/function_op.h"
 #include "src/mlx/gpu_launch.h"
 #include "src/mlx/views.h"
@@ -131,6 +134,20 @@ std::pair<mx::array, mx::array> rabitq_encode_op(const mx::array& x, uint64_t se
   const int dim = x.shape(-1);
   const mx::Shape lead = leading(x, 1);
   const int64_t n = product(lead);
+  std::optional<std::string> reason;
+  if (x.size() > size_t{INT_MAX}) reason = "more than 2^31 elements";
+  const int rows = static_cast<int>(n);
+  if (const auto codes = on_gpu(
+          "rabitq_encode", s, reason, [&] { return rabitq::encode_rows_call(rows, dim); },
+          [&](const mx::Stream& gpu) {
+            const std::vector<float> signs = turboquant::rotation_signs(dim, seed);
+            return std::vector<mx::array>{
+                mx::reshape(dense_on(gpu, x, mx::float32), {rows, dim}, gpu),
+                mx::array(signs.data(), {2, dim}, mx::float32)};
+          },
+          {joined(lead, {dim / 8}), lead})) {
+    return {(*codes)[0], (*codes)[1]};
+  }
   auto out = function_op(
       "rabitq_encode", {dense(x, mx::float32, s)},
       {{joined(lead, {dim / 8}), mx::uint8}, {lead, mx::float32}},

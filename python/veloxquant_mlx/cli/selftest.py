@@ -9,6 +9,7 @@ import numpy as np
 from veloxquant_mlx import _ext
 
 TOLERANCE = 2e-3  # of a row of attention, relative
+METHODS = ("vecinfer", "turboquant", "turboquant_rvq", "rabitq")
 
 
 def run(on_cpu=lambda: mx.stream(mx.cpu), rows=2048):
@@ -65,6 +66,7 @@ def _functions(on_cpu, rows):
     factors = mx.abs(normal(2, 128)) + 0.1
     codes = mx.array(r.integers(0, 256, (rows, 33), dtype=np.uint8))
     words = _ext.pack_words(codes, 3)
+    packed, norms = _ext.scalar_quantize(x, 2, "norm_corrected", True, 3)
     calls = {
         "vecinfer_quantize_metal": lambda: [_ext.vecinfer_quantize(x, book, 4)],
         "vecinfer_dequant_metal": lambda: [_ext.vecinfer_dequant(codes, book, mx.float16)],
@@ -76,6 +78,10 @@ def _functions(on_cpu, rows):
         "rabitq_hamming_score": lambda: [
             _ext.rabitq_hamming_score(codes[0], codes, factors[0, :1] * mx.ones(rows), mx.array([-0.37]))
         ],
+        "turboquant_scalar_quantize": lambda: _ext.scalar_quantize(x, 3, "unbiased", False, 0),
+        "turboquant_hadamard_quantize": lambda: _ext.scalar_quantize(x, 2, "norm_corrected", True, 3),
+        "turboquant_scalar_dequantize": lambda: [_ext.scalar_dequantize(packed, norms, 128, 2, True, 3, mx.float16)],
+        "rabitq_encode": lambda: _ext.rabitq_encode(x, 5),
     }
     for name, call in calls.items():
         before = sum(_ext.gpu_launches().values())
@@ -88,18 +94,22 @@ def _functions(on_cpu, rows):
         yield _check(name, differ == 0 and launched > 0, note if launched else "ran on the CPU")
 
 
-def _cache(on_cpu, heads=2, dim=64):
-    """Decode steps of a cache until a block is sealed: bytes, and attention."""
+def _codecs(method, r, heads, dim):
     from veloxquant_mlx.cache.codecs import vecinfer
 
-    r = np.random.default_rng(2)
+    if method != "vecinfer":
+        return [_ext.codec(side, method, heads, dim, {"bits": 2, "seed": 3}) for side in ("keys", "values")]
     tables = [mx.array(r.standard_normal((heads, 1, 256, 4), dtype=np.float32)) for _ in range(2)]
     scale = mx.array(0.5 + r.random((heads, dim), dtype=np.float32))
+    return [vecinfer.codec("keys", tables[0], dim // 4, scale=scale), vecinfer.codec("values", tables[1], dim // 4)]
+
+
+def _cache(on_cpu, heads=2, dim=64):
+    """Prefill and decode steps of caches until a block is sealed in both: bytes, and attention."""
+    r = np.random.default_rng(2)
     tokens = mx.array(r.standard_normal((6, 1, heads, 200, dim), dtype=np.float32))
 
-    def steps():
-        codecs = [vecinfer.codec("keys", tables[0], dim // 4, scale=scale)]
-        codecs.append(vecinfer.codec("values", tables[1], dim // 4))
+    def steps(codecs):
         cache, outs, start = _ext.ArrayCache(*codecs, 64, 4, mx.float16), [], 0
         for n in (150, 16, 16, 16):
             keys, values = tokens[0, :, :, start : start + n], tokens[1, :, :, start : start + n]
@@ -108,25 +118,27 @@ def _cache(on_cpu, heads=2, dim=64):
             outs.append(_ext.attend(query, *held, scale=0.125, causal=True)[0])
             mx.eval(outs[-1], cache.arrays())
             start += n
-        return _bits(cache.arrays()), [np.array(out) for out in outs[1:]]
+        return _bits(cache.arrays()), [np.array(out) for out in outs]
 
-    before = _ext.gpu_launches()
-    arrays, outs = steps()
-    after = _ext.gpu_launches()
-    launched = all(
-        after.get(name, 0) > before.get(name, 0)
-        for name in ("vq_vecinfer_encode_blocks", "vq_decode_items", "vq_decode_merge")
-    )
-    with on_cpu():
-        expected_arrays, expected = steps()
-    differ = sum(int(np.sum(a != b)) for a, b in zip(arrays, expected_arrays, strict=True))
-    note = f"{differ} of {sum(a.size for a in arrays)} elements of the cache differ from the CPU's"
-    yield _check("append", differ == 0 and launched, note if launched else "ran on the CPU")
-    worst = max(
-        float(np.max(np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)))
-        for a, b in zip(outs, expected, strict=True)
-    )
-    yield _check("attend", worst < TOLERANCE and launched, f"row error {worst:.1e}, wanted below {TOLERANCE:g}")
+    differ, errors, launched = {}, {}, True
+    for method in METHODS:
+        codecs = _codecs(method, r, heads, dim)
+        before = _ext.gpu_launches()
+        arrays, outs = steps(codecs)
+        ran = {name for name, n in _ext.gpu_launches().items() if n > before.get(name, 0)}
+        launched = launched and {"vq_append", "vq_append_seal", "vq_decode_items", "vq_decode_merge"} <= ran
+        launched = launched and any(name.endswith("_encode_blocks") for name in ran)
+        with on_cpu():
+            expected_arrays, expected = steps(codecs)
+        differ[method] = sum(int(np.sum(a != b)) for a, b in zip(arrays, expected_arrays, strict=True))
+        errors[method] = max(
+            float(np.max(np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)))
+            for a, b in zip(outs, expected, strict=True)
+        )
+    note = "elements of the caches that differ from the CPU's: " + ", ".join(f"{m} {n}" for m, n in differ.items())
+    yield _check("append", not any(differ.values()) and launched, note if launched else "ran on the CPU")
+    note = "row errors " + ", ".join(f"{m} {e:.1e}" for m, e in errors.items()) + f", wanted below {TOLERANCE:g}"
+    yield _check("attend", max(errors.values()) < TOLERANCE and launched, note)
 
 
 def _bandwidth(rows):

@@ -1,0 +1,44 @@
+// What runs on a GPU stream, by name: what `veloxquant devices` lists, and its selftest covers.
+#include "src/attention/kernel_calls.h"
+#include "src/codecs/turboquant/kernel_calls.h"
+#include "src/codecs/vecinfer/kernel_calls.h"
+#include "src/mlx/gpu_launch.h"
+
+namespace veloxquant {
+namespace {
+
+std::string up_to(const char* what, int most) {
+  return std::string(what) + " up to " + std::to_string(most);
+}
+
+std::vector<GpuOperation> operations() {
+  const std::string rows = up_to("head_dim", vecinfer::kMaxKernelDim) +
+                           up_to(", sub-vectors of", vecinfer::kMaxKernelSubDim);
+  const std::string values = up_to("rows of", turboquant::kMaxKernelDim);
+  const std::string caches = "methods vecinfer, turboquant without prod, turboquant_rvq, rabitq; " +
+                             up_to("head_dim a multiple of 8", attention::kMaxDecodeDim) +
+                             up_to(", sub-vectors of", attention::kMaxDecodeSubDim);
+  return {{"vecinfer_quantize_metal", rows},
+          {"vecinfer_dequant_metal", rows},
+          {"vecinfer_encode_decode_metal", rows},
+          {"vecinfer_encode_decode_simple_metal", rows},
+          {"compute_query_lut", rows},
+          {"turboquant_scalar_quantize", values},
+          {"turboquant_scalar_dequantize", values},
+          {"turboquant_hadamard_quantize", values},
+          {"turboquant_bit_pack", "any"},
+          {"turboquant_bit_unpack", "any"},
+          {"rabitq_hamming_score", "one query"},
+          {"rabitq_encode", "any"},
+          {"append", "caches of " + caches},
+          {"attend", "caches of " + caches + ", few spans"}};
+}
+
+}  // namespace
+
+const std::vector<GpuOperation>& gpu_operations() {
+  static const std::vector<GpuOperation> all = operations();
+  return all;
+}
+
+}  // namespace veloxquant
