@@ -19,6 +19,7 @@ constexpr int kMaxRows = 8;        // of a tile: registers
 constexpr int kMaxSimdgroups = 4;  // of a threadgroup
 constexpr int kThreadgroupsACore = 8;
 constexpr int kMaxItemBlocks = 64;
+constexpr int kMergeSlices = 4;  // of the items of a row, merged side by side
 constexpr int kMaxBuffers = 31;  // that a Metal function takes
 
 int tile_rows(const DecodeShape& s) { return std::min(kMaxRows, s.n_rows()); }
@@ -269,8 +270,8 @@ Stretch seen_part(const Stretch& stretch, const std::vector<int32_t>& seen) {
   return part;
 }
 
-std::vector<Item> plan_items(const DecodeShape& s, const std::vector<Stretch>& stretches,
-                             int cores) {
+std::vector<Item> plan_items(const DecodeShape& s, const std::vector<Stretch>& stretches, int cores,
+                             int least_blocks) {
   int64_t blocks = 0;
   for (const Stretch& stretch : stretches) {
     if (stretch.packed) blocks += (stretch.count + kBlockTokens - 1) / kBlockTokens;
@@ -279,7 +280,7 @@ std::vector<Item> plan_items(const DecodeShape& s, const std::vector<Stretch>& s
   const int64_t groups = static_cast<int64_t>(s.batch) * s.n_kv_heads * tiles;
   const int64_t wanted = (int64_t{kThreadgroupsACore} * cores + groups - 1) / groups;
   const int64_t each =
-      std::clamp<int64_t>(blocks / std::max<int64_t>(wanted, 1), 1, kMaxItemBlocks);
+      std::clamp<int64_t>(blocks / std::max<int64_t>(wanted, 1), least_blocks, kMaxItemBlocks);
   const int64_t each_exact = wanted > 1 ? kMaxSimdgroups : kMaxItemBlocks;
   std::vector<Item> items;
   for (bool packed : {true, false}) {
@@ -347,19 +348,22 @@ Call second_pass_call(const DecodeShape& s) {
   Call call;
   call.kernel = kernel_once("vq_decode_merge", {"parts", "sums", "counts", "sinks", "inverse"},
                             {"out", "lse"}, R"(
-  threadgroup float packed[DIM];
+  threadgroup float packed[SLICES * DIM];
+  threadgroup float exact[SLICES * DIM];
+  threadgroup float weights[SLICES * STRIDE];
   threadgroup float moved[DIM];
-  threadgroup float exact[DIM];
+  threadgroup float partial[32];
   const uint self = thread_index_in_threadgroup, n_threads = threads_per_threadgroup.x;
   const int row = (int)threadgroup_position_in_grid.y, n_rows = (int)threadgroups_per_grid.y;
   const int64_t plane = threadgroup_position_in_grid.z;
   const int n_items = counts[0], group_size = counts[2], head = (int)(plane % HEADS);
   const int in_group = row % group_size, query = row / group_size;
   float maximum, total;
-  veloxquant::merge_items<DIM>(parts + plane * n_items * n_rows * DIM, sums + plane * n_items * n_rows * 2,
+  veloxquant::merge_items<DIM, STRIDE, SLICES>(
+                               parts + plane * n_items * n_rows * DIM, sums + plane * n_items * n_rows * 2,
                                n_items, counts[1], n_rows, row,
                                (float)sinks[head * group_size + in_group] * M_LOG2E_F, packed, exact,
-                               &maximum, &total, self, n_threads);
+                               weights, partial, &maximum, &total, self, n_threads);
   if (TRANSFORM == 1) veloxquant::hadamard_rows<DIM>(packed, 1, self, n_threads);
   if (TRANSFORM == 3) {
     veloxquant::rotate_rows_back<DIM>(inverse, packed, moved, 1, self, n_threads);
@@ -381,7 +385,9 @@ Call second_pass_call(const DecodeShape& s) {
                            {"HEADS", s.n_kv_heads},
                            {"TRANSFORM", s.n_spans > 0 ? s.value_transform : 0},
                            {"OUT", s.out}};
-  const int threads = (std::min(s.head_dim, 256) + 31) / 32 * 32;
+  const int stride = (s.head_dim + 31) / 32 * 32, threads = kMergeSlices * stride;
+  call.launch.arguments.push_back({"STRIDE", stride});
+  call.launch.arguments.push_back({"SLICES", kMergeSlices});
   call.launch.grid = {threads, s.n_rows(), s.batch * s.n_kv_heads};
   call.launch.threadgroup = {threads, 1, 1};
   const int n_q_heads = s.n_kv_heads * s.group;

@@ -65,9 +65,10 @@ std::vector<int32_t> seen_numbers(const Visibility& visibility, const AttentionM
 Stretch seen_part(const Stretch& stretch, const std::vector<int32_t>& seen);
 
 // Stretches cut so that `cores` GPU cores get at least 8 threadgroups each, where the context has
-// as many blocks; packed ones first.
+// as many blocks; packed ones first. least_blocks: of an item; a block keeps one of the four
+// simdgroups of a threadgroup busy.
 std::vector<Item> plan_items(const DecodeShape& shape, const std::vector<Stretch>& stretches,
-                             int cores);
+                             int cores, int least_blocks = 1);
 
 // inputs: q [B, Hq, Lq, D]; matrix fp32 [1 or H, D, key_rows]. outputs: q_codes of the first pass.
 metal::Call turn_queries_call(const DecodeShape& shape, int matrices);

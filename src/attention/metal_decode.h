@@ -130,12 +130,15 @@ VQ_FN void attend_blocks(KeyTile keys, Blocks key_blocks, ValueTile values, Bloc
     for (int r = 0; r < ROWS; ++r) {
       for (int i = 0; i < 4; ++i) score[r][i] = 0.0f;
     }
+    // Codes of the next piece are asked for before this one's are used.
+    keys.load((int)side, word);
     for (int m = (int)side; m < KDIM / KSUB; m += 2) {
-      keys.load(m, word);
+      KeyTile piece = keys;
+      if (m + 2 < KDIM / KSUB) keys.load(m + 2, word);
       for (uint i = 0; i < 4; ++i) {
-        keys.token(i);
+        piece.token(i);
         for (int j = 0; j < KSUB; ++j) {
-          const float y = keys.value(j);
+          const float y = piece.value(j);
           for (int r = 0; r < ROWS; ++r) {
             score[r][i] = fma(q[r * KDIM + m * KSUB + j], y, score[r][i]);
           }
@@ -162,12 +165,15 @@ VQ_FN void attend_blocks(KeyTile keys, Blocks key_blocks, ValueTile values, Bloc
     for (int k = 0; k < N / VSUB; ++k) {
       const int m = (int)lane % lanes + k * lanes;
       if (m >= VM) continue;
-      for (uint w = (uint)(part * (16 / parts)); w < (uint)((part + 1) * (16 / parts)); ++w) {
-        values.load(m, w);
+      const uint first_word = (uint)(part * (16 / parts)), words = (uint)(16 / parts);
+      values.load(m, first_word);
+      for (uint w = first_word; w < first_word + words; ++w) {
+        ValueTile piece = values;
+        if (w + 1 < first_word + words) values.load(m, w + 1);
         for (uint i = 0; i < 4; ++i) {
-          values.token(i);
+          piece.token(i);
           float y[VSUB];
-          for (int j = 0; j < VSUB; ++j) y[j] = values.value(j);
+          for (int j = 0; j < VSUB; ++j) y[j] = piece.value(j);
           for (int r = 0; r < ROWS; ++r) {
             const float weight = p[64 * r + 4 * w + i];
             for (int j = 0; j < VSUB; ++j) {
@@ -208,7 +214,7 @@ VQ_FN void attend_exact(Keys keys, int64_t key_step, Values values, int64_t valu
     for (int i = 0; i < 4; ++i) {
       if (at + i >= n_tokens) continue;
       for (int d = (int)side * (DIM / 2); d < ((int)side + 1) * (DIM / 2); ++d) {
-        const float y = as_kept<BFLOAT>((float)keys[(at + i) * key_step + d]);
+        const float y = as_kept<BFLOAT>(keys[(at + i) * key_step + d]);
         for (int r = 0; r < ROWS; ++r) score[r][i] = fma(q[r * DIM + d], y, score[r][i]);
       }
     }
@@ -227,7 +233,7 @@ VQ_FN void attend_exact(Keys keys, int64_t key_step, Values values, int64_t valu
       for (int k = 0; k < N; ++k) {
         const int d = (int)lane + 32 * k;
         if (d >= DIM) continue;
-        const float y = as_kept<BFLOAT>((float)values[(64 * tile + t) * value_step + d]);
+        const float y = as_kept<BFLOAT>(values[(64 * tile + t) * value_step + d]);
         for (int r = 0; r < ROWS; ++r) own[r][k] = fma(p[64 * r + t], y, own[r][k]);
       }
     }
@@ -251,49 +257,88 @@ VQ_FN void load_queries(Source q, int group_size, int n_queries, int first_row, 
   }
 }
 
-// to_j = sum_i matrix[j][i] from_i of one row, complete before and after.
+// to_j = sum_i matrix[j][i] from_i of one row, a row of the matrix a simdgroup; complete before and
+// after.
 template <int DIM, class Matrix, class Row>
 VQ_FN void multiply_row(Matrix matrix, Row from, Row to, uint self, uint n_threads) {
   barrier_of_group();
-  for (uint j = self; j < DIM; j += n_threads) {
+  for (uint j = self / 32; j < DIM; j += n_threads / 32) {
     float total = 0.0f;
-    for (uint i = 0; i < DIM; ++i) total = fma(from[i], matrix[j * DIM + i], total);
-    to[j] = total;
+    for (uint i = self % 32; i < DIM; i += 32) {
+      total = fma((float)from[i], (float)matrix[j * DIM + i], total);
+    }
+    total = simd_sum(total);
+    if (self % 32 == 0) to[j] = total;
   }
   barrier_of_group();
 }
 
+// The result of `values` of all simdgroups, to all threads. partial: a number a simdgroup.
+template <class Partial>
+VQ_FN float largest_of_group(float own, Partial partial, uint self, uint n_threads) {
+  own = simd_max(own);
+  if (self % 32 == 0) partial[self / 32] = own;
+  barrier_of_group();
+  for (uint i = 0; i < n_threads / 32; ++i) own = max(own, (float)partial[i]);
+  barrier_of_group();
+  return own;
+}
+template <class Partial>
+VQ_FN float sum_of_group(float own, Partial partial, uint self, uint n_threads) {
+  own = simd_sum(own);
+  if (self % 32 == 0) partial[self / 32] = own;
+  barrier_of_group();
+  own = 0.0f;
+  for (uint i = 0; i < n_threads / 32; ++i) own += partial[i];
+  barrier_of_group();
+  return own;
+}
+
 // Merges the items of a row: parts [items][n_rows][DIM], sums [items][n_rows][2] of one KV head.
-// packed, exact: sums over items in their coordinates [DIM] each, before inverse and division.
-template <int DIM, class Parts, class Sums, class Row>
+// packed, exact: sums over items in their coordinates, [SLICES][DIM] each of which the first row is
+// the result, before inverse and division. A thread has a dimension and every SLICES-th item:
+// n_threads is SLICES times STRIDE, at least DIM. weights: [n_threads]. Complete after.
+template <int DIM, int STRIDE, int SLICES, class Parts, class Sums, class Row>
 VQ_FN void merge_items(Parts parts, Sums sums, int n_items, int n_packed, int n_rows, int row,
-                       float sink, Row packed, Row exact, VQ_THREAD float* maximum,
-                       VQ_THREAD float* total, uint self, uint n_threads) {
+                       float sink, Row packed, Row exact, Row weights, Row partial,
+                       VQ_THREAD float* maximum, VQ_THREAD float* total, uint self,
+                       uint n_threads) {
   float m = sink;
-  for (int i = 0; i < n_items; ++i) m = max(m, (float)sums[2 * ((int64_t)i * n_rows + row)]);
-  float l = power_below(sink, m);
-  for (int i = 0; i < n_items; ++i) {
-    const int64_t at = (int64_t)i * n_rows + row;
-    l += sums[2 * at + 1] * power_below(sums[2 * at], m);
+  for (int i = (int)self; i < n_items; i += (int)n_threads) {
+    m = max(m, (float)sums[2 * ((int64_t)i * n_rows + row)]);
   }
-  for (uint d = self; d < DIM; d += n_threads) {
-    float a = 0.0f, b = 0.0f;
-    for (int i = 0; i < n_items; ++i) {
-      const int64_t at = (int64_t)i * n_rows + row;
-      const float weight = power_below(sums[2 * at], m);
-      if (weight == 0.0f) continue;
-      const float y = weight * parts[at * DIM + d];
-      if (i < n_packed) {
-        a += y;
-      } else {
-        b += y;
-      }
+  m = largest_of_group(m, partial, self, n_threads);
+  const int d = (int)self % STRIDE, slice = (int)self / STRIDE;
+  float l = self == 0 ? power_below(sink, m) : 0.0f, a = 0.0f, b = 0.0f;
+  for (int first = 0; first < n_items; first += (int)n_threads) {
+    const int own = first + (int)self, here = min((int)n_threads, n_items - first);
+    if (own < n_items) {
+      const int64_t at = 2 * ((int64_t)own * n_rows + row);
+      const float weight = power_below(sums[at], m);
+      weights[self] = weight;
+      l += weight * sums[at + 1];
     }
-    packed[d] = a;
-    exact[d] = b;
+    barrier_of_group();
+    for (int i = slice; i < here && d < DIM; i += SLICES) {
+      const float y = weights[i] * parts[((int64_t)(first + i) * n_rows + row) * DIM + d];
+      a += first + i < n_packed ? y : 0.0f;
+      b += first + i < n_packed ? 0.0f : y;
+    }
+    barrier_of_group();
+  }
+  if (d < DIM) {
+    packed[slice * DIM + d] = a;
+    exact[slice * DIM + d] = b;
   }
   *maximum = m;
-  *total = l;
+  *total = sum_of_group(l, partial, self, n_threads);
+  for (uint i = self; i < DIM; i += n_threads) {
+    for (int s = 1; s < SLICES; ++s) {
+      packed[i] += packed[s * DIM + (int)i];
+      exact[i] += exact[s * DIM + (int)i];
+    }
+  }
+  barrier_of_group();
 }
 
 }  // namespace veloxquant

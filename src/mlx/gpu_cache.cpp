@@ -18,8 +18,9 @@ namespace {
 using attention::DecodeShape;
 using attention::Item;
 
-// Threadgroups are cut for so many cores; MLX does not say how many a Mac has.
-constexpr int kMetalCores = 20, kCudaCores = 128;
+// Threadgroups are cut for so many cores (MLX does not say how many a Mac has), into so many blocks
+// at least.
+constexpr int kMetalCores = 20, kCudaCores = 128, kCudaBlocks = 4;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 void set_codecs(DecodeShape& shape, const GpuCodec& keys, const GpuCodec& values) {
@@ -76,8 +77,9 @@ std::pair<mx::array, mx::array> attend_part(Attention& a, const mx::array& queri
     const Item part = attention::seen_part(stretch, seen);
     if (part.count > 0) stretches.push_back(part);
   }
-  const int cores = a.gpu.gpu == Gpu::metal ? kMetalCores : kCudaCores;
-  std::vector<Item> items = attention::plan_items(shape, stretches, cores);
+  const bool metal = a.gpu.gpu == Gpu::metal;
+  std::vector<Item> items = attention::plan_items(
+      shape, stretches, metal ? kMetalCores : kCudaCores, metal ? 1 : kCudaBlocks);
   if (items.empty()) {  // nothing is seen: an item without tokens
     items.push_back(a.stretches.front());
     items[0].count = 0;

@@ -10,21 +10,29 @@ namespace {
 
 constexpr size_t kKept = 32;
 
+// The numbers are compared here: reading an array's memory takes it away from the GPU (CUDA).
+struct Kept {
+  std::vector<uint32_t> bits;
+  mx::array array;
+};
+
 mx::array shared(const void* numbers, size_t n, const mx::Shape& shape, mx::Dtype dtype) {
   static std::mutex mutex;
-  static auto* kept = new std::deque<mx::array>;  // MLX may be gone before the process ends
+  static auto* kept = new std::deque<Kept>;  // MLX may be gone before the process ends
+  std::vector<uint32_t> bits(n);
+  std::memcpy(bits.data(), numbers, 4 * n);
   const std::lock_guard<std::mutex> lock(mutex);
-  for (const mx::array& a : *kept) {
-    if (a.dtype() == dtype && a.shape() == shape &&
-        std::memcmp(a.data<void>(), numbers, 4 * n) == 0) {
-      return a;
+  for (const Kept& one : *kept) {
+    if (one.bits == bits && one.array.shape() == shape && one.array.dtype() == dtype) {
+      return one.array;
     }
   }
-  kept->push_front(dtype == mx::int32
-                       ? mx::array(static_cast<const int32_t*>(numbers), shape, dtype)
-                       : mx::array(static_cast<const float*>(numbers), shape, dtype));
+  kept->push_front(
+      {std::move(bits), dtype == mx::int32
+                            ? mx::array(static_cast<const int32_t*>(numbers), shape, dtype)
+                            : mx::array(static_cast<const float*>(numbers), shape, dtype)});
   if (kept->size() > kKept) kept->pop_back();
-  return kept->front();
+  return kept->front().array;
 }
 
 }  // namespace

@@ -3,7 +3,8 @@
 # libraries and Python 3.12, but none of our dependencies and no internet:
 #   tools/gpu/mlx.sh pack BUILD MLX.tar.xz FOLDER    BUILD: has libveloxquant.a; MLX.tar.xz: site-packages of mlx[cuda13]
 #   FOLDER/tools/gpu/mlx.sh run [OUT] [ARGUMENT...]  builds the extension there, then mlx_check.py OUT ARGUMENT...
-# The build is kept in /tmp/veloxquant_mlx while the machine is.
+# The build is kept in /tmp/veloxquant_mlx while the machine is; kernels that MLX has compiled (2 s each) come back as
+# OUT/ptx.tar.gz, and are taken from FOLDER/ptx.tar.gz where that is.
 set -euo pipefail
 mode=$1
 shift
@@ -60,4 +61,7 @@ echo "built after $SECONDS s"
 export PYTHONPATH=$build/python:$build/python/tests:$build/site PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MLX_PTX_CACHE_DIR=$build/ptx
 # Products of a model in fp32, as the CPU has them: what differs then is ours.
 export MLX_ENABLE_TF32=${MLX_ENABLE_TF32:-0}
+mkdir -p "$MLX_PTX_CACHE_DIR"
+[ ! -f ptx.tar.gz ] || tar -xzf ptx.tar.gz -C "$MLX_PTX_CACHE_DIR"
+trap 'tar -czf "$out/ptx.tar.gz" -C "$MLX_PTX_CACHE_DIR" .' EXIT
 $python tools/gpu/mlx_check.py "$out" "$@"

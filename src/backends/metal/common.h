@@ -61,6 +61,17 @@ VQ_FN float as_kept(float x) {
   if (BFLOAT) return (float)finite_bfloat(x);
   return (float)finite_half(x);
 }
+// Of what is 16 bits wide already, only infinities and NaN change.
+template <int BFLOAT>
+VQ_FN float as_kept(half x) {
+  const float y = (float)x;
+  return BFLOAT || !is_finite_bits(bits_of(y)) ? as_kept<BFLOAT>(y) : y;
+}
+template <int BFLOAT>
+VQ_FN float as_kept(bfloat x) {
+  const float y = (float)x;
+  return !BFLOAT || !is_finite_bits(bits_of(y)) ? as_kept<BFLOAT>(y) : y;
+}
 
 VQ_FN void barrier_of_group() { threadgroup_barrier(mem_flags::mem_threadgroup); }
 

@@ -12,33 +12,29 @@ struct ScalarTile {
   enum { DIM = DIM_, SUB = BY_TOKEN ? 4 : 1, PLANE = 2 * DIM_ * BITS, WORDS = STAGES * PLANE + 32 };
   Levels levels;
   Words words;
-  uint32_t codes[STAGES];  // four of each stage
-  int place, at;
+  uint32_t codes[(BY_TOKEN ? 4 : 1) * STAGES];  // four of each stage; of values four a token
+  int at;
 
   void open(Words block) { words = block; }
   void load(int m, uint w) {
-    place = BY_TOKEN ? 4 * ((int)w * DIM_ + m) : m * 64 + 4 * (int)w;
-    if (!BY_TOKEN) read(place);
+    for (int i = 0; i < (BY_TOKEN ? 4 : 1); ++i) {
+      const int first = BY_TOKEN ? 4 * ((4 * (int)w + i) * (DIM_ / 4) + m) : m * 64 + 4 * (int)w;
+      for (int s = 0; s < STAGES; ++s) {
+        codes[i * STAGES + s] = bits_at(words + s * PLANE, first * BITS, 4 * BITS);
+      }
+    }
   }
-  void token(uint i) {
-    if (BY_TOKEN) read(place + (int)i * DIM_);
-    at = BY_TOKEN ? 0 : (int)i;
-  }
+  void token(uint i) { at = (int)i; }
   float value(int j) const {
     float sum = 0.0f;
     for (int s = 0; s < STAGES; ++s) {
-      const uint32_t code = (codes[s] >> ((BY_TOKEN ? j : at) * BITS)) & ((1u << BITS) - 1u);
+      const uint32_t four = codes[(BY_TOKEN ? at * STAGES : 0) + s];
+      const uint32_t code = (four >> ((BY_TOKEN ? j : at) * BITS)) & ((1u << BITS) - 1u);
       sum = s == 0 ? levels[code] : sum + levels[16 * s + (int)code];
     }
     return sum;
   }
   float factor(int t) const { return half_at(words + STAGES * PLANE, t); }
-
-  void read(int first) {
-    for (int s = 0; s < STAGES; ++s) {
-      codes[s] = bits_at(words + s * PLANE, first * BITS, 4 * BITS);
-    }
-  }
 };
 
 }  // namespace veloxquant
