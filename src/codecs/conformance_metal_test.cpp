@@ -131,7 +131,7 @@ TEST_P(MetalConformance, RandomShapes) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Codecs, MetalConformance,
-                         ::testing::Values("rabitq", "turboquant", "turboquant_rvq", "vecinfer"),
+                         ::testing::Values("qjl", "rabitq", "turboquant", "turboquant_rvq", "vecinfer"),
                          [](const auto& info) { return info.param; });
 
 }  // namespace

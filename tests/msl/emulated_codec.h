@@ -2,8 +2,10 @@
 // backend.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 
+#include "src/codecs/qjl/kernel_calls.h"
 #include "src/codecs/rabitq/kernel_calls.h"
 #include "src/codecs/rotation.h"
 #include "src/codecs/turboquant/kernel_calls.h"
@@ -24,6 +26,8 @@ class EmulatedCodec {
       vecinfer(one, head);
     } else if (method == "rabitq") {
       rabitq(one, head);
+    } else if (method == "qjl") {
+      qjl(one, head);
     } else if (method == "turboquant" || method == "turboquant_rvq") {
       scalar(one);
     } else {
@@ -101,6 +105,35 @@ class EmulatedCodec {
     set_calls(s, rabitq::encode_blocks_call, rabitq::decode_blocks_call);
   }
 
+  void qjl(const test::CodecCase& one, int head) {
+    const int rows =
+        one.has_table("sketch") ? static_cast<int>(one.given("sketch").shape[0]) : 0;
+    const bool fixed = one.has_table("outlier_channels");
+    const qjl::BlockKernelShape s = qjl::block_shape_of(one.spec(), rows, fixed);
+    channels_ = {0};
+    if (fixed) {
+      const auto* row = static_cast<const int32_t*>(one.given("outlier_channels").at(head));
+      channels_.assign(row, row + s.outliers);
+      std::sort(channels_.begin(), channels_.end());
+    }
+    arrays_ = {{}, qjl::score_constants(s)};
+    std::vector<int64_t> shape;
+    if (s.dense) {
+      const auto* matrix = static_cast<const float*>(one.given("sketch").data);
+      arrays_[0].assign(matrix, matrix + rows * dim_);
+      shape = {rows, dim_};
+    } else {
+      arrays_[0] = qjl::sketch_signs(s, static_cast<uint64_t>(integer(one, "seed", 0)));
+      shape = {(s.layout.m + s.layout.m_out) / dim_, 2, dim_};
+    }
+    const Input sketch = floats(arrays_[0], shape);
+    const Input channels(metal::Type::int32, {1, static_cast<int64_t>(channels_.size())},
+                         channels_.data());
+    encode_inputs_ = {sketch, channels};
+    decode_inputs_ = {sketch, channels, floats(arrays_[1], {2})};
+    set_calls(s, qjl::encode_blocks_call, qjl::decode_blocks_call);
+  }
+
   void vecinfer(const test::CodecCase& one, int head) {
     const TensorView& tables = one.given("tables");
     vecinfer::BlockShape s;
@@ -149,6 +182,7 @@ class EmulatedCodec {
   int dim_;
   int64_t block_bytes_ = 0;
   std::vector<std::vector<float>> arrays_;
+  std::vector<int32_t> channels_;
   std::vector<Input> encode_inputs_, decode_inputs_;
   std::function<metal::Call(int)> encode_;
   std::function<metal::Call()> decode_;
