@@ -27,10 +27,13 @@ const std::string kCommon = "-x c++ -std=c++14 -I" VELOXQUANT_MSL_SHIM
                             " -Wno-unused-parameter -Wno-ignored-attributes";
 const std::string kCheck =
     " -Werror -Wconditional-uninitialized -DMSL_ADDRESS_SPACES -fsyntax-only";
+const std::string kCode =
+    " -w -O2 -fPIC -mavx2 -mfma -mf16c -ffp-contract=fast-honor-pragmas"
+    " -Xclang -ffloat16-excess-precision=none -fno-vectorize -fno-slp-vectorize -fno-exceptions";
+const std::string kCount = kCode + " -DMSL_COUNTING -S -emit-llvm";
 const std::string kRun =
-    " -w -O2 -fPIC -shared -mavx2 -mfma -mf16c -ffp-contract=fast-honor-pragmas"
-    " -Xclang -ffloat16-excess-precision=none -ftrivial-auto-var-init=pattern -fno-vectorize"
-    " -fno-slp-vectorize -fno-exceptions -fsanitize=thread"
+    kCode +
+    " -shared -ftrivial-auto-var-init=pattern -fsanitize=thread"
     " -mllvm -tsan-instrument-func-entry-exit=0 -mllvm -tsan-instrument-read-before-write=1"
     " -mllvm -tsan-handle-cxx-exceptions=0 -Wl,-z,undefs"
     // A barrier is known by where it is called: no second copy of it, nor of functions that wait.
@@ -55,6 +58,21 @@ std::string run_clang(const std::string& arguments, const fs::path& log) {
   return std::system(command.c_str()) == 0 ? std::string() : contents(log);
 }
 
+std::string compile_counted(const fs::path& source, const fs::path& object, const fs::path& log) {
+  const std::string ir = object.string() + ".ll", counted = object.string() + ".counted.ll";
+  std::string errors = run_clang(kCommon + kCount + " -o " + ir + " " + source.string(), log);
+  const std::string command = "python3 " VELOXQUANT_MSL_SHIM "/../count.py " + ir + " " + counted +
+                              " >" + log.string() + " 2>&1";
+  if (errors.empty() && std::system(command.c_str()) != 0) errors = contents(log);
+  if (errors.empty()) {
+    errors =
+        run_clang("-w -O1 -fPIC -shared -Wl,-z,undefs -o " + object.string() + " " + counted, log);
+  }
+  fs::remove(ir);
+  fs::remove(counted);
+  return errors;
+}
+
 // The range of the library that holds `address`, from its segments.
 int find_range(dl_phdr_info* info, size_t, void* data) {
   auto* found = static_cast<Compiled*>(data);
@@ -77,6 +95,9 @@ Compiled load(const fs::path& library) {
   if (handle == nullptr) throw Fault(std::string("dlopen: ") + dlerror());
   Compiled compiled;
   compiled.entry = reinterpret_cast<void (*)(void* const*)>(dlsym(handle, "msl_entry"));
+  compiled.counts = static_cast<uint64_t*>(dlsym(handle, "vq_counts"));
+  compiled.weights = static_cast<const uint32_t(*)[3]>(dlsym(handle, "vq_weights"));
+  if (const void* n = dlsym(handle, "vq_blocks")) compiled.n_blocks = *static_cast<const int*>(n);
   if (compiled.entry == nullptr) throw Fault("msl_entry is not in " + library.string());
   dl_iterate_phdr(find_range, &compiled);
   return compiled;
@@ -85,12 +106,14 @@ Compiled load(const fs::path& library) {
 }  // namespace
 
 Compiled compile(const metal::Kernel& kernel, const metal::Launch& launch,
-                 const std::vector<metal::ArrayShape>& inputs) {
+                 const std::vector<metal::ArrayShape>& inputs, bool counting) {
   static const std::string shim = contents(VELOXQUANT_MSL_SHIM "/metal_stdlib");
   static std::map<uint64_t, Compiled> loaded;
   const std::string check = clang_source(kernel, launch, inputs, true);
   const std::string run = clang_source(kernel, launch, inputs, false);
-  const uint64_t hash = hash_of(shim + kCommon + kCheck + kRun + check + run);
+  static const std::string counter = contents(VELOXQUANT_MSL_SHIM "/../count.py");
+  const uint64_t hash = hash_of(shim + kCommon + kCheck +
+                                (counting ? "counted" + counter + kCount : kRun) + check + run);
   if (auto it = loaded.find(hash); it != loaded.end()) return it->second;
 
   check_dialect(kernel);
@@ -107,8 +130,10 @@ Compiled compile(const metal::Kernel& kernel, const metal::Launch& launch,
     for (bool checking : {true, false}) {
       std::ofstream(source) << (checking ? check : run);
       const std::string target = checking ? "" : " -o " + object.string();
-      errors =
-          run_clang(kCommon + (checking ? kCheck : kRun) + target + " " + source.string(), log);
+      errors = checking || !counting
+                   ? run_clang(
+                         kCommon + (checking ? kCheck : kRun) + target + " " + source.string(), log)
+                   : compile_counted(source, object, log);
       if (!errors.empty()) break;
     }
     if (std::getenv("VELOXQUANT_MSL_KEEP") != nullptr) {

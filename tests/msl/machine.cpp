@@ -43,7 +43,9 @@ struct Variable {
 
 class Machine {
  public:
-  Machine(const Kernel& kernel, const Launch& launch, const std::vector<Input>& inputs);
+  Machine(const Kernel& kernel, const Launch& launch, const std::vector<Input>& inputs,
+          bool counting = false);
+  const Compiled& compiled() const { return compiled_; }
   Result run(bool backwards, bool all_written);
 
   // Called from the kernel, on its fibre.
@@ -88,11 +90,12 @@ class Machine {
 
 Machine* machine = nullptr;  // the one that runs; the hooks have no other way to it
 
-Machine::Machine(const Kernel& kernel, const Launch& launch, const std::vector<Input>& inputs)
+Machine::Machine(const Kernel& kernel, const Launch& launch, const std::vector<Input>& inputs,
+                 bool counting)
     : kernel_(kernel), launch_(launch), inputs_(inputs) {
   std::vector<ArrayShape> shapes;
   for (const Input& input : inputs) shapes.push_back({input.type, input.shape});
-  compiled_ = compile(kernel, launch, shapes);
+  compiled_ = compile(kernel, launch, shapes, counting);
   int threads = 1;
   for (int d = 0; d < 3; ++d) {
     group_size_[d] = std::min(launch.threadgroup[d], launch.grid[d]);
@@ -391,6 +394,21 @@ Result run(const Kernel& kernel, const Launch& launch, const std::vector<Input>&
     throw Fault("[" + kernel.name + "] results depend on the order of the threads");
   }
   return result;
+}
+
+Operations count(const Kernel& kernel, const Launch& launch, const std::vector<Input>& inputs) {
+  Machine m(kernel, launch, inputs, true);
+  const Compiled& code = m.compiled();
+  std::fill(code.counts, code.counts + code.n_blocks, 0);
+  m.run(false, false);
+  Operations all;
+  for (int b = 0; b < code.n_blocks; ++b) {
+    const auto times = static_cast<int64_t>(code.counts[b]);
+    all.floating += times * code.weights[b][0];
+    all.integer += times * code.weights[b][1];
+    all.memory += times * code.weights[b][2];
+  }
+  return all;
 }
 
 }  // namespace veloxquant::msl

@@ -36,6 +36,14 @@ struct Report {
   int64_t threadgroups = 0, threads = 0, barriers = 0, simd_operations = 0;
 };
 
+// What all threads of a grid execute, as clang -O2 leaves it (count.py): loops of constant length
+// are unrolled, as a GPU's compiler does. Barriers and simdgroup operations are not counted.
+struct Operations {
+  int64_t floating = 0, integer = 0, memory = 0;
+};
+Operations count(const metal::Kernel& kernel, const metal::Launch& launch,
+                 const std::vector<Input>& inputs);
+
 struct Result {
   std::vector<std::vector<uint8_t>> outputs;
   Report report;
