@@ -13,6 +13,7 @@ using msl::EmulatedCodec;
 using test::CasePtr;
 using test::ExactRandom;
 
+const BlockPlace kPlace{0, 1, 4};
 constexpr int kHeadDims[] = {8, 16, 48, 64, 80, 96, 128, 256};
 
 std::vector<uint8_t> encoded(const Codec& codec, const BlockPlace& place,
@@ -44,20 +45,18 @@ class MetalConformance : public ::testing::TestWithParam<std::string> {
     for (int head_dim : kHeadDims) {
       int index = first++;
       const test::Cases cases = test::codec_cases(GetParam(), head_dim);
-      const int step = cases.size() > 10 ? 9 : 5;
+      const int step = cases.size() > 10 ? 9 : cases.size() > 3 ? 5 : 2;
       for (const CasePtr& one : cases) {
         if (index++ % step != 0) continue;
         SCOPED_TRACE(one->label() + ", head_dim " + std::to_string(head_dim));
         ++n_cases;
-        body(one->codec(), EmulatedCodec(*one, 1));
+        body(one->codec(), EmulatedCodec(*one, kPlace.kv_head, kPlace.position));
         if (HasFailure()) return;
       }
     }
     EXPECT_GE(n_cases, 4);
   }
 };
-
-const BlockPlace kPlace{0, 1, 4};
 
 TEST_P(MetalConformance, BlocksAndTailsEncodeAndDecodeLikeTheReference) {
   for_every_case([&](const Codec& codec, const EmulatedCodec& metal) {
@@ -131,7 +130,8 @@ TEST_P(MetalConformance, RandomShapes) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Codecs, MetalConformance,
-                         ::testing::Values("qjl", "rabitq", "turboquant", "turboquant_rvq", "vecinfer"),
+                         ::testing::Values("commvq", "qjl", "rabitq", "turboquant",
+                                           "turboquant_rvq", "vecinfer", "vecinfer_rope"),
                          [](const auto& info) { return info.param; });
 
 }  // namespace

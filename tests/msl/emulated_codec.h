@@ -4,9 +4,14 @@
 
 #include <algorithm>
 #include <functional>
+#include <memory>
+#include <numeric>
+#include <utility>
 
+#include "src/codecs/commvq/kernel_calls.h"
 #include "src/codecs/qjl/kernel_calls.h"
 #include "src/codecs/rabitq/kernel_calls.h"
+#include "src/codecs/rope/kernel_calls.h"
 #include "src/codecs/rotation.h"
 #include "src/codecs/turboquant/kernel_calls.h"
 #include "src/codecs/turboquant/sketch.h"
@@ -19,13 +24,19 @@ namespace veloxquant::msl {
 
 class EmulatedCodec {
  public:
-  // One head of a case of the suites. Throws Fault for a method without kernels.
-  EmulatedCodec(const test::CodecCase& one, int head) : dim_(one.codec().head_dim()) {
+  // One head of a case of the suites, for a block at `position`. Throws Fault for a method without
+  // kernels.
+  EmulatedCodec(const test::CodecCase& one, int head, int64_t position = 0)
+      : dim_(one.codec().head_dim()) {
     const std::string& method = one.spec().method;
     if (method == "vecinfer") {
       vecinfer(one, head);
     } else if (method == "rabitq") {
       rabitq(one, head);
+    } else if (method == "vecinfer_rope") {
+      vecinfer_rope(one, head, position);
+    } else if (method == "commvq") {
+      commvq(one, head, position);
     } else if (method == "qjl") {
       qjl(one, head);
     } else if (method == "turboquant" || method == "turboquant_rvq") {
@@ -38,7 +49,8 @@ class EmulatedCodec {
 
   std::vector<uint8_t> encode(const std::vector<float>& x, int n_tokens) const {
     std::vector<Input> inputs = encode_inputs_;
-    inputs.insert(inputs.begin(), floats(x, {1, 1, n_tokens, dim_}));
+    const std::vector<float> given = rope_ ? slots(x, n_tokens, RopeDirection::inverse) : x;
+    inputs.insert(inputs.begin(), floats(given, {1, 1, n_tokens, dim_}));
     const metal::Call call = encode_(n_tokens);
     return run(*call.kernel, call.launch, inputs).outputs[0];
   }
@@ -47,8 +59,22 @@ class EmulatedCodec {
     inputs.insert(inputs.begin(), Input(metal::Type::uint8, {1, 1, 1, block_bytes_}, block.data()));
     const metal::Call call = decode_();
     std::vector<float> y = run(*call.kernel, call.launch, inputs).output<float>(0);
+    if (rope_) y = slots(y, kBlockTokens, RopeDirection::forward);
     y.resize(static_cast<size_t>(n_tokens) * dim_);
     return y;
+  }
+
+  // What encoding n tokens, and decoding the block of them, executes (RoPE apart).
+  std::pair<Operations, Operations> operations(const std::vector<float>& x, int n_tokens) const {
+    std::vector<Input> inputs = encode_inputs_;
+    inputs.insert(inputs.begin(), floats(x, {1, 1, n_tokens, dim_}));
+    metal::Call call = encode_(n_tokens);
+    const Operations encode = count(*call.kernel, call.launch, inputs);
+    const std::vector<uint8_t> block = run(*call.kernel, call.launch, inputs).outputs[0];
+    inputs = decode_inputs_;
+    inputs.insert(inputs.begin(), Input(metal::Type::uint8, {1, 1, 1, block_bytes_}, block.data()));
+    call = decode_();
+    return {encode, count(*call.kernel, call.launch, inputs)};
   }
 
  private:
@@ -105,9 +131,77 @@ class EmulatedCodec {
     set_calls(s, rabitq::encode_blocks_call, rabitq::decode_blocks_call);
   }
 
+  // RoPE undone before encoding, redone behind decoding, by their own kernels.
+  std::vector<float> slots(const std::vector<float>& x, int n, RopeDirection direction) const {
+    const bool back = direction == RopeDirection::forward;
+    rope::SlotShape s;
+    s.n_tokens = n, s.dim = dim_, s.planes = planes_;
+    s.rotating = rope_->spec().rotary_dims() / 2;
+    const rope::BlockTables tables = rope::block_tables(*rope_, direction, position_, 1);
+    const auto size = static_cast<int64_t>(tables.cosines.size());
+    const metal::Call call = back ? rope::from_slots_call(s) : rope::to_slots_call(s);
+    return run(*call.kernel, call.launch,
+               {floats(x, {1, 1, n, dim_}),
+                Input(metal::Type::int32, {1, dim_ / 2, 3}, slot_numbers_.data()),
+                floats(back ? inverse_weights_ : weights_, {1, dim_ / 2}),
+                floats(tables.cosines, {size}), floats(tables.sines, {size})})
+        .output<float>(0);
+  }
+
+  void set_rope(const test::CodecCase& one, int head, const std::vector<int32_t>& order,
+                int64_t position) {
+    RopeSpec spec;
+    spec.head_dim = dim_;
+    spec.traditional = integer(one, "traditional", 0) != 0;
+    const auto factor = one.spec().options.find("attention_factor");
+    if (factor != one.spec().options.end()) {
+      spec.attention_factor = static_cast<float>(std::get<double>(factor->second));
+    }
+    const TensorView& frequencies = one.given("inv_freq");
+    const auto* numbers = static_cast<const float*>(frequencies.data);
+    spec.inv_freq.assign(numbers, numbers + frequencies.shape[0]);
+    rope_ = std::make_shared<Rope>(spec);
+    position_ = position;
+    slot_numbers_ = rope::slot_numbers(*rope_, order);
+    for (int32_t pair : order) {
+      const float weight = one.has_table("weight")
+                               ? static_cast<const float*>(one.given("weight").at(head))[pair]
+                               : 1.0f;
+      weights_.push_back(weight);
+      inverse_weights_.push_back(1.0f / weight);
+    }
+  }
+
+  void vecinfer_rope(const test::CodecCase& one, int head, int64_t position) {
+    vecinfer(one, head);
+    const auto* order = static_cast<const int32_t*>(one.given("order").at(head));
+    set_rope(one, head, {order, order + dim_ / 2}, position);
+  }
+
+  void commvq(const test::CodecCase& one, int head, int64_t position) {
+    std::vector<int32_t> order(dim_ / 2);
+    std::iota(order.begin(), order.end(), 0);
+    set_rope(one, head, order, position);
+    planes_ = true;
+    const TensorView& all = one.given("codebook");
+    TensorView own = all;
+    own.data = all.at(head);
+    own.shape[0] = 1;
+    commvq::BlockKernelShape s;
+    s.dim = dim_;
+    s.n_stages = static_cast<int>(all.shape[1]);
+    s.n_entries = static_cast<int>(all.shape[2]);
+    const commvq::StageProducts products = commvq::stage_products(own);
+    arrays_ = {products.norms, products.cross};
+    const Input entries(metal::Type::float16, {1, s.n_stages, s.n_entries, 2, dim_ / 2}, own.data);
+    encode_inputs_ = {entries, floats(arrays_[0], {1, s.n_stages, 64}),
+                      floats(arrays_[1], {1, s.n_stages, 64, 64})};
+    decode_inputs_ = {entries};
+    set_calls(s, commvq::encode_blocks_call, commvq::decode_blocks_call);
+  }
+
   void qjl(const test::CodecCase& one, int head) {
-    const int rows =
-        one.has_table("sketch") ? static_cast<int>(one.given("sketch").shape[0]) : 0;
+    const int rows = one.has_table("sketch") ? static_cast<int>(one.given("sketch").shape[0]) : 0;
     const bool fixed = one.has_table("outlier_channels");
     const qjl::BlockKernelShape s = qjl::block_shape_of(one.spec(), rows, fixed);
     channels_ = {0};
@@ -183,6 +277,11 @@ class EmulatedCodec {
   int64_t block_bytes_ = 0;
   std::vector<std::vector<float>> arrays_;
   std::vector<int32_t> channels_;
+  std::shared_ptr<const Rope> rope_;
+  int64_t position_ = 0;
+  bool planes_ = false;
+  std::vector<int32_t> slot_numbers_;
+  std::vector<float> weights_, inverse_weights_;
   std::vector<Input> encode_inputs_, decode_inputs_;
   std::function<metal::Call(int)> encode_;
   std::function<metal::Call()> decode_;

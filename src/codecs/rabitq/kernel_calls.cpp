@@ -90,4 +90,37 @@ Call encode_rows_call(int n, int dim) {
   return call;
 }
 
+Call popcount_queries_call(int rows, int dim, int query_bits) {
+  static const Kernel kernel =
+      make_kernel("vq_popcount_queries", {"q", "signs"}, {"planes", "numbers"},
+                  "src/codecs/rabitq/metal.h", R"(
+  threadgroup float rows[ROWS * DIM];
+  threadgroup float moved[ROWS * DIM];
+  threadgroup float ranges[ROWS * 2];
+  veloxquant::popcount_queries<DIM, ROWS>(
+      q, q_shape[0], signs, QUERY_BITS, planes, numbers, rows, moved, ranges,
+      threadgroup_position_in_grid.x, thread_index_in_threadgroup, threads_per_threadgroup.x);)");
+  const int tile = std::clamp(2048 / dim, 1, 8);
+  Call call{&kernel, {}};
+  call.launch.arguments = {{"DIM", dim}, {"ROWS", tile}, {"QUERY_BITS", query_bits}};
+  call.launch.grid = {(rows + tile - 1) / tile * kThreads, 1, 1};
+  call.launch.threadgroup = {kThreads, 1, 1};
+  call.launch.outputs = {{Type::uint8, {rows, query_bits, dim / 8}}, {Type::float32, {rows, 4}}};
+  return call;
+}
+
+Call popcount_scores_call(int rows, int group, int n, int dim) {
+  static const Kernel kernel =
+      make_kernel("vq_popcount_scores", {"planes", "numbers", "codes", "factors"}, {"scores"},
+                  "src/codecs/rabitq/metal.h", R"(
+  veloxquant::popcount_scores<DIM>(planes, numbers, planes_shape[1], codes, factors,
+                                   threads_per_grid.x, GROUP, scores, thread_position_in_grid);)");
+  Call call{&kernel, {}};
+  call.launch.arguments = {{"DIM", dim}, {"GROUP", group}};
+  call.launch.grid = {n, rows, 1};
+  call.launch.threadgroup = {kThreads, 1, 1};
+  call.launch.outputs = {{Type::float32, {rows, n}}};
+  return call;
+}
+
 }  // namespace veloxquant::rabitq

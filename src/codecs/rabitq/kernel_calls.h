@@ -1,6 +1,6 @@
-// The GPU kernels of RaBitQ's packed blocks and codes (metal_blocks.h, metal.h): which text, which
-// grid. What they compute is that of veloxquant/rabitq.h, bit for bit. The Hamming score is in
-// src/codecs/kernel_calls.h.
+// The GPU kernels of RaBitQ's packed blocks, codes and scores (metal_blocks.h, metal.h): which
+// text, which grid. What they compute is that of veloxquant/rabitq.h, bit for bit. The Hamming
+// score is in src/codecs/kernel_calls.h.
 #pragma once
 
 #include <optional>
@@ -33,5 +33,12 @@ metal::Call decode_blocks_call(const BlockKernelShape& shape);
 
 // rabitq_encode. inputs: x [n, dim], signs. outputs: codes u8 [n, dim / 8], factors fp32 [n].
 metal::Call encode_rows_call(int n, int dim);
+
+// The popcount score in two launches. inputs: q fp32 [rows, dim], signs. outputs: planes u8 [rows,
+// query_bits, dim / 8], numbers fp32 [rows, 4].
+metal::Call popcount_queries_call(int rows, int dim, int query_bits);
+// inputs: these two, codes u8 [rows / group, n, dim / 8], factors fp32 [rows / group, n]. outputs:
+// fp32 [rows, n].
+metal::Call popcount_scores_call(int rows, int group, int n, int dim);
 
 }  // namespace veloxquant::rabitq

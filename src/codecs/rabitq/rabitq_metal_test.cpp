@@ -1,8 +1,10 @@
 // RaBitQ's Metal kernels on the MSL machine against the CPU: equal codes, bytes and decoded bits.
+#include <algorithm>
 #include <cmath>
 
 #include "src/codecs/rabitq/kernel_calls.h"
 #include "src/codecs/rotation.h"
+#include "src/codecs/turboquant/kernel_calls.h"
 #include "tests/msl/support.h"
 #include "tests/support/codec_cases.h"
 #include "tests/support/random.h"
@@ -94,6 +96,49 @@ TEST(MetalRabitqRows, CodesAndFactorsEqualTheCpu) {
         msl::run(*call.kernel, call.launch, {floats(x, {n, dim}), floats(signs, {2, dim})});
     EXPECT_TRUE(same_bytes(got.outputs[0], codes)) << dim;
     EXPECT_TRUE(same_bytes(got.outputs[1], factors)) << dim;
+  }
+}
+
+TEST(MetalRabitqScores, PopcountScoresEqualTheCpu) {
+  struct Scores {
+    int heads, group, n, dim, bits;
+  };
+  for (const Scores& c : {Scores{2, 3, 70, 128, 4}, Scores{1, 1, 5, 80, 8}, Scores{3, 2, 300, 8, 1}}) {
+    SCOPED_TRACE(testing::Message() << "D" << c.dim << ", queries of " << c.bits << " bits");
+    test::Random random(static_cast<uint64_t>(c.dim));
+    const int rows = c.heads * c.group;
+    std::vector<float> q = random.normal(rows * c.dim);
+    std::fill_n(q.begin(), c.dim, 0.0f);  // every integer is 0
+    if (rows > 1) q[c.dim + 3] = NAN;
+    if (rows > 2) q[2 * c.dim + 1] = INFINITY;
+    std::vector<uint8_t> codes(c.heads * c.n * c.dim / 8);
+    for (uint8_t& byte : codes) byte = static_cast<uint8_t>(random.next());
+    const std::vector<float> factors = random.normal(c.heads * c.n);
+    std::vector<float> rotated = q, want(rows * c.n);
+    rabitq_rotate(Backend::reference, rotated.data(), rows, c.dim, 9);
+    for (int r = 0; r < rows; ++r) {
+      const float* row = rotated.data() + r * c.dim;
+      if (!std::all_of(row, row + c.dim, [](float v) { return std::isfinite(v); })) {
+        std::fill_n(want.begin() + r * c.n, c.n, NAN);
+        continue;
+      }
+      const int keys = r / c.group * c.n;
+      popcount_score(Backend::reference, quantize_popcount_query(row, c.dim, c.bits),
+                     codes.data() + keys * (c.dim / 8), c.n, factors.data() + keys,
+                     want.data() + r * c.n);
+    }
+    const std::vector<float> signs = turboquant::rotation_signs(c.dim, 9);
+    metal::Call call = popcount_queries_call(rows, c.dim, c.bits);
+    const msl::Result queries = msl::run(*call.kernel, call.launch,
+                                         {floats(q, {rows, c.dim}), floats(signs, {2, c.dim})});
+    call = popcount_scores_call(rows, c.group, c.n, c.dim);
+    const msl::Result got = msl::run(
+        *call.kernel, call.launch,
+        {Input(Type::uint8, {rows, c.bits, c.dim / 8}, queries.outputs[0].data()),
+         Input(Type::float32, {rows, 4}, queries.outputs[1].data()),
+         Input(Type::uint8, {c.heads, c.n, c.dim / 8}, codes.data()),
+         floats(factors, {c.heads, c.n})});
+    EXPECT_TRUE(same_bytes(got.outputs[0], want));
   }
 }
 
