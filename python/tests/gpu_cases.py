@@ -6,9 +6,11 @@ import numpy as np
 from veloxquant_mlx import _ext
 from veloxquant_mlx.allocators.vecinfer import compute_query_lut
 from veloxquant_mlx.metal import (
+    comm_vq_decode_metal,
     rabitq_hamming_score,
     turboquant_bit_pack,
     turboquant_bit_unpack,
+    turboquant_fused_rvq_decode_attend,
     turboquant_hadamard_quantize,
     turboquant_scalar_dequantize,
     turboquant_scalar_quantize,
@@ -118,6 +120,37 @@ def cases():
             lambda: turboquant_hadamard_quantize(x, mx.sign(_fixed(64)), levels, 3),
             ["vq_hadamard_nearest"],
         ),
+        (
+            "popcount scores",
+            lambda: _ext.rabitq_popcount_score(
+                x[:, :, 0].astype(mx.float32), _fixed_bytes(2, 1, 70, 8), _fixed(2, 1, 70), 5, 4
+            ),
+            ["vq_popcount_queries", "vq_popcount_scores"],
+        ),
+        (
+            "CommVQ look-up",
+            lambda: comm_vq_decode_metal(codes[0, 0], _fixed(16, 70, 4), mx.arange(5) * 37 - 20, _fixed(32), 16, 4, 70),
+            ["vq_comm_vq_look_up"],
+        ),
+        (
+            "CommVQ look-up, two stages in fp16",
+            lambda: comm_vq_decode_metal(
+                codes[:, :2].swapaxes(1, 2),
+                _fixed(2, 16, 70, 4).astype(h16),
+                mx.array([[3], [70000]]),
+                _fixed(32),
+                16,
+                4,
+                70,
+            ),
+            ["vq_comm_vq_look_up"],
+        ),
+        ("QJL signs", lambda: _ext.qjl_encode(hard, _fixed(128, 64)), ["vq_qjl_encode_rows"]),
+        (
+            "QJL inner products",
+            lambda: _ext.qjl_inner_product(_fixed(2, 6, 128), _fixed_bytes(2, 300, 3, 16), _fixed(2, 300, 3)),
+            ["vq_qjl_inner_product"],
+        ),
         ("RaBitQ codes", lambda: _ext.rabitq_encode(hard, 5), ["vq_rabitq_encode_rows"]),
     ]
 
@@ -128,6 +161,10 @@ def _parts(quantized):
 
 def _fixed(*shape):
     return mx.array(np.random.default_rng(3).standard_normal(shape, dtype=np.float32))
+
+
+def _fixed_bytes(*shape):
+    return mx.array(np.random.default_rng(3).integers(0, 256, shape, dtype=np.uint8))
 
 
 def outputs(result):
@@ -147,11 +184,32 @@ def cache_cases():
         "rvq": {"kind": "turboquant_rvq", "dtype": mx.bfloat16},
         "rabitq with a mean": {"kind": "rabitq"},
         "rabitq, values of vecinfer": {"kind": "rabitq", "values": "dense"},
+        "qjl": {"kind": "qjl 1", "values": "turboquant"},
+        "qjl, two blocks": {"kind": "qjl 2", "values": "rabitq"},
     }
 
 
 # Bits of keys and of values.
 BITS = {"turboquant": (2, 3), "turboquant_rvq": (1, 2), "rabitq": (1, 2)}
+
+
+def rvq_call(options, tokens=150):
+    """turboquant_fused_rvq_decode_attend with some of: words, norms, causal, mask, window."""
+    r = np.random.default_rng(31)
+    k1, k2 = (mx.array(r.integers(0, 4, (2, 2, tokens, 64), dtype=np.uint8)) for _ in range(2))
+    values = mx.array(r.integers(0, 16, (2, 2, tokens, 12), dtype=np.int32))
+    if "words" in options:
+        k1, k2 = turboquant_bit_pack(k1, 2), turboquant_bit_pack(k2, 2)
+    given = {
+        "key_norms": mx.abs(_fixed(2, 2, tokens)) if "norms" in options else None,
+        "causal": "causal" in options,
+        "mask": mx.arange(tokens) % 5 != 2 if "mask" in options else None,
+        "sliding_window": 40 if "window" in options else 0,
+    }
+    q = _fixed(2, 6, 3, 64).astype(mx.float16)
+    return turboquant_fused_rvq_decode_attend(
+        q, k1, k2, _fixed(4), 0.3 * _fixed(4), values, _fixed(16, 4), 2, 2, 4, **given
+    )
 
 
 def make_cache(kind, dtype=mx.float16, window=64, sinks=4, **codecs):
@@ -170,6 +228,8 @@ def _codec(side, kind, tables=1, centroids=256, heads=2, dim=64):
     if kind in BITS:
         given = {"mean": mx.array(r.standard_normal((heads, dim), dtype=np.float32))} if kind == "rabitq" else {}
         return _ext.codec(side, kind, heads, dim, {"bits": BITS[kind][side == "values"], "seed": 7}, given)
+    if kind.startswith("qjl"):
+        return _ext.codec(side, "qjl", heads, dim, {"sketch_bits": int(kind[4:]) * dim, "seed": 7})
     table = mx.array(r.standard_normal((heads, tables, centroids, 4), dtype=np.float32))
     options = {"hadamard": kind == "hadamard"}
     if kind == "hadamard" and side == "keys":

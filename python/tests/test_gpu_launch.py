@@ -5,7 +5,7 @@ import contextlib
 import mlx.core as mx
 import numpy as np
 import pytest
-from gpu_cases import STEPS, cache_cases, cases, drive, make_cache, make_codecs, outputs, ready
+from gpu_cases import STEPS, cache_cases, cases, drive, make_cache, make_codecs, outputs, ready, rvq_call
 from msl import Machine, on_machine
 
 from veloxquant_mlx import _ext
@@ -27,7 +27,14 @@ FUNCTIONS = {
     "vq_scalar_centroids": [],
     "vq_hadamard_nearest": [],
     "vq_rabitq_encode_rows": ["rabitq_encode"],
+    "vq_popcount_queries": [],
+    "vq_popcount_scores": ["rabitq_popcount_score"],
+    "vq_qjl_encode_rows": ["qjl_encode"],
+    "vq_qjl_inner_product": ["qjl_inner_product"],
+    "vq_comm_vq_look_up": ["comm_vq_decode_metal"],
+    "vq_rvq_items": ["turboquant_fused_rvq_decode_attend"],
 }
+RVQ_OPTIONS = [(), ("words", "norms", "causal"), ("mask", "window")]
 OPTIONS = [("sliding_window",), ("logit_softcap",), ("mask",), ("sinks",), ("mask", "sinks", "logit_softcap")]
 
 
@@ -162,6 +169,15 @@ def test_masks_sinks_windows_and_soft_caps(options):
     assert errors(got, expected) < 2e-3
 
 
+@pytest.mark.parametrize("options", RVQ_OPTIONS, ids=[", ".join(o) or "plain" for o in RVQ_OPTIONS])
+def test_rvq_attend_is_within_tolerance(options):
+    expected = outputs(rvq_call(options).astype(mx.float32))
+    with on_machine() as machine:
+        got = outputs(rvq_call(options).astype(mx.float32))
+    assert machine.names[-2:] == ["vq_rvq_items", "vq_decode_merge"]
+    assert errors([a.view(np.float32) for a in got], [a.view(np.float32) for a in expected]) < 2e-3
+
+
 def test_values_that_are_not_finite_are_counted_on_a_gpu_too():
     steps, caches, results = [100, 2, 16, 16, 1], [], []
     for place in (contextlib.nullcontext(), on_machine()):
@@ -211,7 +227,8 @@ def test_devices_names_what_runs_where(record):
     assert on_gpu["backend"] == "cuda" and on_gpu["description"].startswith("cuda: ")
     assert _ext.kernel_name(*sides) == "cuda codes (vecinfer d4x256)"
     # Every function that is named has a case above, and those that are not launch nothing (test_what_no_kernel_takes).
-    tested = {name for names in map(FUNCTIONS.get, {k for _, _, ks in CASES for k in ks}) for name in names}
+    kernels = {k for _, _, ks in CASES for k in ks} | {"vq_rvq_items"}
+    tested = {name for names in map(FUNCTIONS.get, kernels) for name in names}
     assert tested | {"append", "attend"} == {operation["name"] for operation in on_gpu["operations"]}
 
 

@@ -333,7 +333,7 @@ P = rvq_problem(np.random.default_rng(0), 1, 2, 1, 1, 4, 64, 4, 1, 1, 2)
         (lambda: turboquant_bit_unpack(mx.zeros((1,), mx.uint32), bits=1, original_length=33), "original_length: got 33"),
         (lambda: turboquant_bit_unpack(mx.zeros((1,), mx.int32), bits=1), "packed: got int32"),
         (lambda: turboquant_fused_rvq_decode_attend(**{**P, "q": X}), "q: got float32 [2, 64]"),
-        (lambda: turboquant_fused_rvq_decode_attend(**{**P, "b1": 2}), "centroids: got float32 [2], wanted 4"),
+        (lambda: turboquant_fused_rvq_decode_attend(**{**P, "b1": 2}), "centroids1: got float32 [2], wanted 4"),
         (lambda: turboquant_fused_rvq_decode_attend(**{**P, "bv": 3}), "v_codebook"),
         (lambda: turboquant_fused_rvq_decode_attend(**{**P, "q": mx.zeros((1, 2, 1, 300))}), "D = 300"),
         (lambda: turboquant_fused_rvq_decode_attend(**{**P, "q": mx.zeros((2, 2, 1, 64))}), "k_indices1: got uint8"),

@@ -6,10 +6,14 @@
 #include <gtest/gtest.h>
 
 #include "src/attention/kernel_calls.h"
+#include "src/attention/rvq_calls.h"
 #include "src/backends/metal/cuda_text.h"
 #include "src/cache/kernel_calls.h"
+#include "src/codecs/commvq/kernel_calls.h"
 #include "src/codecs/kernel_calls.h"
+#include "src/codecs/qjl/kernel_calls.h"
 #include "src/codecs/rabitq/kernel_calls.h"
+#include "src/codecs/rope/kernel_calls.h"
 #include "src/codecs/turboquant/kernel_calls.h"
 #include "src/codecs/vecinfer/kernel_calls.h"
 
@@ -200,6 +204,72 @@ TEST_F(CudaText, RabitqCompiles) {
     expect_compiles(rabitq::decode_blocks_call(b),
                     {{Type::uint8, {2, 2, 3, b.block_bytes()}}, means});
   }
+}
+
+TEST_F(CudaText, QjlAndPopcountScoresCompile) {
+  expect_compiles(qjl::encode_rows_call(19, 80, 160),
+                  {{Type::float32, {19, 80}}, {Type::float32, {160, 80}}});
+  expect_compiles(qjl::inner_product_call(2, 6, 2, 300), {{Type::float32, {2, 6, 160}},
+                                                          {Type::uint8, {2, 300, 2, 20}},
+                                                          {Type::float32, {2, 300, 2}},
+                                                          {Type::float32, {1}}});
+  expect_compiles(rabitq::popcount_queries_call(6, 80, 4),
+                  {{Type::float32, {6, 80}}, {Type::float32, {2, 80}}});
+  expect_compiles(rabitq::popcount_scores_call(6, 3, 300, 80), {{Type::uint8, {6, 4, 10}},
+                                                                {Type::float32, {6, 4}},
+                                                                {Type::uint8, {2, 300, 10}},
+                                                                {Type::float32, {2, 300}}});
+  for (int outliers : {0, 3}) {
+    qjl::BlockKernelShape b;
+    b.batch = 2, b.heads = 2, b.n_tokens = 130, b.dim = 80, b.outliers = outliers;
+    b.layout.m = 160, b.layout.m_out = outliers > 0 ? 80 : 0, b.layout.n_channels = outliers;
+    const ArrayShape sketch{Type::float32, {3, 2, 80}}, channels{Type::int32, {1}};
+    expect_compiles(qjl::encode_blocks_call(b),
+                    {{Type::float16, {2, 2, 130, 80}}, sketch, channels});
+    expect_compiles(
+        qjl::decode_blocks_call(b),
+        {{Type::uint8, {2, 2, 3, b.layout.bytes()}}, sketch, channels, {Type::float32, {2}}});
+  }
+}
+
+TEST_F(CudaText, CommVQAndRopeCompile) {
+  commvq::BlockKernelShape b;
+  b.batch = 2, b.heads = 2, b.n_tokens = 130, b.dim = 80, b.n_stages = 3, b.n_entries = 64;
+  const ArrayShape book{Type::float16, {2, 3, 64, 2, 40}}, z{Type::float32, {2, 2, 192, 80}};
+  expect_compiles(commvq::encode_blocks_call(b), {{Type::float32, {2, 2, 130, 80}},
+                                                  book,
+                                                  {Type::float32, {2, 3, 64}},
+                                                  {Type::float32, {2, 3, 64, 64}}});
+  expect_compiles(commvq::decode_blocks_call(b), {{Type::uint8, {2, 2, 3, b.block_bytes()}}, book});
+  expect_compiles(commvq::look_up_call(9, 8, 4, Type::bfloat16), {{Type::int32, {9, 2, 8}},
+                                                                  {Type::bfloat16, {2, 8, 16, 4}},
+                                                                  {Type::float32, {9, 16}},
+                                                                  {Type::float32, {9, 16}}});
+  rope::SlotShape r;
+  r.batch = r.heads = 2, r.n_tokens = 192, r.dim = 80, r.rotating = 20;
+  const ArrayShape slots{Type::int32, {2, 40, 3}}, weights{Type::float32, {2, 40}},
+      table{Type::float32, {3, 20, 64}};
+  expect_compiles(rope::to_slots_call(r),
+                  {{Type::float16, {2, 2, 192, 80}}, slots, weights, table, table});
+  expect_compiles(rope::from_slots_call(r), {z, slots, weights, table, table});
+}
+
+TEST_F(CudaText, RvqAttendCompiles) {
+  attention::RvqShape s{1, 2, 3, 2, 64, 200, 4, 16, 16, 4, 256};
+  s.norms = s.mask = true;
+  const ArrayShape codes{Type::uint8, {1, 2, 200, 64}}, q{Type::float32, {1, 6, 2, 64}};
+  expect_compiles(attention::rvq_pass_call(s, 4), {q,
+                                                   codes,
+                                                   codes,
+                                                   {Type::uint8, {1, 2, 200, 16}},
+                                                   {Type::float32, {4}},
+                                                   {Type::float32, {16}},
+                                                   {Type::float32, {256, 4}},
+                                                   {Type::float32, {1, 2, 200}},
+                                                   {Type::int32, {4, 6}},
+                                                   {Type::int32, {2, 4}},
+                                                   {Type::float32, {2}},
+                                                   {Type::float32, {1, 6, 2, 200}}});
 }
 
 TEST_F(CudaText, TilesOfOtherCodecsCompile) {

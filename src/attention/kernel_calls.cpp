@@ -15,20 +15,11 @@ using metal::Kernel;
 using metal::Type;
 
 const char* const kHeader = "src/attention/metal_decode.h";
-constexpr int kMaxRows = 8;        // of a tile: registers
-constexpr int kMaxSimdgroups = 4;  // of a threadgroup
+constexpr int kMaxRows = 8;  // of a tile: registers
 constexpr int kThreadgroupsACore = 8;
 constexpr int kMaxItemBlocks = 64;
 constexpr int kMergeSlices = 4;  // of the items of a row, merged side by side
 constexpr int kMaxBuffers = 31;  // that a Metal function takes
-
-int tile_rows(const DecodeShape& s) { return std::min(kMaxRows, s.n_rows()); }
-
-int value_lanes(int n_subvectors) {
-  int lanes = 1;
-  while (lanes < n_subvectors && lanes < 32) lanes *= 2;
-  return lanes;
-}
 
 std::string numbered(const char* name, int i) { return name + std::to_string(i); }
 
@@ -59,16 +50,10 @@ std::string exact_text(int i) {
          "lane);\n";
 }
 
-std::string first_pass_body(const DecodeShape& s) {
-  std::string text = R"(
-  threadgroup float query[ROWS * QUERY_DIM];
-  threadgroup float power[GROUPS * ROWS * 64];
-  threadgroup float merged[ROWS * 2];
-)";
-  if (s.n_spans > 0) {
-    text += stage_text("k", s.keys) + stage_text("v", s.values);
-  }
-  text +=
+}  // namespace
+
+std::string rows_text(bool mask) {
+  std::string text =
       R"(  const int head = (int)threadgroup_position_in_grid.y, batch = (int)threadgroup_position_in_grid.z;
   const int n_heads = (int)threadgroups_per_grid.y, n_queries = q_shape[2];
   const int group_size = q_shape[1] / n_heads, n_rows = n_queries * group_size;
@@ -77,8 +62,7 @@ std::string first_pass_body(const DecodeShape& s) {
   const int first_row = (int)threadgroup_position_in_grid.x / n_items * ROWS;
   const uint self = thread_index_in_threadgroup, n_threads = threads_per_threadgroup.x;
   const uint lane = self % 32, simdgroup = self / 32, n_simdgroups = n_threads / 32;
-  const int source = plan[6 * item + 1], first = plan[6 * item + 2];
-  const int position = plan[6 * item + 4];
+  const int first = plan[6 * item + 2], position = plan[6 * item + 4];
   const int64_t head_queries = (int64_t)(batch * n_heads + head) * n_rows * DIM;
   const float factor = params[0] * M_LOG2E_F, cap = params[1];
   float maximum[ROWS], sum[ROWS];
@@ -93,13 +77,59 @@ std::string first_pass_body(const DecodeShape& s) {
     query_of[r] = row / group_size;
     mask_row[r] = )";
   text +=
-      s.mask ? "batch * mask_strides[0] + (head * group_size + row % group_size) * mask_strides[1] "
-               "+ query_of[r] * mask_strides[2]"
-             : "0";
+      mask ? "batch * mask_strides[0] + (head * group_size + row % group_size) * mask_strides[1] "
+             "+ query_of[r] * mask_strides[2]"
+           : "0";
   text +=
       ";\n  }\n  const int count = min(plan[6 * item + 3], max(0, seen_end - position));\n"
       "  const int64_t mask_step = " +
-      std::string(s.mask ? "mask_strides[3]" : "0") + ";\n";
+      std::string(mask ? "mask_strides[3]" : "0") + ";\n";
+  return text;
+}
+
+std::string packed_text(const std::string& dims) {
+  return replaced(R"(    float own[ROWS][NP];
+    int place[NP];
+    const int lanes = veloxquant::value_lanes(OUT_DIM / VPIECE);
+    for (int k = 0; k < NP; ++k) {
+      const int m = (int)lane % lanes + k / VPIECE * lanes;
+      place[k] = m < OUT_DIM / VPIECE && (int)lane < lanes ? m * VPIECE + k % VPIECE : -1;
+      for (int r = 0; r < ROWS; ++r) own[r][k] = 0.0f;
+    }
+    veloxquant::attend_blocks<ROWS, SOFTCAP, MASK, NP>(
+        k_tile, keys, v_tile, values, count, position, query, power + 64 * ROWS * simdgroup, cap, seen,
+        query_of, mask_text, mask_row, mask_step, own, maximum, sum, simdgroup, n_simdgroups, lane);
+    veloxquant::merge_simdgroups<ROWS, OUT_DIM, NP>(own, place, maximum, sum, query, merged, simdgroup,
+                                                n_simdgroups, lane);
+)",
+                  "OUT_DIM", dims);
+}
+
+std::string store_text(const std::string& dims) {
+  return replaced(
+      R"(  const int64_t at = ((int64_t)(batch * n_heads + head) * n_items + item) * n_rows + first_row;
+  for (uint i = self; i < ROWS * OUT_DIM; i += n_threads) {
+    if (first_row + (int)(i / OUT_DIM) < n_rows) parts[at * OUT_DIM + i] = query[i];
+  }
+  for (uint i = self; i < ROWS * 2; i += n_threads) {
+    if (first_row + (int)(i / 2) < n_rows) sums[at * 2 + i] = merged[i];
+  }
+)",
+      "OUT_DIM", dims);
+}
+
+namespace {
+
+std::string first_pass_body(const DecodeShape& s) {
+  std::string text = R"(
+  threadgroup float query[ROWS * QUERY_DIM];
+  threadgroup float power[GROUPS * ROWS * 64];
+  threadgroup float merged[ROWS * 2];
+)";
+  if (s.n_spans > 0) {
+    text += stage_text("k", s.keys) + stage_text("v", s.values);
+  }
+  text += rows_text(s.mask) + "  const int source = plan[6 * item + 1];\n  (void)source;\n";
   if (s.n_spans > 0) {
     text += "  if (plan[6 * item] == 0) {\n" + table_text("k", s.keys) + table_text("v", s.values);
     if (s.key_transform == 2) {
@@ -132,20 +162,8 @@ std::string first_pass_body(const DecodeShape& s) {
         tile_text("v", s.values) +
         R"(    keys += block * decltype(k_tile)::WORDS;
     values += block * decltype(v_tile)::WORDS;
-    float own[ROWS][NP];
-    int place[NP];
-    const int lanes = veloxquant::value_lanes(DIM / VPIECE);
-    for (int k = 0; k < NP; ++k) {
-      const int m = (int)lane % lanes + k / VPIECE * lanes;
-      place[k] = m < DIM / VPIECE && (int)lane < lanes ? m * VPIECE + k % VPIECE : -1;
-      for (int r = 0; r < ROWS; ++r) own[r][k] = 0.0f;
-    }
-    veloxquant::attend_blocks<ROWS, SOFTCAP, MASK, NP>(
-        k_tile, keys, v_tile, values, count, position, query, power + 64 * ROWS * simdgroup, cap, seen,
-        query_of, mask_text, mask_row, mask_step, own, maximum, sum, simdgroup, n_simdgroups, lane);
-    veloxquant::merge_simdgroups<ROWS, DIM, NP>(own, place, maximum, sum, query, merged, simdgroup,
-                                                n_simdgroups, lane);
-  } else {
+)" + packed_text("DIM") +
+        R"(  } else {
 )";
   } else {
     text += "  {\n";
@@ -168,35 +186,29 @@ std::string first_pass_body(const DecodeShape& s) {
                                                 n_simdgroups, lane);
 )";
   }
-  text += R"(  }
-  const int64_t at = ((int64_t)(batch * n_heads + head) * n_items + item) * n_rows + first_row;
-  for (uint i = self; i < ROWS * DIM; i += n_threads) {
-    if (first_row + (int)(i / DIM) < n_rows) parts[at * DIM + i] = query[i];
-  }
-  for (uint i = self; i < ROWS * 2; i += n_threads) {
-    if (first_row + (int)(i / 2) < n_rows) sums[at * 2 + i] = merged[i];
-  }
-)";
+  text += "  }\n" + store_text("DIM");
   // Without a mask the parameter is any pointer.
   return replaced(text, "mask_text", s.mask ? "mask" : "params");
 }
 
-// Bodies differ in which arrays there are: one kernel for each, built once.
+}  // namespace
+
 const Kernel* kernel_once(const std::string& name, const std::vector<std::string>& inputs,
-                          const std::vector<std::string>& outputs, const std::string& body,
-                          bool row_contiguous) {
+                          const std::vector<std::string>& outputs, const char* header,
+                          const std::string& body, bool row_contiguous) {
   static std::mutex mutex;
   static std::map<std::string, Kernel> kernels;
   const std::lock_guard<std::mutex> lock(mutex);
   auto it = kernels.find(body);
   if (it == kernels.end()) {
-    it =
-        kernels
-            .emplace(body, metal::make_kernel(name, inputs, outputs, kHeader, body, row_contiguous))
-            .first;
+    it = kernels
+             .emplace(body, metal::make_kernel(name, inputs, outputs, header, body, row_contiguous))
+             .first;
   }
   return &it->second;
 }
+
+namespace {
 
 std::vector<std::string> first_pass_inputs(const DecodeShape& s) {
   std::vector<std::string> inputs = {"q"};
@@ -216,6 +228,14 @@ std::vector<std::string> first_pass_inputs(const DecodeShape& s) {
 }
 
 }  // namespace
+
+int tile_rows(const DecodeShape& s) { return std::min(kMaxRows, s.n_rows()); }
+
+int values_a_lane(int n_subvectors) {
+  int lanes = 1;  // value_lanes of metal_decode.h
+  while (lanes < n_subvectors && lanes < 32) lanes *= 2;
+  return (n_subvectors + lanes - 1) / lanes;
+}
 
 std::optional<std::string> no_decode_kernel_because(const DecodeShape& s) {
   if (s.head_dim % 8 != 0 || s.head_dim > kMaxDecodeDim) {
@@ -316,7 +336,7 @@ Call turn_queries_call(const DecodeShape& s, int matrices) {
 
 Call first_pass_call(const DecodeShape& s, int n_items) {
   Call call;
-  call.kernel = kernel_once("vq_decode_items", first_pass_inputs(s), {"parts", "sums"},
+  call.kernel = kernel_once("vq_decode_items", first_pass_inputs(s), {"parts", "sums"}, kHeader,
                             first_pass_body(s), false);
   const int rows = tile_rows(s), tiles = (s.n_rows() + rows - 1) / rows;
   auto& arguments = call.launch.arguments;
@@ -330,11 +350,10 @@ Call first_pass_call(const DecodeShape& s, int n_items) {
                {"QUERY_DIM", s.n_spans > 0 ? std::max(s.head_dim, s.key_rows()) : s.head_dim}};
   if (s.n_spans > 0) {
     const int piece = piece_dims(s.values), n_values = s.head_dim / piece;
-    const int lanes = value_lanes(n_values);
     add_tile_arguments("K", s.keys, s.key_rows(), arguments);
     add_tile_arguments("V", s.values, s.head_dim, arguments);
     arguments.push_back({"VPIECE", piece});
-    arguments.push_back({"NP", (n_values + lanes - 1) / lanes * piece});
+    arguments.push_back({"NP", values_a_lane(n_values) * piece});
   }
   const int threads = 32 * kMaxSimdgroups;
   call.launch.grid = {n_items * tiles * threads, s.n_kv_heads, s.batch};
@@ -347,7 +366,7 @@ Call first_pass_call(const DecodeShape& s, int n_items) {
 Call second_pass_call(const DecodeShape& s) {
   Call call;
   call.kernel = kernel_once("vq_decode_merge", {"parts", "sums", "counts", "sinks", "inverse"},
-                            {"out", "lse"}, R"(
+                            {"out", "lse"}, kHeader, R"(
   threadgroup float packed[SLICES * DIM];
   threadgroup float exact[SLICES * DIM];
   threadgroup float weights[SLICES * STRIDE];

@@ -10,6 +10,7 @@
 #include "src/mlx/gpu_codec.h"
 #include "src/mlx/shared_numbers.h"
 #include "src/mlx/views.h"
+#include "veloxquant/backend.h"
 
 namespace veloxquant {
 namespace mx = mlx::core;
@@ -77,21 +78,13 @@ std::pair<mx::array, mx::array> attend_part(Attention& a, const mx::array& queri
     const Item part = attention::seen_part(stretch, seen);
     if (part.count > 0) stretches.push_back(part);
   }
-  const bool metal = a.gpu.gpu == Gpu::metal;
-  std::vector<Item> items = attention::plan_items(
-      shape, stretches, metal ? kMetalCores : kCudaCores, metal ? 1 : kCudaBlocks);
+  std::vector<Item> items = planned(shape, stretches, a.gpu.gpu);
   if (items.empty()) {  // nothing is seen: an item without tokens
     items.push_back(a.stretches.front());
     items[0].count = 0;
   }
-  std::vector<int32_t> plan;
-  int packed = 0;
-  for (const Item& item : items) {
-    plan.insert(plan.end(), {item.packed ? 0 : 1, item.source, item.first, item.count,
-                             item.position, item.capacity});
-    packed += item.packed;
-  }
-  if (items.size() < 2) plan.resize(12, 0);  // at least two rows: see first_pass_call
+  const int packed = static_cast<int>(
+      std::count_if(items.begin(), items.end(), [](const Item& item) { return item.packed; }));
 
   const mx::array q = dense_on(a.gpu.stream, queries, queries.dtype());
   std::vector<mx::array> inputs{q};
@@ -100,7 +93,8 @@ std::pair<mx::array, mx::array> attend_part(Attention& a, const mx::array& queri
     inputs.push_back(
         launch(attention::turn_queries_call(shape, matrix.shape(0)), {q, matrix}, a.gpu)[0]);
   }
-  inputs.insert(inputs.end(), {shared_ints(plan, 6), shared_ints(seen, 4), a.params});
+  inputs.insert(inputs.end(),
+                {shared_ints(plan_numbers(items), 6), shared_ints(seen, 4), a.params});
   if (a.keys != nullptr) {
     inputs.insert(inputs.end(), {a.keys->smooth, a.keys->tables, a.values->tables});
   }
@@ -122,6 +116,22 @@ std::pair<mx::array, mx::array> attend_part(Attention& a, const mx::array& queri
 }
 
 }  // namespace
+
+std::vector<Item> planned(const DecodeShape& shape, const std::vector<Item>& stretches, Gpu gpu) {
+  const bool metal = gpu == Gpu::metal;
+  return attention::plan_items(shape, stretches, metal ? kMetalCores : kCudaCores,
+                               metal ? 1 : kCudaBlocks);
+}
+
+std::vector<int32_t> plan_numbers(const std::vector<Item>& items) {
+  std::vector<int32_t> plan;
+  for (const Item& item : items) {
+    plan.insert(plan.end(), {item.packed ? 0 : 1, item.source, item.first, item.count,
+                             item.position, item.capacity});
+  }
+  if (items.size() < 2) plan.resize(12, 0);  // at least two rows: see first_pass_call
+  return plan;
+}
 
 std::optional<std::string> no_gpu_cache_because(const CodecArrays& keys,
                                                 const CodecArrays& values) {
@@ -158,6 +168,7 @@ GpuAppend append_on_gpu(const mx::array& keys, const mx::array& values, const mx
                                             {floats(keys), floats(values), exact_keys, exact_values,
                                              counts, shared_ints(append_numbers(geometry, plan))},
                                             gpu);
+  if (debug_enabled()) log_once("append: on the GPU, caches of " + key_codec.spec.method);
   GpuAppend append{{out[0], out[1]}, out[2]};
   for (int side = 0; side < 2 && plan.n_sealed > 0; ++side) {
     const auto& codec = std::get<GpuCodec>(gpu_codec(side == 0 ? key_codec : value_codec));
@@ -212,6 +223,7 @@ std::optional<std::pair<mx::array, mx::array>> attend_on_gpu(
   if (n_queries < 1 || shape.n_rows() < 1 || a.stretches.empty()) return std::nullopt;
   if (auto reason = attention::no_decode_kernel_because(shape)) return on_cpu(*reason);
 
+  if (debug_enabled()) log_once("attend: on the GPU, caches of " + keys.codec->spec.method);
   // Spans are written by kernels and concatenations, exact tokens go in by their strides.
   for (int i = 0; i < n_spans; ++i) {
     a.stored.insert(a.stored.end(), {keys.spans[i], values.spans[i]});

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "src/attention/kernel_calls.h"
 #include "src/mlx/gpu_launch.h"
 #include "src/mlx/ops.h"
 #include "src/mlx/snapshot.h"
@@ -16,6 +17,11 @@
 namespace veloxquant {
 
 constexpr int kGpuSpans = 4;  // a Metal function takes 31 buffers: longer spans instead of more
+
+// Attention's items for a GPU, and as the numbers that its kernels read.
+std::vector<attention::Item> planned(const attention::DecodeShape& shape,
+                                     const std::vector<attention::Item>& stretches, Gpu gpu);
+std::vector<int32_t> plan_numbers(const std::vector<attention::Item>& items);
 
 // Why caches of these codecs do not run on a GPU; nothing where they do.
 std::optional<std::string> no_gpu_cache_because(const CodecArrays& keys, const CodecArrays& values);

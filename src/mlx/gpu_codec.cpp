@@ -3,6 +3,8 @@
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
+#include "src/codecs/qjl/kernel_calls.h"
+#include "src/codecs/qjl/sketch.h"
 #include "src/codecs/rabitq/kernel_calls.h"
 #include "src/codecs/turboquant/kernel_calls.h"
 #include "src/codecs/turboquant/sketch.h"
@@ -148,11 +150,45 @@ MaybeGpuCodec rabitq_codec(const CodecArrays& codec) {
   return gpu;
 }
 
+MaybeGpuCodec qjl_codec(const CodecArrays& codec) {
+  const mx::array* given = find(codec, "sketch");
+  const qjl::BlockKernelShape blocks = qjl::block_shape_of(
+      codec.spec, given == nullptr ? 0 : given->shape(0), find(codec, "outlier_channels") != nullptr);
+  if (auto reason = qjl::no_kernel_because(blocks)) return *reason;
+  if (blocks.outliers > 0) return "decode attention has no kernel for outlier channels";
+  const int dim = blocks.dim, m = blocks.layout.m;
+  attention::CodeFormat format;
+  format.kind = TileKind::planes;
+  format.bits = 1;
+  format.n_rows = m;
+  // Signs of the rotations, or the matrix; queries meet the keys' signs behind the same.
+  const std::vector<float> rotations =
+      blocks.dense ? std::vector<float>{} : qjl::sketch_signs(blocks, seed_of(codec.spec));
+  const mx::array sketch = blocks.dense ? *given : floats(rotations, {m / dim, 2, dim});
+  const mx::array smooth = blocks.dense ? one_number() : floats({rotations.begin(), rotations.begin() + 2 * dim}, {2, dim});
+  GpuCodec gpu{format, blocks.sketched() ? 3 : 2, smooth,
+               floats({qjl::score_constants(blocks)[0]}, {1}), smooth, {}, {}, {}};
+  if (!blocks.sketched()) {
+    const qjl::Sketch rows =
+        blocks.dense ? qjl::Sketch::dense(dim, m, given->data<float>())
+                     : qjl::Sketch::structured(dim, m, seed_of(codec.spec), 0);
+    std::vector<float> identity(static_cast<size_t>(dim) * dim, 0.0f);
+    std::vector<float> matrix(static_cast<size_t>(dim) * m);
+    for (int d = 0; d < dim; ++d) identity[static_cast<size_t>(d) * dim + d] = 1.0f;
+    rows.project(identity.data(), dim, matrix.data());
+    gpu.query_matrix = floats(matrix, {1, dim, m});
+  }
+  gpu.encode_inputs = {sketch, one_number()};
+  gpu.encode = encode_of(blocks, qjl::encode_blocks_call);
+  return gpu;
+}
+
 MaybeGpuCodec make(const CodecArrays& codec) {
   const std::string& method = codec.spec.method;
   if (method == "vecinfer") return vecinfer_codec(codec);
   if (method == "turboquant" || method == "turboquant_rvq") return scalar_codec(codec);
   if (method == "rabitq") return rabitq_codec(codec);
+  if (method == "qjl") return qjl_codec(codec);
   return "method " + method + " has no GPU kernels";
 }
 

@@ -3,8 +3,6 @@
 #include <mlx/ops.h>
 
 #include <algorithm>
-#include <climits>
-#include <cmath>
 
 #include "src/codecs/kernel_calls.h"
 #include "src/codecs/turboquant/kernel_calls.h"
@@ -12,34 +10,13 @@
 #include "src/math/rotation.h"
 #include "src/mlx/function_op.h"
 #include "src/mlx/gpu_launch.h"
+#include "src/mlx/op_arguments.h"
 #include "src/mlx/views.h"
-#include "veloxquant/rvq_attend.h"
 #include "veloxquant/words.h"
 
 namespace veloxquant {
 namespace mx = mlx::core;
 namespace {
-
-void require_floats(const char* name, const char* argument, const mx::array& a) {
-  require(mx::issubdtype(a.dtype(), mx::floating), "[", name, "] ", argument, ": got ",
-          shape_text(a), ", wanted floats");
-}
-
-void require_integers(const char* name, const char* argument, const mx::array& a) {
-  require(mx::issubdtype(a.dtype(), mx::integer) || a.dtype() == mx::bool_, "[", name, "] ",
-          argument, ": got ", shape_text(a), ", wanted integers");
-}
-
-void require_bits(const char* name, int bits, int least, int most) {
-  require(bits >= least && bits <= most, "[", name, "] bits: got ", bits, ", wanted ", least,
-          " to ", most);
-}
-
-mx::Shape leading(const mx::array& a, std::initializer_list<int64_t> last) {
-  mx::Shape shape(a.shape().begin(), a.shape().end() - 1);
-  for (int64_t n : last) shape.push_back(static_cast<mx::ShapeElem>(n));
-  return shape;
-}
 
 // How many centroids there are.
 int centroid_count(const char* name, const mx::array& centroids, int bits) {
@@ -51,29 +28,6 @@ int centroid_count(const char* name, const mx::array& centroids, int bits) {
   return static_cast<int>(centroids.size());
 }
 
-std::optional<std::string> too_many(size_t elements) {
-  if (elements > size_t{INT_MAX}) return "more than 2^31 elements";
-  return std::nullopt;
-}
-
-// Row-major in `dtype` and of this shape.
-mx::array shaped(const mx::Stream& stream, const mx::array& a, mx::Dtype dtype, mx::Shape shape) {
-  return mx::reshape(dense_on(stream, a, dtype), std::move(shape), stream);
-}
-
-// Any integers as uint8 codes: what exceeds a byte, and what is negative, is out of every table's
-// range and becomes 255.
-mx::array code_bytes(const mx::Stream& stream, const mx::array& codes) {
-  if (codes.dtype() == mx::uint8 || codes.dtype() == mx::bool_) {
-    return dense_on(stream, codes, mx::uint8);
-  }
-  mx::array wide = mx::astype(codes, mx::int64, stream);
-  const mx::array top(255, mx::int64);
-  wide = mx::where(mx::less(wide, mx::array(0, mx::int64), stream), top,
-                   mx::minimum(wide, top, stream), stream);
-  return dense_on(stream, wide, mx::uint8);
-}
-
 // What the kernels of scalar_quant.h are told and given: rows, the rotation, the quantiser.
 struct ScalarRows {
   turboquant::RowShape shape;
@@ -82,7 +36,7 @@ struct ScalarRows {
 
   ScalarRows(const ScalarQuantParams& params, int64_t rows)
       : shape{static_cast<int>(rows), params.dim, params.bits, params.scale, params.rotate},
-        no_kernel_because(too_many(static_cast<size_t>(rows) * params.dim)),
+        no_kernel_because(too_many(rows * params.dim)),
         seed(params.seed) {
     if (!no_kernel_because) no_kernel_because = turboquant::no_kernel_because(shape);
   }
@@ -175,7 +129,8 @@ mx::array nearest_scalar_op(const mx::array& x, const mx::array& centroids, int 
   require_bits(name, bits, 1, kMaxScalarBits);
   const int n = centroid_count(name, centroids, bits), size = static_cast<int>(x.size());
   if (const auto out = on_gpu(
-          name, s, too_many(x.size()), [&] { return turboquant::nearest_call(size, n); },
+          name, s, too_many(static_cast<int64_t>(x.size())),
+          [&] { return turboquant::nearest_call(size, n); },
           [&](const mx::Stream& gpu) {
             return std::vector<mx::array>{shaped(gpu, x, core_float(x.dtype()), {size}),
                                           shaped(gpu, centroids, mx::float32, {n})};
@@ -207,7 +162,7 @@ mx::array hadamard_nearest_op(const mx::array& x, const mx::array& diag, const m
       "[", name, "] diag: got ", shape_text(diag), ", wanted [", dim, "]");
   const int n = centroid_count(name, centroids, bits), rows = static_cast<int>(row_count(x));
   if (const auto out = on_gpu(
-          name, s, too_many(x.size()),
+          name, s, too_many(static_cast<int64_t>(x.size())),
           [&] { return turboquant::hadamard_nearest_call(rows, dim, n); },
           [&](const mx::Stream& gpu) {
             return std::vector<mx::array>{shaped(gpu, x, core_float(x.dtype()), {rows, dim}),
@@ -234,7 +189,8 @@ mx::array scalar_centroids_op(const mx::array& indices, const mx::array& centroi
   require_integers(name, "indices", indices);
   const int n = centroid_count(name, centroids, 0), size = static_cast<int>(indices.size());
   if (const auto out = on_gpu(
-          name, s, too_many(indices.size()), [&] { return turboquant::centroids_call(size, n); },
+          name, s, too_many(static_cast<int64_t>(indices.size())),
+          [&] { return turboquant::centroids_call(size, n); },
           [&](const mx::Stream& gpu) {
             return std::vector<mx::array>{mx::reshape(code_bytes(gpu, indices), {size}, gpu),
                                           shaped(gpu, centroids, mx::float32, {n})};
@@ -262,7 +218,7 @@ mx::array pack_words_op(const mx::array& indices, int bits, mx::StreamOrDevice s
   const mx::Dtype code_dtype = bytes ? mx::uint8 : mx::int32;
   const int n_rows = static_cast<int>(row_count(indices)), n_codes = static_cast<int>(n);
   if (const auto out = on_gpu(
-          name, s, too_many(indices.size()),
+          name, s, too_many(static_cast<int64_t>(indices.size())),
           [&] { return metal::pack_words_call(n_rows, n_codes, bits); },
           [&](const mx::Stream& gpu) {
             return std::vector<mx::array>{
@@ -295,7 +251,7 @@ mx::array unpack_words_op(const mx::array& packed, int bits, int64_t n, mx::Stre
           " (", row_words, " words of ", codes_per_word(bits), " codes)");
   const int n_rows = static_cast<int>(row_count(packed)), n_codes = static_cast<int>(n);
   if (const auto out = on_gpu(
-          name, s, too_many(static_cast<size_t>(n) * n_rows),
+          name, s, too_many(n * n_rows),
           [&] { return metal::unpack_words_call(n_rows, n_codes, bits); },
           [&](const mx::Stream& gpu) {
             return std::vector<mx::array>{mx::reshape(dense_on(gpu, packed, mx::uint32),
@@ -343,124 +299,6 @@ mx::array unpack_bytes_op(const mx::array& packed, int64_t n, int bits, mx::Stre
                   mx::array(0, mx::uint8), "constant", stream);
   const mx::array words = mx::view(mx::contiguous(bytes, false, stream), mx::uint32, stream);
   return mx::astype(unpack_words_op(words, bits, n, s), mx::uint8, stream);
-}
-
-mx::array rvq_attend_op(const mx::array& q, const mx::array& keys1, const mx::array& keys2,
-                        const mx::array& centroids1, const mx::array& centroids2,
-                        const mx::array& values, const mx::array& value_table,
-                        const RvqAttendOptions& options, mx::StreamOrDevice s) {
-  const char* name = "turboquant_fused_rvq_decode_attend";
-  const mx::Stream stream = cpu_stream(s);
-  require(q.ndim() == 4 && mx::issubdtype(q.dtype(), mx::floating), "[", name, "] q: got ",
-          shape_text(q), ", wanted floats [B, H, S_q, D]");
-  require(keys1.ndim() != 4 || keys1.shape(2) != 0, "[", name, "] k_indices1: got ",
-          shape_text(keys1), ", wanted at least one token");
-  const int dim = q.shape(3);
-  require(dim >= 1 && dim <= 256, "[", name, "] q: got D = ", dim, ", wanted 1 to 256");
-  require(keys1.ndim() == 4, "[", name, "] k_indices1: got ", shape_text(keys1),
-          ", wanted [B, H_kv, S_kv, D]");
-  require_bits(name, options.b1, 1, 8);
-  require_bits(name, options.b2, 1, 8);
-  require_bits(name, options.bv, 1, 8);
-  // Codes, or words of codes.
-  auto key_codes = [&](const char* argument, const mx::array& codes, int bits) {
-    require_integers(name, argument, codes);
-    const bool words = codes.dtype() == mx::uint32 && codes.ndim() == 4 &&
-                       codes.shape(3) == words_per_row(dim, bits) && codes.shape(3) != dim;
-    return words ? dense(unpack_words_op(codes, bits, dim, s), mx::uint8, s)
-                 : code_bytes(stream, codes);
-  };
-  const mx::array k1 = key_codes("k_indices1", keys1, options.b1);
-  const mx::array k2 = key_codes("k_indices2", keys2, options.b2);
-  require(k1.shape() == k2.shape(), "[", name, "] k_indices2: got ", shape_text(keys2),
-          ", wanted the shape of k_indices1 ", shape_text(keys1));
-  const int kv_heads = k1.shape(1), n_tokens = k1.shape(2);
-  require(k1.shape(0) == q.shape(0) && k1.shape(3) == dim, "[", name, "] k_indices1: got ",
-          shape_text(keys1), ", wanted [", q.shape(0), ", H_kv, S_kv, ", dim, "] as q ",
-          shape_text(q));
-  require(kv_heads >= 1 && q.shape(1) % kv_heads == 0, "[", name, "] q: got ", q.shape(1),
-          " heads, wanted a multiple of ", kv_heads);
-  require_integers(name, "v_indices", values);
-  require(values.ndim() == 4 && values.shape(0) == q.shape(0) && values.shape(1) == kv_heads &&
-              values.shape(2) == n_tokens,
-          "[", name, "] v_indices: got ", shape_text(values), ", wanted [", q.shape(0), ", ",
-          kv_heads, ", ", n_tokens, ", D / sub_v]");
-  require_floats(name, "v_codebook", value_table);
-  require(value_table.ndim() == 2 && value_table.shape(0) == 1 << options.bv &&
-              value_table.shape(1) >= 1,
-          "[", name, "] v_codebook: got ", shape_text(value_table), ", wanted [", 1 << options.bv,
-          ", sub_v] (2^bv rows)");
-  centroid_count(name, centroids1, options.b1);
-  centroid_count(name, centroids2, options.b2);
-  std::vector<mx::array> inputs{dense(q, mx::float32, s),
-                                k1,
-                                k2,
-                                code_bytes(stream, values),
-                                dense(centroids1, mx::float32, s),
-                                dense(centroids2, mx::float32, s),
-                                dense(value_table, mx::float32, s)};
-  if (options.key_norms) {
-    require_floats(name, "key_norms", *options.key_norms);
-    require(options.key_norms->shape() == mx::Shape({q.shape(0), kv_heads, n_tokens}), "[", name,
-            "] key_norms: got ", shape_text(*options.key_norms), ", wanted [", q.shape(0), ", ",
-            kv_heads, ", ", n_tokens, "]");
-    inputs.push_back(dense(*options.key_norms, mx::float32, s));
-  }
-  if (options.mask) {
-    const mx::array& given = *options.mask;
-    require(given.dtype() == mx::bool_ || mx::issubdtype(given.dtype(), mx::floating), "[", name,
-            "] mask: got ", shape_text(given), ", wanted bools or floats");
-    mx::array mask = given.dtype() == mx::bool_
-                         ? mx::where(given, mx::array(0.0f), mx::array(-INFINITY), stream)
-                         : mx::astype(given, mx::float32, stream);
-    const mx::Shape full{q.shape(0), q.shape(1), q.shape(2), n_tokens};
-    try {
-      mask = mx::broadcast_to(mx::contiguous(mask, false, stream), full, stream);
-    } catch (const std::invalid_argument&) {
-      fail("[", name, "] mask: got ", shape_text(given), ", wanted a shape that broadcasts to [",
-           full[0], ", ", full[1], ", ", full[2], ", ", full[3], "]");
-    }
-    inputs.push_back(mask);
-  }
-  RvqAttendProblem problem;
-  problem.batch = q.shape(0);
-  problem.heads = q.shape(1);
-  problem.kv_heads = kv_heads;
-  problem.dim = dim;
-  problem.n_queries = q.shape(2);
-  problem.n_tokens = n_tokens;
-  problem.n_subvectors = values.shape(3);
-  problem.sub_dim = value_table.shape(1);
-  problem.scale = options.scale.value_or(1.0f / std::sqrt(static_cast<float>(dim)));
-  problem.causal = options.causal;
-  problem.sliding_window = options.sliding_window;
-  const bool has_norms = options.key_norms.has_value(), has_mask = options.mask.has_value();
-  return function_op(
-      name, inputs,
-      {{mx::Shape{q.shape(0), q.shape(1), q.shape(2), problem.n_subvectors * problem.sub_dim},
-        mx::float16}},
-      [problem, has_norms, has_mask](const std::vector<mx::array>& in,
-                                     std::vector<mx::array>& out) {
-        RvqAttendProblem p = problem;
-        auto floats = [](const mx::array& a) {
-          return std::vector<float>(a.data<float>(), a.data<float>() + a.size());
-        };
-        p.q = in[0].data<float>();
-        p.keys1 = in[1].data<uint8_t>();
-        p.keys2 = in[2].data<uint8_t>();
-        p.values = in[3].data<uint8_t>();
-        p.centroids1 = floats(in[4]);
-        p.centroids2 = floats(in[5]);
-        p.value_table = floats(in[6]);
-        if (has_norms) p.norms = in[7].data<float>();
-        if (has_mask) {
-          const mx::array& mask = in.back();
-          p.mask = mask.data<float>();
-          for (int d = 0; d < 4; ++d) p.mask_stride[d] = mask.strides()[d];
-        }
-        rvq_attend(p, reinterpret_cast<uint16_t*>(out[0].data<uint8_t>()));
-      },
-      s)[0];
 }
 
 }  // namespace veloxquant

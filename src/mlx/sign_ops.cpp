@@ -3,16 +3,18 @@
 #include <mlx/ops.h>
 
 #include <algorithm>
-#include <climits>
 #include <cmath>
 #include <vector>
 
 #include "src/backends/cpu/convert.h"
 #include "src/codecs/kernel_calls.h"
+#include "src/codecs/qjl/kernel_calls.h"
 #include "src/codecs/rabitq/kernel_calls.h"
 #include "src/codecs/turboquant/kernel_calls.h"
 #include "src/mlx/function_op.h"
 #include "src/mlx/gpu_launch.h"
+#include "src/mlx/op_arguments.h"
+#include "src/mlx/shared_numbers.h"
 #include "src/mlx/views.h"
 #include "veloxquant/qjl.h"
 #include "veloxquant/rabitq.h"
@@ -57,6 +59,11 @@ std::vector<int64_t> broadcast_index(const mx::Shape& full, const mx::Shape& own
     repeat *= size;
   }
   return index;
+}
+
+mx::array rotation_signs(int dim, uint64_t seed) {
+  const std::vector<float> signs = turboquant::rotation_signs(dim, seed);
+  return mx::array(signs.data(), {2, dim}, mx::float32);
 }
 
 }  // namespace
@@ -134,16 +141,13 @@ std::pair<mx::array, mx::array> rabitq_encode_op(const mx::array& x, uint64_t se
   const int dim = x.shape(-1);
   const mx::Shape lead = leading(x, 1);
   const int64_t n = product(lead);
-  std::optional<std::string> reason;
-  if (x.size() > size_t{INT_MAX}) reason = "more than 2^31 elements";
   const int rows = static_cast<int>(n);
   if (const auto codes = on_gpu(
-          "rabitq_encode", s, reason, [&] { return rabitq::encode_rows_call(rows, dim); },
+          "rabitq_encode", s, too_many(static_cast<int64_t>(x.size())),
+          [&] { return rabitq::encode_rows_call(rows, dim); },
           [&](const mx::Stream& gpu) {
-            const std::vector<float> signs = turboquant::rotation_signs(dim, seed);
-            return std::vector<mx::array>{
-                mx::reshape(dense_on(gpu, x, mx::float32), {rows, dim}, gpu),
-                mx::array(signs.data(), {2, dim}, mx::float32)};
+            return std::vector<mx::array>{shaped(gpu, x, mx::float32, {rows, dim}),
+                                          rotation_signs(dim, seed)};
           },
           {joined(lead, {dim / 8}), lead})) {
     return {(*codes)[0], (*codes)[1]};
@@ -178,6 +182,22 @@ mx::array rabitq_popcount_score_op(const mx::array& q, const mx::array& codes,
   require(is_float(factors) && factors.shape() == leading(codes, 1), name, "factors: got ",
           shape_text(factors), ", wanted floats of the shape of codes without its last axis");
   const int heads = codes.shape(-3), n = codes.shape(-2), group = q_heads / heads;
+  const int rows = static_cast<int>(product(leading(q, 1)));
+  if (const auto scores = on_gpu(
+          "rabitq_popcount_score", s, too_many(int64_t{rows} * std::max(n, dim)),
+          [&] { return rabitq::popcount_scores_call(rows, group, n, dim); },
+          [&](const mx::Stream& gpu) {
+            std::vector<mx::array> inputs =
+                launch(rabitq::popcount_queries_call(rows, dim, query_bits),
+                       {shaped(gpu, q, mx::float32, {rows, dim}), rotation_signs(dim, seed)},
+                       *gpu_stream(gpu));
+            inputs.push_back(shaped(gpu, codes, mx::uint8, {rows / group, n, dim / 8}));
+            inputs.push_back(shaped(gpu, factors, mx::float32, {rows / group, n}));
+            return inputs;
+          },
+          {joined(leading(q, 1), {n})})) {
+    return (*scores)[0];
+  }
   return function_op(
       "rabitq_popcount_score",
       {dense(q, mx::float32, s), dense(codes, mx::uint8, s), dense(factors, mx::float32, s)},
@@ -217,6 +237,20 @@ std::pair<mx::array, mx::array> qjl_encode_op(const mx::array& x, const mx::arra
   const int m = sketch.shape(0);
   const mx::Shape lead = leading(x, 1);
   const int64_t n = product(lead);
+  std::optional<std::string> reason = too_many(n * std::max(dim, m));
+  if (dim > qjl::kMaxKernelDim) {
+    reason = "rows of more than " + std::to_string(qjl::kMaxKernelDim) + " values";
+  }
+  const int rows = static_cast<int>(n);
+  if (const auto codes = on_gpu(
+          "qjl_encode", s, reason, [&] { return qjl::encode_rows_call(rows, dim, m); },
+          [&](const mx::Stream& gpu) {
+            return std::vector<mx::array>{shaped(gpu, x, mx::float32, {rows, dim}),
+                                          dense_on(gpu, sketch, mx::float32)};
+          },
+          {joined(lead, {m / 8}), lead})) {
+    return {(*codes)[0], (*codes)[1]};
+  }
   auto out = function_op(
       "qjl_encode", {dense(x, mx::float32, s), dense(sketch, mx::float32, s)},
       {{joined(lead, {m / 8}), mx::uint8}, {lead, mx::float16}},
@@ -245,6 +279,19 @@ mx::array qjl_inner_product_op(const mx::array& q_proj, const mx::array& signs,
           shape_text(norms), ", wanted floats of the shape of packed_signs without its last axis");
   const int n = signs.shape(-3), heads = signs.shape(-2);
   const int64_t batches = product(leading(q_proj, 2));
+  const int b = static_cast<int>(batches);
+  if (const auto scores = on_gpu(
+          "qjl_inner_product", s, too_many(batches * std::max<int64_t>(n, 1) * q_heads * (m / 8)),
+          [&] { return qjl::inner_product_call(b, q_heads, heads, n); },
+          [&](const mx::Stream& gpu) {
+            return std::vector<mx::array>{shaped(gpu, q_proj, mx::float32, {b, q_heads, m}),
+                                          shaped(gpu, signs, mx::uint8, {b, n, heads, m / 8}),
+                                          shaped(gpu, norms, mx::float32, {b, n, heads}),
+                                          shared_floats({qjl::score_constant(m)})};
+          },
+          {joined(leading(q_proj, 1), {n})})) {
+    return (*scores)[0];
+  }
   return function_op(
       "qjl_inner_product",
       {dense(q_proj, mx::float32, s), dense(signs, mx::uint8, s), dense(norms, mx::float32, s)},

@@ -9,7 +9,7 @@ import numpy as np
 from veloxquant_mlx import _ext
 
 TOLERANCE = 2e-3  # of a row of attention, relative
-METHODS = ("vecinfer", "turboquant", "turboquant_rvq", "rabitq")
+METHODS = ("vecinfer", "turboquant", "turboquant_rvq", "rabitq", "qjl")
 
 
 def run(on_cpu=lambda: mx.stream(mx.cpu), rows=2048):
@@ -65,7 +65,8 @@ def _functions(on_cpu, rows):
     x, book, matrix = normal(1, 2, rows, 128).astype(mx.float16), normal(256, 4), normal(128, 128)
     factors = mx.abs(normal(2, 128)) + 0.1
     codes = mx.array(r.integers(0, 256, (rows, 33), dtype=np.uint8))
-    words = _ext.pack_words(codes, 3)
+    words, entries = _ext.pack_words(codes, 3), normal(32, 256, 4)
+    signs = mx.array(r.integers(0, 256, (1, rows, 16), dtype=np.uint8))
     packed, norms = _ext.scalar_quantize(x, 2, "norm_corrected", True, 3)
     calls = {
         "vecinfer_quantize_metal": lambda: [_ext.vecinfer_quantize(x, book, 4)],
@@ -82,6 +83,16 @@ def _functions(on_cpu, rows):
         "turboquant_hadamard_quantize": lambda: _ext.scalar_quantize(x, 2, "norm_corrected", True, 3),
         "turboquant_scalar_dequantize": lambda: [_ext.scalar_dequantize(packed, norms, 128, 2, True, 3, mx.float16)],
         "rabitq_encode": lambda: _ext.rabitq_encode(x, 5),
+        "rabitq_popcount_score": lambda: [
+            _ext.rabitq_popcount_score(factors[None], signs[None], factors[:1, :1] * mx.ones((1, 1, rows)), 5, 4)
+        ],
+        "comm_vq_decode_metal": lambda: [
+            _ext.comm_vq_decode(codes[:, :32], entries, mx.arange(rows), factors[0, :64], 32, 4, 256)
+        ],
+        "qjl_encode": lambda: _ext.qjl_encode(x, matrix),
+        "qjl_inner_product": lambda: [
+            _ext.qjl_inner_product(factors[None], signs.swapaxes(0, 1)[None], mx.ones((1, rows, 1)))
+        ],
     }
     for name, call in calls.items():
         before = sum(_ext.gpu_launches().values())
@@ -97,6 +108,9 @@ def _functions(on_cpu, rows):
 def _codecs(method, r, heads, dim):
     from veloxquant_mlx.cache.codecs import vecinfer
 
+    if method == "qjl":
+        keys = _ext.codec("keys", "qjl", heads, dim, {"sketch_bits": 2 * dim, "seed": 3})
+        return [keys, _ext.codec("values", "turboquant", heads, dim, {"bits": 2, "seed": 3})]
     if method != "vecinfer":
         return [_ext.codec(side, method, heads, dim, {"bits": 2, "seed": 3}) for side in ("keys", "values")]
     tables = [mx.array(r.standard_normal((heads, 1, 256, 4), dtype=np.float32)) for _ in range(2)]
@@ -136,9 +150,30 @@ def _cache(on_cpu, heads=2, dim=64):
             for a, b in zip(outs, expected, strict=True)
         )
     note = "elements of the caches that differ from the CPU's: " + ", ".join(f"{m} {n}" for m, n in differ.items())
+    yield _rvq(on_cpu, r)
     yield _check("append", not any(differ.values()) and launched, note if launched else "ran on the CPU")
     note = "row errors " + ", ".join(f"{m} {e:.1e}" for m, e in errors.items()) + f", wanted below {TOLERANCE:g}"
     yield _check("attend", max(errors.values()) < TOLERANCE and launched, note)
+
+
+def _rvq(on_cpu, r):
+    keys = [mx.array(r.integers(0, 4, (1, 2, 300, 64), dtype=np.uint8)) for _ in range(2)]
+    tables = [mx.array(r.standard_normal(4, dtype=np.float32)) for _ in range(2)]
+    values = mx.array(r.integers(0, 16, (1, 2, 300, 16), dtype=np.uint8))
+    q = mx.array(r.standard_normal((1, 8, 2, 64), dtype=np.float32))
+    vectors = mx.array(r.standard_normal((16, 4), dtype=np.float32))
+
+    def call():
+        return np.array(_ext.rvq_attend(q, *keys, *tables, values, vectors, 2, 2, 4, causal=True).astype(mx.float32))
+
+    before = _ext.gpu_launches().get("vq_rvq_items", 0)
+    got = call()
+    launched = _ext.gpu_launches().get("vq_rvq_items", 0) > before
+    with on_cpu():
+        expected = call()
+    error = float(np.max(np.linalg.norm(got - expected, axis=-1) / np.linalg.norm(expected, axis=-1)))
+    note = f"row error {error:.1e}, wanted below {TOLERANCE:g}"
+    return _check("turboquant_fused_rvq_decode_attend", error < TOLERANCE and launched, note)
 
 
 def _bandwidth(rows):
