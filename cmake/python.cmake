@@ -27,6 +27,8 @@ if(NOT mlx_version STREQUAL mlx_pin)
 endif()
 find_package(nanobind 3.0 CONFIG REQUIRED)
 find_package(MLX CONFIG REQUIRED)
+include(${PROJECT_SOURCE_DIR}/cmake/metallib.cmake)
+veloxquant_add_metallib()
 
 file(GLOB extension_sources CONFIGURE_DEPENDS src/mlx/*.cpp python/bindings/*.cpp)
 list(FILTER extension_sources EXCLUDE REGEX "_test\\.cpp$")
