@@ -247,7 +247,7 @@ def test_selftest_passes_on_the_machine_and_sees_a_wrong_kernel(capsys):
     names = {name for name, _ in _ext.gpu_operations()} | {"no fused multiply-add in encode"}
     for launcher, failed in (
         (Machine(), set()),
-        (Wrong(), {"vecinfer_quantize_metal", "turboquant_bit_pack", "attend"}),
+        (Wrong(), {"vecinfer_quantize_metal", "turboquant_bit_pack", "turboquant_fused_rvq_decode_attend", "attend"}),
     ):
 
         @contextlib.contextmanager
