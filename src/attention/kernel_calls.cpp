@@ -1,9 +1,8 @@
 #include "src/attention/kernel_calls.h"
 
 #include <algorithm>
-#include <map>
-#include <mutex>
 
+#include "src/attention/decode_text.h"
 #include "src/attention/tile_text.h"
 #include "src/backends/metal/source.h"
 
@@ -11,11 +10,9 @@ namespace veloxquant::attention {
 namespace {
 
 using metal::Call;
-using metal::Kernel;
 using metal::Type;
 
 const char* const kHeader = "src/attention/metal_decode.h";
-constexpr int kMaxRows = 8;  // of a tile: registers
 constexpr int kThreadgroupsACore = 8;
 constexpr int kMaxItemBlocks = 64;
 constexpr int kMergeSlices = 4;  // of the items of a row, merged side by side
@@ -33,182 +30,35 @@ std::string choice(const std::string& name, int n, const std::string& cast) {
   return text;
 }
 
-std::string exact_text(int i) {
-  const std::string n = std::to_string(i);
-  return "      if (source == " + n +
-         ") veloxquant::attend_exact<DIM, ROWS, BFLOAT, SOFTCAP, MASK, NE>(\n"
-         "          ek" +
-         n + " + (batch * ek" + n + "_strides[0] + head * ek" + n + "_strides[1] + first * ek" + n +
-         "_strides[2]), ek" + n +
-         "_strides[2],\n"
-         "          ev" +
-         n + " + (batch * ev" + n + "_strides[0] + head * ev" + n + "_strides[1] + first * ev" + n +
-         "_strides[2]), ev" + n +
-         "_strides[2],\n"
-         "          count, position, query, power + 64 * ROWS * simdgroup, cap, seen, query_of,\n"
-         "          mask_text, mask_row, mask_step, own, maximum, sum, simdgroup, n_simdgroups, "
-         "lane);\n";
-}
-
-}  // namespace
-
-std::string rows_text(bool mask) {
-  std::string text =
-      R"(  const int head = (int)threadgroup_position_in_grid.y, batch = (int)threadgroup_position_in_grid.z;
-  const int n_heads = (int)threadgroups_per_grid.y, n_queries = q_shape[2];
-  const int group_size = q_shape[1] / n_heads, n_rows = n_queries * group_size;
-  const int n_items = (int)threadgroups_per_grid.x / ((n_rows + ROWS - 1) / ROWS);
-  const int item = (int)threadgroup_position_in_grid.x % n_items;
-  const int first_row = (int)threadgroup_position_in_grid.x / n_items * ROWS;
-  const uint self = thread_index_in_threadgroup, n_threads = threads_per_threadgroup.x;
-  const uint lane = self % 32, simdgroup = self / 32, n_simdgroups = n_threads / 32;
-  const int first = plan[6 * item + 2], position = plan[6 * item + 4];
-  const int64_t head_queries = (int64_t)(batch * n_heads + head) * n_rows * DIM;
-  const float factor = params[0] * M_LOG2E_F, cap = params[1];
-  float maximum[ROWS], sum[ROWS];
-  int query_of[ROWS];
-  int64_t mask_row[ROWS];
-  int seen_end = 0;
-  for (int r = 0; r < ROWS; ++r) {
-    const int row = min(first_row + r, n_rows - 1);
-    seen_end = max(seen_end, veloxquant::end_of_seen(seen, row / group_size, plan[6 * item] == 0));
-    maximum[r] = -INFINITY;
-    sum[r] = 0.0f;
-    query_of[r] = row / group_size;
-    mask_row[r] = )";
-  text +=
-      mask ? "batch * mask_strides[0] + (head * group_size + row % group_size) * mask_strides[1] "
-             "+ query_of[r] * mask_strides[2]"
-           : "0";
-  text +=
-      ";\n  }\n  const int count = min(plan[6 * item + 3], max(0, seen_end - position));\n"
-      "  const int64_t mask_step = " +
-      std::string(mask ? "mask_strides[3]" : "0") + ";\n";
-  return text;
-}
-
-std::string packed_text(const std::string& dims) {
-  return replaced(R"(    float own[ROWS][NP];
-    int place[NP];
-    const int lanes = veloxquant::value_lanes(OUT_DIM / VPIECE);
-    for (int k = 0; k < NP; ++k) {
-      const int m = (int)lane % lanes + k / VPIECE * lanes;
-      place[k] = m < OUT_DIM / VPIECE && (int)lane < lanes ? m * VPIECE + k % VPIECE : -1;
-      for (int r = 0; r < ROWS; ++r) own[r][k] = 0.0f;
-    }
-    veloxquant::attend_blocks<ROWS, SOFTCAP, MASK, NP>(
-        k_tile, keys, v_tile, values, count, position, query, power + 64 * ROWS * simdgroup, cap, seen,
-        query_of, mask_text, mask_row, mask_step, own, maximum, sum, simdgroup, n_simdgroups, lane);
-    veloxquant::merge_simdgroups<ROWS, OUT_DIM, NP>(own, place, maximum, sum, query, merged, simdgroup,
-                                                n_simdgroups, lane);
-)",
-                  "OUT_DIM", dims);
-}
-
-std::string store_text(const std::string& dims) {
-  return replaced(
-      R"(  const int64_t at = ((int64_t)(batch * n_heads + head) * n_items + item) * n_rows + first_row;
-  for (uint i = self; i < ROWS * OUT_DIM; i += n_threads) {
-    if (first_row + (int)(i / OUT_DIM) < n_rows) parts[at * OUT_DIM + i] = query[i];
-  }
-  for (uint i = self; i < ROWS * 2; i += n_threads) {
-    if (first_row + (int)(i / 2) < n_rows) sums[at * 2 + i] = merged[i];
-  }
-)",
-      "OUT_DIM", dims);
-}
-
-namespace {
-
 std::string first_pass_body(const DecodeShape& s) {
-  std::string text = R"(
-  threadgroup float query[ROWS * QUERY_DIM];
-  threadgroup float power[GROUPS * ROWS * 64];
-  threadgroup float merged[ROWS * 2];
-)";
+  std::string text = memory_text();
+  if (s.n_spans > 0) text += stage_text("k", s.keys) + stage_text("v", s.values);
+  text += group_text() + plan_text() + rows_text(s.mask);
+  if (s.n_exact > 0) text += "  const int source = plan[6 * item + 1];\n";
   if (s.n_spans > 0) {
-    text += stage_text("k", s.keys) + stage_text("v", s.values);
-  }
-  text += rows_text(s.mask) + "  const int source = plan[6 * item + 1];\n  (void)source;\n";
-  if (s.n_spans > 0) {
-    text += "  if (plan[6 * item] == 0) {\n" + table_text("k", s.keys) + table_text("v", s.values);
-    if (s.key_transform == 2) {
-      text +=
-          "    veloxquant::load_queries<KROWS, ROWS>(q_codes + head_queries / DIM * KROWS, "
-          "group_size, n_queries, first_row, n_rows, factor, params, false, query, self, "
-          "n_threads);\n";
-    } else {
-      text += std::string(
-                  "    veloxquant::load_queries<DIM, ROWS>(q + head_queries, group_size, "
-                  "n_queries, first_row, n_rows, factor, ") +
-              (s.key_transform == 1 ? "smooth + head * DIM, true" : "params, false") +
-              ", query, self, n_threads);\n";
-      if (s.key_transform == 1) {
-        text += "    veloxquant::hadamard_rows<DIM>(query, ROWS, self, n_threads);\n";
-      }
-      if (s.key_transform == 3) {
-        text += "    veloxquant::rotate_rows<DIM>(smooth, query, power, ROWS, self, n_threads);\n";
-      }
-    }
-    text +=
-        "    veloxquant::barrier_of_group();\n"
+    const std::string block =
         "    const int64_t block = (int64_t)(batch * n_heads + head) * plan[6 * item + 5] + "
-        "first;\n"
-        "    const device uint32_t* keys = " +
-        choice("k", s.n_spans, "(const device uint32_t*)") +
-        ";\n    const device uint32_t* values = " +
-        choice("v", s.n_spans, "(const device uint32_t*)") + R"(;
-)" + tile_text("k", s.keys) +
-        tile_text("v", s.values) +
-        R"(    keys += block * decltype(k_tile)::WORDS;
-    values += block * decltype(v_tile)::WORDS;
-)" + packed_text("DIM") +
-        R"(  } else {
-)";
+        "first;\n";
+    const auto blocks_of = [&](const std::string& name, const std::string& side) {
+      return "    const device uint32_t* " + name + " = (" +
+             choice(side, s.n_spans, "(const device uint32_t*)") + ") + block * decltype(" + side +
+             "_tile)::WORDS;\n";
+    };
+    text += "  if (is_packed) {\n" +
+            sides_text(s, block + blocks_of("keys", "k") + blocks_of("values", "v")) +
+            packed_text("DIM") + "  } else {\n";
   } else {
     text += "  {\n";
   }
-  if (s.n_exact > 0) {
-    text +=
-        R"(    veloxquant::load_queries<DIM, ROWS>(q + head_queries, group_size, n_queries, first_row, n_rows,
-                                        factor, params, false, query, self, n_threads);
-    veloxquant::barrier_of_group();
-    float own[ROWS][NE];
-    int place[NE];
-    for (int k = 0; k < NE; ++k) {
-      place[k] = (int)lane + 32 * k < DIM ? (int)lane + 32 * k : -1;
-      for (int r = 0; r < ROWS; ++r) own[r][k] = 0.0f;
-    }
-)";
-    for (int i = 0; i < s.n_exact; ++i) text += exact_text(i);
-    text +=
-        R"(    veloxquant::merge_simdgroups<ROWS, DIM, NE>(own, place, maximum, sum, query, merged, simdgroup,
-                                                n_simdgroups, lane);
-)";
+  std::string calls;
+  for (int i = 0; i < s.n_exact; ++i) {
+    calls += "      if (source == " + std::to_string(i) + ")\n" +
+             exact_call_text(i, "first", "count", "position");
   }
-  text += "  }\n" + store_text("DIM");
+  text += (calls.empty() ? calls : exact_text(calls)) + "  }\n" + store_text("DIM");
   // Without a mask the parameter is any pointer.
   return replaced(text, "mask_text", s.mask ? "mask" : "params");
 }
-
-}  // namespace
-
-const Kernel* kernel_once(const std::string& name, const std::vector<std::string>& inputs,
-                          const std::vector<std::string>& outputs, const char* header,
-                          const std::string& body, bool row_contiguous) {
-  static std::mutex mutex;
-  static std::map<std::string, Kernel> kernels;
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto it = kernels.find(body);
-  if (it == kernels.end()) {
-    it = kernels
-             .emplace(body, metal::make_kernel(name, inputs, outputs, header, body, row_contiguous))
-             .first;
-  }
-  return &it->second;
-}
-
-namespace {
 
 std::vector<std::string> first_pass_inputs(const DecodeShape& s) {
   std::vector<std::string> inputs = {"q"};
@@ -228,14 +78,6 @@ std::vector<std::string> first_pass_inputs(const DecodeShape& s) {
 }
 
 }  // namespace
-
-int tile_rows(const DecodeShape& s) { return std::min(kMaxRows, s.n_rows()); }
-
-int values_a_lane(int n_subvectors) {
-  int lanes = 1;  // value_lanes of metal_decode.h
-  while (lanes < n_subvectors && lanes < 32) lanes *= 2;
-  return (n_subvectors + lanes - 1) / lanes;
-}
 
 std::optional<std::string> no_decode_kernel_because(const DecodeShape& s) {
   if (s.head_dim % 8 != 0 || s.head_dim > kMaxDecodeDim) {
@@ -320,8 +162,8 @@ std::vector<Item> plan_items(const DecodeShape& s, const std::vector<Stretch>& s
 }
 
 Call turn_queries_call(const DecodeShape& s, int matrices) {
-  static const Kernel kernel = metal::make_kernel("vq_turn_queries", {"q", "matrix"}, {"q_codes"},
-                                                  "src/attention/metal_queries.h", R"(
+  static const metal::Kernel kernel = metal::make_kernel(
+      "vq_turn_queries", {"q", "matrix"}, {"q_codes"}, "src/attention/metal_queries.h", R"(
   veloxquant::turn_query<DIM>(q, matrix, MATRICES, HEADS, GROUP, q_codes, thread_position_in_grid,
                               threads_per_grid);)");
   Call call{&kernel, {}};
@@ -339,22 +181,7 @@ Call first_pass_call(const DecodeShape& s, int n_items) {
   call.kernel = kernel_once("vq_decode_items", first_pass_inputs(s), {"parts", "sums"}, kHeader,
                             first_pass_body(s), false);
   const int rows = tile_rows(s), tiles = (s.n_rows() + rows - 1) / rows;
-  auto& arguments = call.launch.arguments;
-  arguments = {{"DIM", s.head_dim},
-               {"ROWS", rows},
-               {"GROUPS", kMaxSimdgroups},
-               {"BFLOAT", s.bfloat_cache ? 1 : 0},
-               {"SOFTCAP", s.softcap ? 1 : 0},
-               {"MASK", s.mask ? 1 : 0},
-               {"NE", (s.head_dim + 31) / 32},
-               {"QUERY_DIM", s.n_spans > 0 ? std::max(s.head_dim, s.key_rows()) : s.head_dim}};
-  if (s.n_spans > 0) {
-    const int piece = piece_dims(s.values), n_values = s.head_dim / piece;
-    add_tile_arguments("K", s.keys, s.key_rows(), arguments);
-    add_tile_arguments("V", s.values, s.head_dim, arguments);
-    arguments.push_back({"VPIECE", piece});
-    arguments.push_back({"NP", values_a_lane(n_values) * piece});
-  }
+  call.launch.arguments = first_pass_arguments(s);
   const int threads = 32 * kMaxSimdgroups;
   call.launch.grid = {n_items * tiles * threads, s.n_kv_heads, s.batch};
   call.launch.threadgroup = {threads, 1, 1};
@@ -381,8 +208,8 @@ Call second_pass_call(const DecodeShape& s) {
   veloxquant::merge_items<DIM, STRIDE, SLICES>(
                                parts + plane * n_items * n_rows * DIM, sums + plane * n_items * n_rows * 2,
                                n_items, counts[1], n_rows, row,
-                               (float)sinks[head * group_size + in_group] * M_LOG2E_F, packed, exact,
-                               weights, partial, &maximum, &total, self, n_threads);
+                               SINKS ? (float)sinks[head * group_size + in_group] * M_LOG2E_F : -INFINITY,
+                               packed, exact, weights, partial, &maximum, &total, self, n_threads);
   if (TRANSFORM == 1) veloxquant::hadamard_rows<DIM>(packed, 1, self, n_threads);
   if (TRANSFORM == 3) {
     veloxquant::rotate_rows_back<DIM>(inverse, packed, moved, 1, self, n_threads);
@@ -390,9 +217,12 @@ Call second_pass_call(const DecodeShape& s) {
   if (TRANSFORM == 2) {
     veloxquant::multiply_row<DIM>(inverse + (int64_t)head * DIM * DIM, packed, moved, self, n_threads);
   }
+  if (TRANSFORM == 4) {
+    veloxquant::multiply_row_transposed<DIM>(inverse + (int64_t)head * DIM * DIM, packed, moved, self, n_threads);
+  }
   const int64_t out_row = (plane * group_size + in_group) * (n_rows / group_size) + query;
   for (uint d = self; d < DIM; d += n_threads) {
-    float value = TRANSFORM == 2 ? moved[d] : packed[d];
+    float value = TRANSFORM == 2 || TRANSFORM == 4 ? moved[d] : packed[d];
     if (TRANSFORM == 1) value = value * inverse[head * DIM + d];
     value = total > 0.0f ? (value + exact[d]) / total : 0.0f;
     out[out_row * DIM + d] = veloxquant::Narrow<OUT>::of(value);
@@ -400,13 +230,14 @@ Call second_pass_call(const DecodeShape& s) {
   if (self == 0) lse[out_row] = total > 0.0f ? (maximum + log2(total)) * M_LN2_F : -INFINITY;
 )",
                             true);
+  const int stride = (s.head_dim + 31) / 32 * 32, threads = kMergeSlices * stride;
   call.launch.arguments = {{"DIM", s.head_dim},
+                           {"STRIDE", stride},
+                           {"SLICES", kMergeSlices},
                            {"HEADS", s.n_kv_heads},
+                           {"SINKS", s.sinks ? 1 : 0},
                            {"TRANSFORM", s.n_spans > 0 ? s.value_transform : 0},
                            {"OUT", s.out}};
-  const int stride = (s.head_dim + 31) / 32 * 32, threads = kMergeSlices * stride;
-  call.launch.arguments.push_back({"STRIDE", stride});
-  call.launch.arguments.push_back({"SLICES", kMergeSlices});
   call.launch.grid = {threads, s.n_rows(), s.batch * s.n_kv_heads};
   call.launch.threadgroup = {threads, 1, 1};
   const int n_q_heads = s.n_kv_heads * s.group;

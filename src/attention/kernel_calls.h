@@ -27,16 +27,18 @@ struct CodeFormat {
   bool by_token = false;  // scalar: streams of tokens (values), not of dimensions (keys)
   bool mean = false;      // planes: the table is a mean, [heads, D]
   int n_rows = 0;         // planes of keys: signs of a sketch; 0: head_dim
+  int chunks = 0;         // vecinfer in fragment order: chunks of 8 sub-vectors; 0: portable blocks
 };
 
 struct DecodeShape {
   int batch = 1, n_kv_heads = 1, group = 1, n_queries = 1, head_dim = 0;
   CodeFormat keys, values;  // unused without spans
   // 0 none, 1 Hadamard with smooth factors, 2 matrices (the queries come transformed as well), 3
-  // the seeded rotation of turboquant, rvq, rabitq.
+  // the seeded rotation of turboquant, rvq, rabitq, 4 (values) matrices transposed.
   int key_transform = 1, value_transform = 1;
   int n_spans = 0, n_exact = 0;  // arrays of packed blocks, of exact tokens
   bool bfloat_cache = false, softcap = false, mask = false;
+  bool sinks = true;  // the second pass has logits of sinks
   metal::Type out = metal::Type::float32;
 
   int n_rows() const { return group * n_queries; }
@@ -83,9 +85,8 @@ metal::Call turn_queries_call(const DecodeShape& shape, int matrices);
 // row-major. outputs: parts fp32 [B, H, items, rows, D], sums fp32 [B, H, items, rows, 2].
 metal::Call first_pass_call(const DecodeShape& shape, int n_items);
 // inputs: parts, sums, counts int32 [3]: items, packed items, query heads of a KV head; sinks fp32
-// [Hq] (-inf: none); inverse: smooth [H, D], matrices [H, D, D],
-// signs [2, D], or one number. outputs: out
-// [B, Hq, Lq, D], lse fp32 [B, Hq, Lq].
+// [Hq] (-inf: none; without `sinks` any array); inverse: smooth [H, D], matrices [H, D, D],
+// signs [2, D], or one number. outputs: out [B, Hq, Lq, D], lse fp32 [B, Hq, Lq].
 metal::Call second_pass_call(const DecodeShape& shape);
 
 }  // namespace veloxquant::attention

@@ -109,6 +109,12 @@ VQ_FN float finished_score(float score, float cap, Seen seen, int query, bool pa
   return score;
 }
 
+// Block n of a span. metal_ragged.h has blocks that lie elsewhere.
+template <int WORDS, class Blocks>
+VQ_FN Blocks block_at(Blocks blocks, int n) {
+  return blocks + (int64_t)n * WORDS;
+}
+
 // Packed blocks first .. of one head, every n_simdgroups-th by this simdgroup.
 // keys, values: tiles (src/attention/README.md, "Tiles on a GPU") without their blocks.
 // q: [ROWS][KeyTile::DIM], transformed, times scale log2(e). p: [ROWS][64] of this simdgroup.
@@ -124,21 +130,20 @@ VQ_FN void attend_blocks(KeyTile keys, Blocks key_blocks, ValueTile values, Bloc
   const uint word = lane % 16, side = lane / 16;
   const int lanes = value_lanes(VM), parts = 32 / lanes, part = (int)lane / lanes;
   for (int block = (int)simdgroup; 64 * block < n_tokens; block += (int)n_simdgroups) {
-    keys.open(key_blocks + (int64_t)block * KeyTile::WORDS);
-    values.open(value_blocks + (int64_t)block * ValueTile::WORDS);
+    keys.open(block_at<KeyTile::WORDS>(key_blocks, block));
+    values.open(block_at<ValueTile::WORDS>(value_blocks, block));
     float score[ROWS][4];
     for (int r = 0; r < ROWS; ++r) {
       for (int i = 0; i < 4; ++i) score[r][i] = 0.0f;
     }
-    // Codes of the next piece are asked for before this one's are used.
-    keys.load((int)side, word);
+// Codes of the next pieces are asked for before these are used.
+#pragma unroll(KSUB >= 4 ? 2 : 4)
     for (int m = (int)side; m < KDIM / KSUB; m += 2) {
-      KeyTile piece = keys;
-      if (m + 2 < KDIM / KSUB) keys.load(m + 2, word);
+      keys.load(m, word);
       for (uint i = 0; i < 4; ++i) {
-        piece.token(i);
+        keys.token(i);
         for (int j = 0; j < KSUB; ++j) {
-          const float y = piece.value(j);
+          const float y = keys.value(j);
           for (int r = 0; r < ROWS; ++r) {
             score[r][i] = fma(q[r * KDIM + m * KSUB + j], y, score[r][i]);
           }
@@ -166,14 +171,13 @@ VQ_FN void attend_blocks(KeyTile keys, Blocks key_blocks, ValueTile values, Bloc
       const int m = (int)lane % lanes + k * lanes;
       if (m >= VM) continue;
       const uint first_word = (uint)(part * (16 / parts)), words = (uint)(16 / parts);
-      values.load(m, first_word);
+#pragma unroll 2
       for (uint w = first_word; w < first_word + words; ++w) {
-        ValueTile piece = values;
-        if (w + 1 < first_word + words) values.load(m, w + 1);
+        values.load(m, w);
         for (uint i = 0; i < 4; ++i) {
-          piece.token(i);
+          values.token(i);
           float y[VSUB];
-          for (int j = 0; j < VSUB; ++j) y[j] = piece.value(j);
+          for (int j = 0; j < VSUB; ++j) y[j] = values.value(j);
           for (int r = 0; r < ROWS; ++r) {
             const float weight = p[64 * r + 4 * w + i];
             for (int j = 0; j < VSUB; ++j) {
@@ -273,6 +277,18 @@ VQ_FN void multiply_row(Matrix matrix, Row from, Row to, uint self, uint n_threa
   barrier_of_group();
 }
 
+// to_j = sum_i matrix[i][j] from_i, likewise.
+template <int DIM, class Matrix, class Row>
+VQ_FN void multiply_row_transposed(Matrix matrix, Row from, Row to, uint self, uint n_threads) {
+  barrier_of_group();
+  for (uint j = self; j < DIM; j += n_threads) {
+    float total = 0.0f;
+    for (uint i = 0; i < DIM; ++i) total = fma((float)from[i], (float)matrix[i * DIM + j], total);
+    to[j] = total;
+  }
+  barrier_of_group();
+}
+
 // The result of `values` of all simdgroups, to all threads. partial: a number a simdgroup.
 template <class Partial>
 VQ_FN float largest_of_group(float own, Partial partial, uint self, uint n_threads) {
@@ -320,7 +336,8 @@ VQ_FN void merge_items(Parts parts, Sums sums, int n_items, int n_packed, int n_
     }
     barrier_of_group();
     for (int i = slice; i < here && d < DIM; i += SLICES) {
-      const float y = weights[i] * parts[((int64_t)(first + i) * n_rows + row) * DIM + d];
+      const float part = parts[((int64_t)(first + i) * n_rows + row) * DIM + d];
+      const float y = weights[i] == 0.0f ? 0.0f : weights[i] * part;  // then never written, perhaps
       a += first + i < n_packed ? y : 0.0f;
       b += first + i < n_packed ? 0.0f : y;
     }

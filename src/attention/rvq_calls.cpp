@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "src/attention/decode_text.h"
 #include "src/attention/tile_text.h"
 #include "src/backends/metal/source.h"
 
@@ -14,14 +15,13 @@ using metal::Type;
 constexpr int kMaxSubDim = 16, kMaxTable = 2048;  // value table: numbers in threadgroup memory
 
 std::string body_text(bool mask) {
-  const std::string text = R"(
-  threadgroup float query[ROWS * QUERY_DIM];
-  threadgroup float power[GROUPS * ROWS * 64];
-  threadgroup float merged[ROWS * 2];
+  const std::string text = memory_text() + R"(
   threadgroup float first_table[N1];
   threadgroup float second_table[N2];
   threadgroup float vectors[C * VPIECE];
-)" + rows_text(mask) + R"(
+)" + group_text() + plan_text() +
+                           rows_text(mask) +
+                           R"(
   for (uint i = self; i < N1; i += n_threads) first_table[i] = centroids1[i];
   for (uint i = self; i < N2; i += n_threads) second_table[i] = centroids2[i];
   for (uint i = self; i < C * VPIECE; i += n_threads) vectors[i] = value_table[i];

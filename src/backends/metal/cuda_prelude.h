@@ -7,11 +7,12 @@
 // bit of a code.
 #pragma once
 
-// Address spaces: CUDA's pointers have none; variables of a threadgroup are shared memory.
+// Address spaces: CUDA's pointers have none; variables of a threadgroup are shared memory, aligned
+// so that neighbours may be loaded at once.
 #define device
 #define constant
 #define thread
-#define threadgroup __shared__
+#define threadgroup __shared__ __align__(16)
 
 // NVRTC knows no host; src/math says __host__ __device__.
 #undef __host__

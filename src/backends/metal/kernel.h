@@ -57,6 +57,7 @@ struct Launch {
   std::vector<TemplateArgument> arguments;
   std::array<int, 3> grid{1, 1, 1};  // threads in all, not threadgroups
   std::array<int, 3> threadgroup{1, 1, 1};
+  int at_once = 0;  // CUDA: threadgroups that a multiprocessor must hold; 0: as registers allow
   std::vector<ArrayShape> outputs;
 };
 

@@ -48,18 +48,20 @@ uint64_t hash_of(const std::string& text) {  // FNV-1a
 
 }  // namespace
 
-std::string flattened(const std::string& path) {
+std::string flattened(const std::string& path) { return flattened(std::vector{path}); }
+
+std::string flattened(const std::vector<std::string>& paths) {
   std::set<std::string> done;
   std::string out;
-  append(path, done, out);
+  for (const std::string& path : paths) append(path, done, out);
   return out;
 }
 
 Kernel make_kernel(const std::string& name, std::vector<std::string> inputs,
-                   std::vector<std::string> outputs, const std::string& header_path,
+                   std::vector<std::string> outputs, const std::vector<std::string>& header_paths,
                    const std::string& body, bool row_contiguous) {
   Kernel kernel;
-  kernel.header = flush_left(needed_by(body, flattened(header_path)));
+  kernel.header = flush_left(needed_by(body, flattened(header_paths)));
   kernel.body = flush_left(body);
   char hash[20];
   std::snprintf(hash, sizeof hash, "_%08x",

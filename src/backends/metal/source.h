@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "src/backends/metal/kernel.h"
@@ -18,11 +19,18 @@ const std::vector<EmbeddedFile>& embedded_files();  // written by CMake
 // (Metal has none).
 // `path`: as in #include, "src/codecs/vecinfer/metal.h". Throws Error for a file that is not there.
 std::string flattened(const std::string& path);
+std::string flattened(const std::vector<std::string>& paths);  // each file once
 
-// A kernel of what it needs of this header. Its name carries a hash of the text: MLX keeps
+// A kernel of what it needs of these headers. Its name carries a hash of the text: MLX keeps
 // libraries by name, and so does Apple's own cache.
 Kernel make_kernel(const std::string& name, std::vector<std::string> inputs,
-                   std::vector<std::string> outputs, const std::string& header_path,
+                   std::vector<std::string> outputs, const std::vector<std::string>& header_paths,
                    const std::string& body, bool row_contiguous = true);
+inline Kernel make_kernel(const std::string& name, std::vector<std::string> inputs,
+                          std::vector<std::string> outputs, const std::string& header_path,
+                          const std::string& body, bool row_contiguous = true) {
+  return make_kernel(name, std::move(inputs), std::move(outputs), std::vector{header_path}, body,
+                     row_contiguous);
+}
 
 }  // namespace veloxquant::metal

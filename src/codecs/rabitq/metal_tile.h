@@ -38,7 +38,7 @@ struct PlaneTile {
   }
   float factor(int t) const { return MEAN ? 1.0f : scalar(t); }
 
-  float scalar(int t) const { return factor_of_all * half_at(words + 2 * DIM_ * BITS, t); }
+  float scalar(int t) const { return factor_of_all * near_half_at(words + 2 * DIM_ * BITS, t); }
 };
 
 }  // namespace veloxquant

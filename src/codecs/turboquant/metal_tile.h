@@ -20,7 +20,10 @@ struct ScalarTile {
     for (int i = 0; i < (BY_TOKEN ? 4 : 1); ++i) {
       const int first = BY_TOKEN ? 4 * ((4 * (int)w + i) * (DIM_ / 4) + m) : m * 64 + 4 * (int)w;
       for (int s = 0; s < STAGES; ++s) {
-        codes[i * STAGES + s] = bits_at(words + s * PLANE, first * BITS, 4 * BITS);
+        // Four neighbours of 1, 2 or 4 bits lie in one word.
+        const int at_bit = first * BITS;
+        codes[i * STAGES + s] = BITS == 3 ? bits_at(words + s * PLANE, at_bit, 4 * BITS)
+                                          : words[s * PLANE + at_bit / 32] >> (at_bit % 32);
       }
     }
   }
@@ -34,7 +37,7 @@ struct ScalarTile {
     }
     return sum;
   }
-  float factor(int t) const { return half_at(words + STAGES * PLANE, t); }
+  float factor(int t) const { return near_half_at(words + STAGES * PLANE, t); }
 };
 
 }  // namespace veloxquant
