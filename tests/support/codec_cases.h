@@ -21,11 +21,12 @@ constexpr int kCaseHeads = 2;
 // A codec with the arrays that it views.
 class CodecCase {
  public:
-  CodecCase(std::string label, std::string method, Side side, int head_dim)
+  CodecCase(std::string label, std::string method, Side side, int head_dim,
+            int n_kv_heads = kCaseHeads)
       : label_(std::move(label)) {
     spec_.method = std::move(method);
     spec_.side = side;
-    spec_.n_kv_heads = kCaseHeads;
+    spec_.n_kv_heads = n_kv_heads;
     spec_.head_dim = head_dim;
   }
 
@@ -62,7 +63,9 @@ class CodecCase {
   }
 
   const Codec& codec() const { return *codec_; }
+  CodecPtr codec_ptr() const { return codec_; }
   const CodecSpec& spec() const { return spec_; }
+  const CodecTables& tables() const { return tables_; }
   const TensorView& given(const std::string& table) const { return tables_.at(table); }
   bool has_table(const std::string& table) const { return tables_.count(table) != 0; }
   std::string label() const { return spec_.method + " " + label_; }

@@ -18,9 +18,10 @@
 
 #include "src/math/portable.h"
 
-namespace veloxquant::vecinfer {
+namespace veloxquant {  // C++14: this is kernel text as well
+namespace vecinfer {
 
-constexpr int kStepTokens = 32;
+enum { kStepTokens = 32 };
 
 VQ_FN int fragment_chunks(int n_subvectors) { return (n_subvectors + 7) / 8; }
 
@@ -37,11 +38,13 @@ VQ_FN int fragment_word_offset(int n_chunks, int lane, int w) {
 VQ_FN int key_token(int tile, int g, int u) { return 16 * tile + 2 * g + u; }
 
 // Which token (of 32) and sub-vector byte `byte` of word `w` of `lane` holds.
-VQ_FN void key_fragment(int n_chunks, int lane, int w, int byte, int* token, int* subvector) {
+VQ_FN void key_fragment(int n_chunks, int lane, int w, int byte, VQ_THREAD int* token,
+                        VQ_THREAD int* subvector) {
   *token = key_token(w / n_chunks, lane / 4, byte % 2);
   *subvector = 8 * (w % n_chunks) + 4 * (byte / 2) + lane % 4;
 }
-VQ_FN void value_fragment(int n_chunks, int lane, int w, int byte, int* token, int* subvector) {
+VQ_FN void value_fragment(int n_chunks, int lane, int w, int byte, VQ_THREAD int* token,
+                          VQ_THREAD int* subvector) {
   *token = 16 * (w / n_chunks) + 4 * (lane % 4) + byte;
   *subvector = 8 * (w % n_chunks) + lane / 4;
 }
@@ -57,4 +60,5 @@ VQ_FN int value_offset(int n_chunks, int token, int subvector) {
   return fragment_word_offset(n_chunks, lane, token / 16 * n_chunks + subvector / 8) + token % 4;
 }
 
-}  // namespace veloxquant::vecinfer
+}  // namespace vecinfer
+}  // namespace veloxquant

@@ -155,12 +155,12 @@ PreparedSide prepare_side(Side side, int n_kv_heads, int head_dim, int n_subvect
     }
   }
   f.has_scale = transform.kind == TransformKind::hadamard && !transform.scale.empty();
-  if (f.has_scale) {
+  if (transform.kind == TransformKind::hadamard) {  // factors of 1 where there are none
     const int64_t n = int64_t{n_kv_heads} * head_dim;
     f.lambda = append_floats(blob, n);
     f.inverse_lambda = append_floats(blob, n);
     for (int64_t i = 0; i < n; ++i) {
-      const float lambda = static_cast<const float*>(transform.scale.data)[i];
+      const float lambda = f.has_scale ? static_cast<const float*>(transform.scale.data)[i] : 1.0f;
       floats(blob, f.lambda)[i] = lambda;
       floats(blob, f.inverse_lambda)[i] = 1.0f / lambda;
     }
