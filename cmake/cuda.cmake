@@ -39,7 +39,7 @@ target_compile_definitions(veloxquant PRIVATE VELOXQUANT_HAVE_CUDA)
 # not ask for. Attention is held by tolerance and may fuse.
 file(GLOB codec_cuda_sources src/codecs/*/*.cu src/cache/*.cu)
 set_source_files_properties(${codec_cuda_sources} PROPERTIES COMPILE_OPTIONS --fmad=false)
-target_link_libraries(veloxquant PRIVATE CUDA::cudart_static)
+target_link_libraries(veloxquant PRIVATE CUDA::cudart_static ${CMAKE_DL_LIBS})  # NVRTC is loaded when first needed
 message(STATUS "VELOXQUANT_CUDA: ${CMAKE_CUDA_COMPILER}, architectures ${CMAKE_CUDA_ARCHITECTURES}")
 
 # What tools/gpu runs on a GPU machine: `cmake --build … --target cuda_check cuda_bench`.
@@ -50,3 +50,10 @@ foreach(program cuda_check cuda_bench)
   veloxquant_compile_options(${program})
   target_link_libraries(${program} PRIVATE veloxquant CUDA::cudart_static)
 endforeach()
+foreach(program general_check general_bench)
+  add_executable(${program} EXCLUDE_FROM_ALL tools/gpu/${program}.cpp)
+  target_include_directories(${program} PRIVATE ${PROJECT_SOURCE_DIR})
+  veloxquant_compile_options(${program})
+  target_link_libraries(${program} PRIVATE veloxquant CUDA::cudart_static)
+endforeach()
+target_sources(general_check PRIVATE tools/gpu/general_append.cpp)

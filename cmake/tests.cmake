@@ -51,11 +51,13 @@ if(VELOXQUANT_NVCC)
     ${PROJECT_BINARY_DIR}/cuda_compiles)
   set_tests_properties(cuda_compiles PROPERTIES TIMEOUT 1200)
 endif()
-# The kernels that MLX hands to NVRTC are compiled by it where a toolkit has it.
+# The kernels that are handed to NVRTC, by MLX or by the library, are compiled by it where a toolkit has it.
 find_library(VELOXQUANT_NVRTC nvrtc PATHS /usr/local/cuda/lib64)
 find_path(VELOXQUANT_CUDA_INCLUDE cuda_fp16.h PATHS /usr/local/cuda/include)
-target_link_libraries(cuda_text_test PRIVATE ${CMAKE_DL_LIBS})
-if(VELOXQUANT_NVRTC AND VELOXQUANT_CUDA_INCLUDE)
-  target_compile_definitions(cuda_text_test PRIVATE
-    VELOXQUANT_NVRTC="${VELOXQUANT_NVRTC}" VELOXQUANT_CUDA_INCLUDE="${VELOXQUANT_CUDA_INCLUDE}")
-endif()
+foreach(name cuda_text_test cuda_general_text_test)
+  target_link_libraries(${name} PRIVATE ${CMAKE_DL_LIBS})
+  if(VELOXQUANT_NVRTC AND VELOXQUANT_CUDA_INCLUDE)
+    target_compile_definitions(${name} PRIVATE
+      VELOXQUANT_NVRTC="${VELOXQUANT_NVRTC}" VELOXQUANT_CUDA_INCLUDE="${VELOXQUANT_CUDA_INCLUDE}")
+  endif()
+endforeach()

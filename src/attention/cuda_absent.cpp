@@ -1,7 +1,7 @@
 // What the CUDA functions are in a library built without CUDA: one clear Error.
 #ifndef VELOXQUANT_HAVE_CUDA
 
-#include "veloxquant/cuda.h"
+#include "veloxquant/cuda_general.h"
 
 namespace veloxquant::cuda {
 namespace {
@@ -32,6 +32,21 @@ void decode_blocks(const PackedSide&, int, int, int, void*, int64_t, int64_t, St
 }
 void advance_lengths(int32_t*, int, int, int, Stream) { absent("advance_lengths"); }
 void append_token(const AppendArgs&, Stream) { absent("append_token"); }
+
+int64_t attend_workspace_bytes(const AttendArgs&) { absent("attend_workspace_bytes"); }
+void prepare_attend(const AttendArgs&) { absent("prepare_attend"); }
+std::string attend_kernel(const AttendArgs&) { absent("attend_kernel"); }
+void attend(const AttendArgs&, Stream) { absent("attend"); }
+void encode_blocks(const BlockSide&, const BlockTable&, int, const ExactSide&, DType, int, int,
+                   Stream) {
+  absent("encode_blocks");
+}
+void decode_blocks(const BlockSide&, const BlockTable&, int, int, int, float*, int64_t, int64_t,
+                   Stream) {
+  absent("decode_blocks");
+}
+void prepare_append(const BlockAppendArgs&) { absent("prepare_append"); }
+void append_token(const BlockAppendArgs&, Stream) { absent("append_token"); }
 
 }  // namespace veloxquant::cuda
 #endif

@@ -1,7 +1,6 @@
 // Metal's kernels as CUDA: the text that MLX would hand to NVRTC compiles, for every kernel there
 // is. Needs libnvrtc (of any CUDA toolkit), no GPU. What they compute is proven on one:
 // tools/gpu/mlx.sh.
-#include <dlfcn.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -16,6 +15,7 @@
 #include "src/codecs/rope/kernel_calls.h"
 #include "src/codecs/turboquant/kernel_calls.h"
 #include "src/codecs/vecinfer/kernel_calls.h"
+#include "tests/support/nvrtc.h"
 
 namespace veloxquant::metal {
 namespace {
@@ -75,59 +75,22 @@ using Strides = Numbers<int64_t>;
 }
 
 #if defined(VELOXQUANT_NVRTC)
-struct Nvrtc {
-  using Program = struct OpaqueProgram*;
-  int (*create)(Program*, const char*, const char*, int, const char* const*, const char* const*);
-  int (*compile)(Program, int, const char* const*);
-  int (*log_size)(Program, size_t*);
-  int (*log)(Program, char*);
-  int (*destroy)(Program*);
-
-  static const Nvrtc* get() {
-    static const Nvrtc* nvrtc = []() -> const Nvrtc* {
-      void* library = dlopen(VELOXQUANT_NVRTC, RTLD_NOW);
-      if (library == nullptr) return nullptr;
-      auto* n = new Nvrtc;  // for the whole process
-      auto find = [&](auto& function, const char* name) {
-        function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name));
-        return function != nullptr;
-      };
-      const bool all =
-          find(n->create, "nvrtcCreateProgram") && find(n->compile, "nvrtcCompileProgram") &&
-          find(n->log_size, "nvrtcGetProgramLogSize") && find(n->log, "nvrtcGetProgramLog") &&
-          find(n->destroy, "nvrtcDestroyProgram");
-      return all ? n : nullptr;
-    }();
-    return nvrtc;
-  }
-
-  // What it says; "" where it compiles. The options are those of MLX.
-  std::string errors(const std::string& source) const {
-    Program program = nullptr;
-    if (create(&program, source.c_str(), "kernel.cu", 0, nullptr, nullptr) != 0) return "create";
-    const char* options[] = {"--device-as-default-execution-space", "--gpu-architecture=sm_90a",
-                             "--include-path=" VELOXQUANT_CUDA_INCLUDE};
-    const int status = compile(program, 3, options);
-    size_t size = 0;
-    log_size(program, &size);
-    std::string text(size, 0);
-    log(program, text.data());
-    destroy(&program);
-    return status == 0 ? std::string() : "NVRTC: " + text.substr(0, 3000);
-  }
-};
-
 void expect_compiles(const Call& call, std::vector<ArrayShape> inputs) {
   ASSERT_FALSE(no_cuda_launch_because(*call.kernel, call.launch)) << call.kernel->name;
   const Kernel cuda = cuda_kernel_of(*call.kernel);
   if (threads_are_single(*call.kernel)) inputs.push_back({Type::int32, {3}});
-  EXPECT_EQ(Nvrtc::get()->errors(mlx_cuda_source(cuda, call.launch, inputs)), "")
+  EXPECT_EQ(test::Nvrtc::get()->errors(
+                mlx_cuda_source(cuda, call.launch, inputs),
+                {"--device-as-default-execution-space", "--gpu-architecture=sm_90a",
+                 "--include-path=" VELOXQUANT_CUDA_INCLUDE}),
+            "")
       << call.kernel->name;
 }
 
 class CudaText : public testing::Test {
   void SetUp() override {
-    if (Nvrtc::get() == nullptr) GTEST_SKIP() << "NOT TESTED: no libnvrtc at " VELOXQUANT_NVRTC;
+    if (test::Nvrtc::get() == nullptr)
+      GTEST_SKIP() << "NOT TESTED: no libnvrtc at " VELOXQUANT_NVRTC;
   }
 };
 

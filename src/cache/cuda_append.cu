@@ -5,7 +5,7 @@
 // and the others move up. All of it is decided by lengths on the device, so that a captured graph
 // goes on by itself.
 #include "src/backends/cuda/check.h"
-#include "src/codecs/vecinfer/cuda_encode.cuh"
+#include "src/cache/cuda_append.cuh"
 
 namespace veloxquant::cuda {
 namespace {
@@ -26,14 +26,6 @@ struct AppendParams {
   const int32_t* lengths;
   int batch, sinks, capacity, x_type, exact_bf16;
 };
-
-// As the cache's append on the CPU: NaN is 0, what 16 bits cannot hold is the largest they can.
-__device__ uint16_t narrow_clean(float x, int bf16) {
-  const uint16_t bits = bf16 ? f32_to_bf16(x) : f32_to_f16(x);
-  const uint16_t infinity = bf16 ? 0x7f80 : 0x7c00;
-  return (bits & 0x7fff) >= infinity ? static_cast<uint16_t>((bits & 0x8000) | (infinity - 1))
-                                     : bits;
-}
 
 __global__ void advance_kernel(int32_t* lengths, int batch, int capacity) {
   const int b = blockIdx.x * blockDim.x + threadIdx.x;

@@ -9,7 +9,7 @@ mkdir -p "$folder"
 stamp=$(cat src/attention/cuda* src/cache/cuda* src/codecs/*/*cuda* src/backends/cuda/* src/math/*.h include/veloxquant/*.h \
   "$0" | sha256sum | cut -c1-16)
 [ "$(cat "$folder/stamp" 2>/dev/null)" = "$stamp" ] && exit 0
-for source in src/backends/cuda/*.cu src/codecs/*/*.cu src/cache/*.cu src/attention/cuda.cu src/attention/cuda_64.cu; do
+for source in src/backends/cuda/*.cu src/codecs/*/*.cu src/cache/*.cu src/attention/cuda.cu src/attention/cuda_general*.cu src/attention/cuda_64.cu; do
   echo "$source"
   "$nvcc" -std=c++20 -O1 -I. -Iinclude -gencode arch=compute_80,code=sm_80 -DVELOXQUANT_HAVE_CUDA \
     -cubin -o "$folder/last.cubin" "$source"

@@ -10,11 +10,13 @@ mkdir -p "$folder/src" "$folder/core"
 cp -r include tools "$folder"
 cp -r src/attention src/cache src/codecs src/backends src/math "$folder/src"
 mkdir "$folder/python"
+mkdir "$folder/tests"
+cp -r tests/support "$folder/tests"
 cp -r python/core_bindings python/veloxquant python/tests_core "$folder/python"
 find "$folder/python" \( -name '*.so' -o -name __pycache__ \) -exec rm -r {} +
 grep -oE 'VERSION [0-9.]+ LANGUAGES' CMakeLists.txt | cut -d' ' -f2 > "$folder/version"
 # The host's part of the core; the CUDA sources are compiled there.
-(cd "$build/CMakeFiles/veloxquant.dir" && find . -name '*.cpp.o' ! -name 'cuda_*') | while read -r object; do
+(cd "$build/CMakeFiles/veloxquant.dir" && find . -name '*.cpp.o' ! -name 'cuda_absent*' ! -name 'cuda_tables*') | while read -r object; do
   cp "$build/CMakeFiles/veloxquant.dir/$object" "$folder/core/$(echo "${object#./}" | tr / _)"
 done
 strip -g "$folder"/core/*.o

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # On a GPU machine, in the folder that pack.sh made: builds, then verifies, times, runs the sanitizers, prints the tables.
-#   tools/gpu/run.sh [OUT] [PART...]     parts: check bench sanitize torch torch_bench; all but the last where none is named
+#   tools/gpu/run.sh [OUT] [PART...]     parts: check bench sanitize torch general general_bench torch_bench; all but the last two
+#   where none is named
 # Two minutes on 16 cores and an H200; logs in OUT.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-/tmp/veloxquant_gpu}
 shift
-parts=" ${*:-check bench sanitize torch} "
+parts=" ${*:-check bench sanitize torch general} "
 build=/tmp/veloxquant_gpu_build
 mkdir -p "$out" "$build"
 export LD_LIBRARY_PATH=$PWD:${LD_LIBRARY_PATH:-} PYTHONPATH=$PWD/python PYTHONDONTWRITEBYTECODE=1
@@ -20,10 +21,16 @@ sources="src/codecs/vecinfer/cuda_tables.cpp src/backends/cuda/cuda_device.cu sr
 if wanted check || wanted bench || wanted sanitize; then
   sources+=" tools/gpu/cuda_bench.cpp tools/gpu/cuda_check.cpp tools/gpu/append_check.cpp tools/gpu/problem.cpp"
 fi
+exact="src/codecs/vecinfer/cuda.cu src/cache/cuda_append.cu"
+if wanted general || wanted general_bench; then
+  sources+=" src/backends/cuda/kernel.cu src/backends/cuda/nvrtc.cu src/attention/cuda_general.cu src/attention/cuda_general_blocks.cu
+    tools/gpu/general_check.cpp tools/gpu/general_append.cpp tools/gpu/general_bench.cpp"
+  exact+=" src/cache/cuda_append_general.cu"
+fi
 for source in $sources; do
   nvcc $flags -c -o "$build/$(basename "$source").o" "$source" &
 done
-for source in src/codecs/vecinfer/cuda.cu src/cache/cuda_append.cu; do
+for source in $exact; do
   nvcc $flags --fmad=false -c -o "$build/exact_$(basename "$source").o" "$source" &
 done
 for dim in 64 96 128 256; do
@@ -48,6 +55,12 @@ if wanted check || wanted bench || wanted sanitize; then
   nvcc -o "$build/cuda_bench" "$build"/{cuda_bench,problem}.cpp.o $shared || exit 1
   nvcc -o "$build/cuda_check" "$build"/{cuda_check,append_check,problem}.cpp.o $shared || exit 1
 fi
+if wanted general || wanted general_bench; then
+  parts_of_general="$build/kernel.cu.o $build/nvrtc.cu.o $build/cuda_general.cu.o $build/cuda_general_blocks.cu.o
+    $build/exact_cuda_append_general.cu.o"
+  nvcc -o "$build/general_check" "$build"/general_{check,append}.cpp.o $parts_of_general $shared -ldl || exit 1
+  nvcc -o "$build/general_bench" "$build/general_bench.cpp.o" $parts_of_general $shared -ldl || exit 1
+fi
 if wanted torch || wanted torch_bench; then
   nvcc -shared -o python/veloxquant/_core.so "$build"/bind_*.o $shared || exit 1
 fi
@@ -68,6 +81,17 @@ if wanted sanitize; then
       grep -qE "(ERROR SUMMARY: 0 errors|0 hazards)" "$out/$tool.log" && grep -q " 0 failures" "$out/$tool.log" &&
       echo "$tool: clean" || { echo "$tool: FAILED, see $out/$tool.log"; status=1; }
   done
+fi
+if wanted general; then
+  "$build/general_check" > "$out/general.log" 2>&1 || status=1
+  grep FAILED "$out/general.log" | head -20
+  tail -1 "$out/general.log"
+  compute-sanitizer --tool memcheck --error-exitcode 3 "$build/general_check" quick > "$out/general_memcheck.log" 2>&1 &&
+    grep -q "ERROR SUMMARY: 0 errors" "$out/general_memcheck.log" && grep -q " 0 failures" "$out/general_memcheck.log" &&
+    echo "general memcheck: clean" || { echo "general memcheck: FAILED, see $out/general_memcheck.log"; status=1; }
+fi
+if wanted general_bench; then
+  "$build/general_bench" | tee "$out/general_bench.txt" || status=1
 fi
 if wanted torch; then
   # Nothing of this may be skipped for want of a GPU or of PyTorch.
