@@ -1,6 +1,7 @@
 // Attention's kernels on the codes of single dimensions, on every SIMD level, against decoded
 // tokens: sign codecs and scalar codecs. (VecInfer's: src/attention/codes_test.cpp.)
 #include <gtest/gtest.h>
+#include <hwy/aligned_allocator.h>
 
 #include <cmath>
 #include <string>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "src/codecs/lookup/plane_codes.h"
+#include "src/codecs/lookup/plane_kernels.h"
 #include "tests/support/random.h"
 #include "veloxquant/qjl.h"
 #include "veloxquant/rabitq.h"
@@ -149,6 +151,46 @@ INSTANTIATE_TEST_SUITE_P(Simd, CodeKernels,
                                             ::testing::Values(lookup::PlaneUse::never,
                                                               lookup::PlaneUse::fast,
                                                               lookup::PlaneUse::always)));
+
+// Which of the two runs depends on the maker of the processor.
+TEST(WideTables, GiveTheSameByHalvesAndByQuarters) {
+  if (!lookup::has_wide_tables()) GTEST_SKIP() << "no AVX-512 VBMI here";
+  Random random(52);
+  constexpr int kBlocks = 5, kCodes = 3, kRows = 3, kDims = 3, kTokens = 64 * kBlocks;
+  auto bytes = [&](int64_t n, int most) {
+    auto x = hwy::AllocateAligned<uint8_t>(n);
+    for (int64_t i = 0; i < n; ++i) x[i] = static_cast<uint8_t>(random.next() % (most + 1));
+    return x;
+  };
+  const auto codes = bytes(kCodes * kTokens, 255);
+  const auto key_tables = bytes(kCodes * 512, 127), value_tables = bytes(kDims * 512, 63);
+  lookup::Blocks blocks{codes.get(), kCodes * 64, kBlocks, kCodes, 256};
+  auto weights = hwy::AllocateAligned<int16_t>(kRows * kTokens);
+  for (int i = 0; i < kRows * kTokens; ++i) weights[i] = static_cast<int16_t>(random.next() % 4000);
+  const float units[kRows] = {1.0f, 0.5f, 0.25f};
+  std::vector<std::vector<float>> found;
+  for (bool by_halves : {true, false}) {
+    lookup::PlaneDigits digits;
+    digits.by_halves = by_halves;
+    std::vector<float> result(kTokens, NAN);
+    lookup::score_planes(blocks, digits, key_tables.get(), 1000, 0.5f, nullptr, result.data());
+    auto sums = hwy::AllocateAligned<float>(kDims * kRows * lookup::kPlaneFloats);
+    std::fill_n(sums.get(), kDims * kRows * lookup::kPlaneFloats, 0.0f);
+    lookup::add_planes(blocks, 1, digits, kDims, value_tables.get(), weights.get(), units, kRows,
+                       sums.get());
+    result.insert(result.end(), sums.get(), sums.get() + kDims * kRows * lookup::kPlaneFloats);
+    found.push_back(result);
+  }
+  EXPECT_EQ(found[0], found[1]);
+  for (int t = 0; t < kTokens; ++t) {
+    int sum = -1000;
+    for (int m = 0; m < kCodes; ++m) {
+      const int code = codes[t / 64 * kCodes * 64 + m * 64 + t % 64];
+      sum += key_tables[m * 512 + code] + 128 * key_tables[m * 512 + 256 + code];
+    }
+    ASSERT_EQ(found[0][t], 0.5f * static_cast<float>(sum)) << t;
+  }
+}
 
 TEST(NoCodeKernels, WithAMeanOrOutliers) {
   const std::vector<float> mean(64, 1.0f);

@@ -55,10 +55,21 @@ HWY_INLINE __m512i kept_in_register(const uint8_t* from) {
   return x;
 }
 
-// 256 entries in four registers. A permutation takes 6 bits of a code, and the upper two choose
-// where it is written: one micro-operation each everywhere.
-struct Quarters {
+// 256 entries.
+struct Registers {
   __m512i a, b, c, d;
+
+  HWY_INLINE explicit Registers(const uint8_t* table)
+      : a(kept_in_register(table)),
+        b(kept_in_register(table + 64)),
+        c(kept_in_register(table + 128)),
+        d(kept_in_register(table + 192)) {}
+};
+
+// A permutation takes 6 bits of a code, and the upper two choose where it is written: one
+// micro-operation each everywhere.
+struct Quarters {
+  Registers r;
   struct Choice {
     __mmask64 odd, upper, last;
     HWY_INLINE explicit Choice(__m512i code)
@@ -67,37 +78,31 @@ struct Quarters {
           last(_kand_mask64(upper, odd)) {}
   };
 
-  HWY_INLINE explicit Quarters(const uint8_t* table)
-      : a(kept_in_register(table)),
-        b(kept_in_register(table + 64)),
-        c(kept_in_register(table + 128)),
-        d(kept_in_register(table + 192)) {}
+  HWY_INLINE explicit Quarters(const uint8_t* table) : r(table) {}
   HWY_INLINE __m512i at(__m512i code, const Choice& choice) const {
-    __m512i x = _mm512_permutexvar_epi8(code, a);
-    x = _mm512_mask_permutexvar_epi8(x, choice.odd, code, b);
-    x = _mm512_mask_permutexvar_epi8(x, choice.upper, code, c);
-    return _mm512_mask_permutexvar_epi8(x, choice.last, code, d);
+    __m512i x = _mm512_permutexvar_epi8(code, r.a);
+    x = _mm512_mask_permutexvar_epi8(x, choice.odd, code, r.b);
+    x = _mm512_mask_permutexvar_epi8(x, choice.upper, code, r.c);
+    return _mm512_mask_permutexvar_epi8(x, choice.last, code, r.d);
   }
 };
+
 // Permutations of two registers take 7 bits: half as many, but three micro-operations each on
 // Intel; one on AMD.
 struct Halves {
-  __m512i a, b, c, d;
+  Registers r;
   struct Choice {
     __mmask64 upper;
     HWY_INLINE explicit Choice(__m512i code) : upper(_mm512_movepi8_mask(code)) {}
   };
 
-  HWY_INLINE explicit Halves(const uint8_t* table)
-      : a(kept_in_register(table)),
-        b(kept_in_register(table + 64)),
-        c(kept_in_register(table + 128)),
-        d(kept_in_register(table + 192)) {}
+  HWY_INLINE explicit Halves(const uint8_t* table) : r(table) {}
   HWY_INLINE __m512i at(__m512i code, const Choice& choice) const {
-    return _mm512_mask_blend_epi8(choice.upper, _mm512_permutex2var_epi8(a, code, b),
-                                  _mm512_permutex2var_epi8(c, code, d));
+    return _mm512_mask_blend_epi8(choice.upper, _mm512_permutex2var_epi8(r.a, code, r.b),
+                                  _mm512_permutex2var_epi8(r.c, code, r.d));
   }
 };
+
 template <class Plane>
 struct WideTable {
   static constexpr int kBytes = 512;
