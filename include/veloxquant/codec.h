@@ -101,6 +101,9 @@ class Codec {
     return nullptr;
   }
 
+  // Bytes of what code_scores and code_sums have made of the tables so far, and keep.
+  virtual int64_t kept_bytes() const { return 0; }
+
   // In place on n rows of fp32 [n][head_dim]. Keys only: q -> q'.
   virtual void transform_query(int kv_head, float* q, int64_t n) const = 0;
   // In place on n rows of fp32 [n][head_dim]: codec coordinates -> original coordinates.

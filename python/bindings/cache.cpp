@@ -55,6 +55,7 @@ void bind_codec(nb::module_& m) {
       .def_prop_ro("scalar_bytes",
                    [](const CodecHandle& self) { return self.core().scalar_bytes(); })
       .def_prop_ro("nbytes", [](const CodecHandle& self) { return self.codec->nbytes(); })
+      .def_prop_ro("kept_nbytes", [](const CodecHandle& self) { return self.core().kept_bytes(); })
       .def_prop_ro("bits_per_element",
                    [](const CodecHandle& self) { return self.core().bits_per_element(); });
   m.def("codec", &codec, "side"_a, "method"_a, "n_kv_heads"_a, "head_dim"_a,

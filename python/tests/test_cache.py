@@ -11,7 +11,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from veloxquant_mlx import _ext
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, install
 from veloxquant_mlx.cache.codecs import exact, vecinfer
-from veloxquant_mlx.cache.kv_cache import VeloxQuantKVCache, shared_nbytes
+from veloxquant_mlx.cache.kv_cache import VeloxQuantKVCache, lookup_nbytes, shared_nbytes
 
 generate_step = sys.modules["mlx_lm.generate"].generate_step  # as veloxquant_mlx.cache.base extends it
 
@@ -32,6 +32,18 @@ def test_exact_method_equals_mlx(tiny_model, tokens):
     ours = run(tiny_model, KVCacheBuilder.build(tiny_model, KVCacheConfig(method="fp16")), tokens, 100)
     # The only difference is that keys and values are rounded to fp16.
     assert np.abs(ours - exact).max() < 2e-3 * np.abs(exact).max()
+
+
+def test_forms_of_tables_that_look_ups_keep_are_counted_once(tiny_model, tables, tokens):
+    cache, other = (KVCacheBuilder.build(tiny_model, KVCacheConfig(codebook=tables)) for _ in range(2))
+    run(tiny_model, cache, tokens, 690)  # the last 10 attend on codes
+    run(tiny_model, other, tokens, 700)  # one pass decodes tiles
+    in_registers = "register" in cache[0].kernel
+    for layer in cache:
+        # One table a head: fp16 columns of keys, two planes of bytes and a step a dimension of values.
+        assert layer.lookup_nbytes == (2 * 4 * (256 * 2 + 256 * 2 + 4) if in_registers else 0)
+    assert lookup_nbytes(cache) == sum(layer.lookup_nbytes for layer in cache)
+    assert lookup_nbytes(other) == 0
 
 
 def test_generates_the_same_tokens_as_mlx_with_the_exact_method(tiny_model, tokens):

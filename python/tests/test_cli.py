@@ -17,6 +17,7 @@ GENERATE_FIELDS = {
     "tokens_per_s": float,
     "cache_bytes": int,
     "shared_bytes": int,
+    "lookup_bytes": int,
     "fp16_cache_bytes": int,
     "kernel": str,
     "dequantize_calls": int,

@@ -319,6 +319,21 @@ TEST_F(AttentionOnCodes, SameBitsEveryRunAndThreadCount) {
   }
 }
 
+TEST_F(AttentionOnCodes, FormsOfTablesAreKeptAndCounted) {
+  const Case c = decode_case();
+  const Codecs codecs(c, {4, 256});
+  const Scenario p = codecs.scenario(c);
+  run(p, Backend::cpu);
+  EXPECT_EQ(codecs.keys->kept_bytes() + codecs.values->kept_bytes(), 0);
+  lookup::set_plane_use(lookup::PlaneUse::always);
+  for (int i = 0; i < 2; ++i) {
+    run(p, Backend::cpu);
+    const int64_t dims = int64_t{c.n_kv_heads} * c.head_dim;
+    EXPECT_EQ(codecs.keys->kept_bytes(), dims * 256 * 2);          // fp16 columns
+    EXPECT_EQ(codecs.values->kept_bytes(), dims * (256 * 2 + 4));  // two planes and a step
+  }
+}
+
 TEST_F(AttentionOnCodes, SaysWhichKernelRunsAndWhyNotAFasterOne) {
   const std::string level = "cpu/" + simd_level();
   Case c = decode_case();

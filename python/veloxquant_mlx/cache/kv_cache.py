@@ -222,6 +222,12 @@ class VeloxQuantKVCache:
         return shared_nbytes([self])
 
     @property
+    def lookup_nbytes(self) -> int:
+        """Bytes of the forms of the tables that attention on a CPU looks up in registers: made at the first
+        decode step, kept with the tables."""
+        return lookup_nbytes([self])
+
+    @property
     def codecs(self) -> tuple:
         """(key codec, value codec); empty before the first update."""
         return self._codecs or ()
@@ -258,3 +264,9 @@ def shared_nbytes(caches) -> int:
     sharing = [c for c in flat_caches(caches) if not getattr(c, "owns_tables", False)]
     codecs = {id(codec): codec for c in sharing for codec in getattr(c, "codecs", ())}
     return sum(codec.nbytes for codec in codecs.values())
+
+
+def lookup_nbytes(caches) -> int:
+    """Bytes of the forms of tables for look-ups in registers, of all `caches`, each counted once."""
+    codecs = {id(codec): codec for c in flat_caches(caches) for codec in getattr(c, "codecs", ())}
+    return sum(codec.kept_nbytes for codec in codecs.values())

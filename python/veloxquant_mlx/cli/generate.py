@@ -82,7 +82,7 @@ def run(model, tokenizer, tokens, method, max_tokens, on_text=lambda piece: None
     from mlx_lm import stream_generate
 
     from veloxquant_mlx._ext import dequantize_calls
-    from veloxquant_mlx.cache.kv_cache import shared_nbytes
+    from veloxquant_mlx.cache.kv_cache import lookup_nbytes, shared_nbytes
     from veloxquant_mlx.cache.layout import flat_caches
     from veloxquant_mlx.evaluate import bits_per_element, cache_bytes
     from veloxquant_mlx.models import kv_elements_per_token
@@ -112,6 +112,7 @@ def run(model, tokenizer, tokens, method, max_tokens, on_text=lambda piece: None
         "tokens_per_s": response.generation_tps,
         "cache_bytes": cache_bytes(caches),
         "shared_bytes": shared_nbytes(caches),
+        "lookup_bytes": lookup_nbytes(caches),
         "fp16_cache_bytes": 2 * kv_elements_per_token(model) * cached_tokens,
         "kernel": kernel(caches),
         "dequantize_calls": dequantize_calls() - dequantized_before,

@@ -83,11 +83,13 @@ void for_each_table(const ByteCodes& codes, const Body& body) {
 
 struct KeptTables::Keys {
   Buffer columns;  // of every table: fp32 or, where codes.fp16_tables, fp16
+  int64_t nbytes = 0;
 
   explicit Keys(const ByteCodes& codes) {
     const int64_t one = int64_t{codes.digit_dim()} * plane_size(codes.digit_bits);
     const int64_t element = codes.fp16_tables ? 2 : 4;
-    columns = take_bytes(n_tables(codes) * one * element);
+    nbytes = n_tables(codes) * one * element;
+    columns = take_bytes(nbytes);
     for_each_table(codes, [&](int t, const float* x) {
       uint8_t* to = bytes_of(columns) + t * one * element;
       if (codes.fp16_tables) {
@@ -102,11 +104,14 @@ struct KeptTables::Keys {
 struct KeptTables::Values {
   Buffer planes;            // of every table and dimension
   std::vector<float> step;  // likewise
+  int64_t nbytes = 0;
 
   explicit Values(const ByteCodes& codes) {
     const int dim = codes.digit_dim(), size = plane_size(codes.digit_bits);
-    planes = take_bytes(int64_t{n_tables(codes)} * dim * 2 * size);
-    step.resize(static_cast<size_t>(n_tables(codes)) * dim);
+    const int64_t n = int64_t{n_tables(codes)} * dim;
+    nbytes = n * (2 * size + static_cast<int64_t>(sizeof(float)));
+    planes = take_bytes(n * 2 * size);
+    step.resize(n);
     for_each_table(codes, [&](int t, const float* columns) {
       for (int d = t * dim; d < (t + 1) * dim; ++d, columns += size) {
         const float most = largest_magnitude(columns, size);
@@ -122,11 +127,17 @@ KeptTables::KeptTables() = default;
 KeptTables::~KeptTables() = default;
 
 const KeptTables::Keys& KeptTables::keys(const ByteCodes& codes) {
-  std::call_once(once_, [&] { keys_ = std::make_unique<Keys>(codes); });
+  std::call_once(once_, [&] {
+    keys_ = std::make_unique<Keys>(codes);
+    nbytes_ = keys_->nbytes;
+  });
   return *keys_;
 }
 const KeptTables::Values& KeptTables::values(const ByteCodes& codes) {
-  std::call_once(once_, [&] { values_ = std::make_unique<Values>(codes); });
+  std::call_once(once_, [&] {
+    values_ = std::make_unique<Values>(codes);
+    nbytes_ = values_->nbytes;
+  });
   return *values_;
 }
 

@@ -12,6 +12,8 @@
 // up in fp32. VELOXQUANT_LOOKUPS=memory turns all of it off.
 #pragma once
 
+#include <atomic>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 
@@ -36,9 +38,11 @@ class KeptTables {
   ~KeptTables();
   const Keys& keys(const ByteCodes& codes);
   const Values& values(const ByteCodes& codes);
+  int64_t nbytes() const { return nbytes_; }
 
  private:
   std::once_flag once_;  // a head has one side
+  std::atomic<int64_t> nbytes_{0};
   std::unique_ptr<Keys> keys_;
   std::unique_ptr<Values> values_;
 };

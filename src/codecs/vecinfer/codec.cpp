@@ -99,6 +99,12 @@ class VecInferCodec final : public Codec {
     return lookup::byte_code_sums(kept_byte_codes(place), n_rows);
   }
 
+  int64_t kept_bytes() const override {
+    int64_t bytes = 0;
+    for (const lookup::KeptTables& tables : kept_) bytes += tables.nbytes();
+    return bytes;
+  }
+
   void transform_query(int kv_head, float* q, int64_t n) const override {
     if (transform_.kind == TransformKind::dense) return multiply_rows(kv_head, q, n, false);
     if (transform_.kind != TransformKind::hadamard) return;
