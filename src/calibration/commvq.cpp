@@ -2,11 +2,11 @@
 #include "veloxquant/commvq.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <numeric>
 
 #include "src/calibration/commvq_em.h"
+#include "src/calibration/progress.h"
 #include "src/calibration/sampling.h"
 #include "src/codecs/commvq/kernels.h"
 #include "src/codecs/commvq/planes.h"
@@ -146,7 +146,7 @@ CommVQReport train_commvq(const TensorView& x, const std::vector<int64_t>& posit
   const int n_entries = static_cast<int>(codebook.shape[2]);
   CommVQReport report;
   report.relative_error.resize(heads);
-  std::atomic<int64_t> done{0};
+  Progress done(heads * n_stages, progress);
   parallel_for(heads, [&](long h) {
     const std::vector<float> ones(n_pairs, 1.0f);
     const float* w = weight.empty() ? ones.data() : static_cast<const float*>(weight.at(h));
@@ -162,7 +162,7 @@ CommVQReport train_commvq(const TensorView& x, const std::vector<int64_t>& posit
       }
       encode_stage(entries, n_entries, vectors);
       report.relative_error[h].push_back(energy > 0.0 ? vectors.energy() / energy : 0.0);
-      if (progress) progress(static_cast<double>(++done) / static_cast<double>(heads * n_stages));
+      done.step();
     }
   });
   return report;

@@ -1,9 +1,9 @@
 // Codebooks of VecInfer: transform, cut into sub-vectors, one k-means each, round the entries.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 
 #include "src/calibration/float_rows.h"
+#include "src/calibration/progress.h"
 #include "src/calibration/random.h"
 #include "src/calibration/sampling.h"
 #include "veloxquant/backend.h"
@@ -121,7 +121,7 @@ TableReport train_vecinfer_tables(const TensorView& x, const Transform& transfor
       TensorView(no_centroids.data(), DType::float16, {heads, 1, 2, sub_dim}), transform);
 
   std::vector<SquaredSums> errors(heads * per);
-  std::atomic<int64_t> done{0};
+  Progress done(heads * per, progress);
   parallel_for(heads, [&](long h) {
     std::vector<int64_t> tokens = finite_tokens(x, h);
     require(!tokens.empty(), "[train_vecinfer_tables] x: no token of head ", h, " is finite");
@@ -136,7 +136,7 @@ TableReport train_vecinfer_tables(const TensorView& x, const Transform& transfor
       KMeansParams own = params;
       own.seed = SplitMix64(params.seed, h * per + m).next();
       errors[h * per + m] = train_one(from, count, count, own, entries, h, m, tables);
-      if (progress) progress(static_cast<double>(++done) / static_cast<double>(heads * per));
+      done.step();
     };
     if (per_head) {
       const auto pool = pooled(y, n, n_subvectors, static_cast<int>(sub_dim),
