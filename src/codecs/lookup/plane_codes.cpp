@@ -164,6 +164,7 @@ class PlaneScores final : public CodeScores {
       for (int r = 0; r < rows; ++r) {
         step_.push_back(most[r] / kKeyMost);
         error_ = std::max(error_, step_.back() * std::sqrt(static_cast<float>(n_digits_) / 12.0f));
+        if (is_given_up()) return;
         // Entries of a row without products at all are 0: no reciprocal of what is next to nothing.
         split_planes(entries.get() + r * stride, n_digits_, plane_size(codes.digit_bits),
                      most[r] > 1e-30f ? kKeyMost / most[r] : 0.0f, kKeyZero, kKeyLowBits,
@@ -172,7 +173,8 @@ class PlaneScores final : public CodeScores {
     }
   }
 
-  bool is_exact_enough() const { return error_ <= kMostScoreError; }
+  // No token is looked up in registers. Factors decide for each token, without them the queries.
+  bool is_given_up() const { return !codes_.factors && error_ > kMostScoreError; }
 
   void score(const uint8_t* blocks, int n_blocks, float* scores, int64_t stride) const override {
     const int64_t row_bytes = int64_t{n_digits_} * table_bytes(codes_);
@@ -331,7 +333,6 @@ class PlaneSums final : public CodeSums {
 }  // namespace
 
 void set_plane_use(PlaneUse use) { chosen_use() = use; }
-PlaneUse plane_use() { return chosen_use(); }
 
 bool looks_up_planes(const ByteCodes& codes, Side side) {
   const PlaneUse use = chosen_use();
@@ -352,8 +353,7 @@ std::unique_ptr<const CodeScores> plane_code_scores(const ByteCodes& codes, cons
                                                     int n_rows, MakeScores exact) {
   if (!looks_up_planes(codes, Side::keys)) return nullptr;
   auto scores = std::make_unique<PlaneScores>(codes, q, n_rows, exact);
-  // Factors decide for each token; without them the queries alone do.
-  if (!codes.factors && !scores->is_exact_enough()) return nullptr;
+  if (scores->is_given_up()) return nullptr;
   return scores;
 }
 

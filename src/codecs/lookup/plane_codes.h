@@ -25,7 +25,6 @@ namespace veloxquant::lookup {
 enum class PlaneUse { never, fast, always };
 // Instead of the environment's choice; not while attention runs.
 void set_plane_use(PlaneUse use);
-PlaneUse plane_use();
 
 // What these look-ups make of the tables of one side and head: as large as fp16 tables. A codec
 // whose tables do not change keeps it (ByteCodes::kept), else it is made for every call. Made at
