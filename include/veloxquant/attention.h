@@ -88,7 +88,8 @@ struct AttentionParams {
 
 // q: [B, H_q, L_q, D], fp32/fp16/bf16, last stride 1; H_q a multiple of H_kv.
 // out: [B, H_q, L_q, D] fp32/fp16/bf16. lse: fp32 [B, H_q, L_q], log-sum-exp of the scaled and
-// masked scores, or empty. Rows that see nothing give out = 0 and lse = -inf.
+// masked scores, or empty. Rows that see nothing give out = 0 and lse = -inf; a
+// query with a NaN or an infinity gives a row of NaN and no other row anything else.
 // Deterministic; independent of the number of threads.
 void attend(Backend backend, const TensorView& q, const KeyValueSource& source,
             const AttentionParams& params, const MutableTensorView& out,

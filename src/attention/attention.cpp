@@ -1,8 +1,37 @@
 #include "veloxquant/attention.h"
 
+#include <limits>
+#include <vector>
+
 #include "src/attention/cpu_parts.h"
+#include "src/attention/element.h"
 
 namespace veloxquant {
+namespace {
+
+// Loops that compare and round may lose a NaN on the way to the output, which would hide a model
+// that has gone wrong: rows of queries that are not finite become NaN here, whatever the loops did.
+void spread_nan(const attention::Problem& p) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  std::vector<float> row(p.head_dim);
+  for (int b = 0; b < p.batch; ++b) {
+    for (int kv_head = 0; kv_head < p.n_kv_heads; ++kv_head) {
+      for (int64_t r = 0; r < p.n_rows(); ++r) {
+        p.load_queries(b, kv_head, r, 1, row.data());
+        float zero = 0;
+        for (float x : row) zero += 0.0f * x;
+        if (zero == 0.0f) continue;
+        const int head = p.q_head_of(kv_head, r);
+        for (int d = 0; d < p.head_dim; ++d) {
+          attention::store_element(p.out.at(b, head, p.query_of(r)), p.out.dtype, d, kNaN);
+        }
+        if (!p.lse.empty()) *static_cast<float*>(p.lse.at(b, head, p.query_of(r))) = kNaN;
+      }
+    }
+  }
+}
+
+}  // namespace
 
 void attend(Backend backend, const TensorView& q, const KeyValueSource& source,
             const AttentionParams& params, const MutableTensorView& out,
@@ -16,6 +45,7 @@ void attend(Backend backend, const TensorView& q, const KeyValueSource& source,
   } else {
     attention::attend_cpu(problem);
   }
+  spread_nan(problem);
 }
 
 std::string attention_kernel_name(Backend backend, const KeyValueSource& source,

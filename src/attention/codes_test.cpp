@@ -304,6 +304,33 @@ TEST_F(AttentionOnCodes, HugeLogits) {
   check(Codecs(c, {1, 16}).scenario(c), 2e-3);
 }
 
+TEST_F(AttentionOnCodes, AQueryThatIsNotFiniteGivesARowOfNaNAndTouchesNoOther) {
+  Case c = decode_case();
+  c.n_queries = 2;
+  const Codecs codecs(c, {4, 256});
+  const Scenario clean = codecs.scenario(c);
+  const Result want = oracle(clean);
+  for (float bad : {std::numeric_limits<float>::quiet_NaN(),
+                    std::numeric_limits<float>::infinity(),
+                    -std::numeric_limits<float>::infinity()}) {
+    Scenario p = codecs.scenario(c);
+    store_element(p.q.view.at(0, 1, 0), p.q.view.dtype, 5, bad);
+    for (auto use : {lookup::PlaneUse::never, lookup::PlaneUse::always}) {
+      lookup::set_plane_use(use);
+      for (Backend backend : {Backend::reference, Backend::cpu}) {
+        Result got = run(p, backend);
+        EXPECT_TRUE(std::isnan(got.lse[1 * c.n_queries]));
+        for (int d = 0; d < c.head_dim; ++d) {
+          EXPECT_TRUE(std::isnan(load_element(got.out.view.at(0, 1, 0), DType::float32, d)));
+          store_element(got.out.view.at(0, 1, 0), DType::float32, d,
+                        load_element(want.out.view.at(0, 1, 0), DType::float32, d));
+        }
+        EXPECT_LE(worst_error(got, want), 1e-3);
+      }
+    }
+  }
+}
+
 TEST_F(AttentionOnCodes, SameBitsEveryRunAndThreadCount) {
   Case c = decode_case();
   c.length = 6000;
