@@ -4,6 +4,7 @@
 // then the tail. When the last slot is taken the 64 oldest tokens of the tail become a packed block
 // and the others move up. All of it is decided by lengths on the device, so that a captured graph
 // goes on by itself.
+#include "src/attention/cuda_parts.cuh"
 #include "src/backends/cuda/check.h"
 #include "src/cache/cuda_append.cuh"
 
@@ -49,6 +50,9 @@ __global__ void __launch_bounds__(kEncodeThreads)
   const SideFormat& f = side.format;
   const int D = f.head_dim, t = threadIdx.x;
   const int head = blockIdx.x % f.n_kv_heads, sequence = blockIdx.x / f.n_kv_heads;
+  // Attention comes next, and fetches its tables while a token is stored here.
+  attention::cuda::let_next_start();
+  attention::cuda::wait_for_stream();
   const int n_packed = p.lengths[sequence], n_exact = p.lengths[p.batch + sequence];
   uint16_t* rows = side.exact + sequence * side.exact_batch + head * side.exact_head;
   for (int d = t; d < D; d += kEncodeThreads) {
@@ -139,12 +143,23 @@ void append_token(const AppendArgs& args, Stream stream) {
   p.exact_bf16 = args.exact_dtype == DType::bfloat16;
   require(shared <= device.shared_per_block, "[append_token] shared memory: got ",
           device.shared_per_block, " bytes a block, wanted ", shared);
-  backends::check(
-      cudaFuncSetAttribute(append_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-      "append_token");
-  append_kernel<<<dim3(args.batch * k.n_kv_heads, 2), kEncodeThreads, shared,
-                  static_cast<cudaStream_t>(stream)>>>(p);
-  backends::check(cudaGetLastError(), "append_token");
+  const auto set = [](cudaFuncAttribute attribute, int value) {
+    backends::check(cudaFuncSetAttribute(append_kernel, attribute, value), "append_token");
+  };
+  set(cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  // As attention has it: a multiprocessor does not divide its memory anew between the two.
+  set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(args.batch * k.n_kv_heads, 2);
+  config.blockDim = dim3(kEncodeThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = device.major >= 9 ? 1 : 0;
+  backends::check(cudaLaunchKernelEx(&config, append_kernel, p), "append_token");
 }
 
 }  // namespace veloxquant::cuda
