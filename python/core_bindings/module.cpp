@@ -34,6 +34,8 @@ DType dtype_named(const std::string& name) {
 NB_MODULE(_core, m) {
   namespace nb = nanobind;
   using namespace veloxquant;
+  // torch.compile keeps what it has seen until the process ends, these objects too.
+  nb::set_leak_warnings(false);
   nb::exception<Error>(m, "Error", PyExc_ValueError);
   m.attr("version") = VELOXQUANT_VERSION;
   m.attr("block_tokens") = kBlockTokens;

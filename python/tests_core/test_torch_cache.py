@@ -344,13 +344,17 @@ def test_what_is_not_causal_with_padding_is_refused():
     mask = torch.zeros(1, 1, 20, 20)
     with pytest.raises(Error, match="attention_mask"):
         model(tokens(20), attention_mask=mask, past_key_values=cache)
-    layer = cache.layers[0]
-    key = torch.zeros(1, 2, 1, 64)
-    key.veloxquant_layer = layer
+    x = torch.zeros(1, 2, 1, 64)
+    cache = vt.VeloxQuantCache(model, tables)
+    key, value = cache.update(x, x, 0)
     from veloxquant.torch.attention import attention
 
     with pytest.raises(Error, match="softcap"):
-        attention(model, torch.zeros(1, 4, 1, 64), key, key, None, softcap=30.0)
+        attention(model, torch.zeros(1, 4, 1, 64), key, value, None, softcap=30.0)
+    with pytest.raises(Error, match="before the attention"):
+        cache.update(x, x, 0)
+    with pytest.raises(Error, match="ticket"):
+        torch.ops.veloxquant.attend(x, x, x, None, torch.zeros(1, dtype=torch.int64), 0, 1.0)
 
 
 def test_files_that_are_none_are_refused(tmp_path):

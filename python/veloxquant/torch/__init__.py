@@ -10,8 +10,9 @@ On a CUDA device everything runs on it; elsewhere on the CPU kernels, with the s
 from veloxquant.torch import attention as _attention
 from veloxquant.torch.cache import VeloxQuantCache
 from veloxquant.torch.calibration import calibrate
+from veloxquant.torch.compiled import CapturedStep, compile_layers
 from veloxquant.torch.tables import LayerTables, Tables
 
 _attention.register()
 
-__all__ = ["LayerTables", "Tables", "VeloxQuantCache", "calibrate"]
+__all__ = ["CapturedStep", "LayerTables", "Tables", "VeloxQuantCache", "calibrate", "compile_layers"]

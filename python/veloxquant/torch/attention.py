@@ -6,15 +6,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from veloxquant import Error
+from veloxquant.torch.operator import NewTokens
 
 NAME = "veloxquant"
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Keys that come from a compressed layer carry it along; all others go to SDPA."""
-    layer = getattr(key, "veloxquant_layer", None)
+    """Keys that come from a compressed layer say which; all others go to SDPA."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if layer is None:
+    if not isinstance(key, NewTokens):
         mask = attention_mask
         if mask is not None and mask.dim() == 2:
             mask = causal_mask(mask, query.shape[2], key.shape[2])
@@ -26,13 +26,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         raise Error(
             f"[veloxquant attention] attention_mask: got {attention_mask.dim()} dimensions, wanted a padding mask [B, tokens]"
         )
-    n = query.shape[2]
-    valid = None
-    if attention_mask is not None:
-        valid = attention_mask[:, -n:].to(torch.bool)
-        if valid.all():
-            valid = None
-    return layer.attend(query, key, value, scaling, valid), None
+    out = torch.ops.veloxquant.attend(query, key.states, value, attention_mask, key.ticket, key.layer, scaling)
+    return out, None
 
 
 def causal_mask(valid, n, length):
@@ -59,6 +54,8 @@ def mask(batch_size, q_length, kv_length, attention_mask=None, local_size=None, 
     # A single new token is nobody's padding, and to look would wait for the device.
     if attention_mask is None or (q_length == 1 and kv_length > 1):
         return None
+    if torch.compiler.is_compiling():
+        return attention_mask
     return None if attention_mask.all() else attention_mask
 
 

@@ -11,6 +11,7 @@ from veloxquant import Error
 from veloxquant.torch import attention
 from veloxquant.torch.layer import VeloxQuantLayer
 from veloxquant.torch.lengths import BLOCK, Lengths
+from veloxquant.torch.operator import NewTokens, issue_ticket
 from veloxquant.torch.tables import Tables
 
 FORMAT = "veloxquant cache 1"
@@ -47,16 +48,24 @@ class VeloxQuantCache(Cache):
             else:
                 layers.append(DynamicLayer() if table is None else VeloxQuantLayer(self, table))
         super().__init__(layers=layers)
+        self.compressed = [layer for layer in layers if isinstance(layer, VeloxQuantLayer)]
+        self.all_compressed = len(self.compressed) == count
+        self.ticket = issue_ticket(self, model.device)
         if on_codes:
             model.set_attn_implementation(attention.NAME)
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        # A cache of compressed layers only looks at no layer here: so one graph of a decoder layer serves all of them.
+        on_codes = self.attends_on_codes
+        if not on_codes or not (self.all_compressed or isinstance(self.layers[layer_idx], VeloxQuantLayer)):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self.layers[layer_idx].wait_for_attention()
+        return NewTokens(key_states, self.ticket, layer_idx), value_states
 
     @property
     def attends_on_codes(self):
         return self.config._attn_implementation == attention.NAME
-
-    @property
-    def compressed(self):
-        return [layer for layer in self.layers if isinstance(layer, VeloxQuantLayer)]
 
     @property
     def nbytes(self):
@@ -94,7 +103,7 @@ class VeloxQuantCache(Cache):
             layer.steps -= 1
 
     def count_replay(self):
-        """Before or after each replay. There must be room for the tokens (max_length)."""
+        """Before or after each replay. There must be room for the tokens (make_room, or max_length)."""
         self.lengths.append(1, on_device=True)
         for layer in self.compressed:
             layer.steps += 1
@@ -102,8 +111,19 @@ class VeloxQuantCache(Cache):
         if max(self.lengths.packed) > BLOCK * room:
             raise Error(
                 f"[VeloxQuantCache] count_replay: got {max(self.lengths.packed)} packed tokens, wanted at most "
-                f"{BLOCK * room}: max_length makes room before a step is captured"
+                f"{BLOCK * room}: make_room before a step is captured"
             )
+
+    def make_room(self, n_new):
+        """For n_new more tokens in every row."""
+        blocks = self.lengths.blocks_after(n_new)
+        for layer in self.compressed:
+            layer.make_room(blocks)
+
+    @property
+    def bound(self):
+        """Another one where tensors of the cache are others than before: a captured step is of use no more."""
+        return sum(layer.bindings for layer in self.compressed), self.lengths
 
     # Changes of the whole cache.
 

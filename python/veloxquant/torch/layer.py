@@ -24,6 +24,7 @@ class VeloxQuantLayer(CacheLayerMixin):
         super().__init__()
         self.cache, self.tables = cache, tables
         self.steps = 0
+        self.bindings = 0  # how often the tensors became others
         self.waiting = False
 
     # What transformers asks of a layer.
@@ -49,18 +50,17 @@ class VeloxQuantLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.append(key_states, value_states)
+        return self.dequantize(0), self.dequantize(1)
+
+    def wait_for_attention(self):
+        """It takes new tokens from there on codes: it needs them apart from the old ones."""
         if self.waiting:
             raise Error(
                 "[VeloxQuantCache] update: got new tokens before the attention of the last ones ran; wanted a model "
                 "whose attention goes through transformers' AttentionInterface"
             )
-        if self.cache.attends_on_codes:
-            # Attention takes it from here: it needs the new tokens apart from the old ones.
-            self.waiting = True
-            key_states.veloxquant_layer = self
-            return key_states, value_states
-        self.append(key_states, value_states)
-        return self.dequantize(0), self.dequantize(1)
+        self.waiting = True
 
     def get_mask_sizes(self, query_length):
         return self.get_seq_length() + query_length, 0
@@ -92,6 +92,10 @@ class VeloxQuantLayer(CacheLayerMixin):
         shape = (batch, side.core.n_kv_heads, blocks, self.kernels.block_bytes(side))
         return torch.zeros(shape, dtype=torch.uint8, device=self.device)
 
+    def rebind(self):
+        self.bindings += 1
+        self.kernels.bind()
+
     def make_room(self, blocks):
         """For so many blocks a row; by half more than there were, so that growing costs little."""
         old = self.codes[0].shape[2]
@@ -102,7 +106,7 @@ class VeloxQuantLayer(CacheLayerMixin):
             grown = self.new_codes(self.codes[i].shape[0], side, blocks)
             grown[:, :, :old] = self.codes[i]
             self.codes[i] = grown
-        self.kernels.bind()
+        self.rebind()
 
     def step(self, n_new, per_row=None):
         """This layer's part of a step; returns the lengths, with what was before in `before`."""
@@ -167,6 +171,8 @@ class VeloxQuantLayer(CacheLayerMixin):
     def attend(self, query, key, value, scaling, valid):
         """Attention of the new tokens over everything, themselves included, and their append. -> [B, n, Hq, D]"""
         self.waiting = False
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
         if query.shape[2] == 1 and valid is None:
             self.append(key, value)
             return self.kernels.attend_token(query, scaling)
@@ -183,7 +189,7 @@ class VeloxQuantLayer(CacheLayerMixin):
     def select(self, indices):
         self.codes = [codes.index_select(0, indices) for codes in self.codes]
         self.exact = [exact.index_select(0, indices) for exact in self.exact]
-        self.kernels.bind()
+        self.rebind()
 
     def unpack_cut_block(self, b, packed, kept, exact):
         """Row b keeps `kept` < 64 tokens of its block at `packed`: they go back into the exact storage, decoded."""

@@ -36,6 +36,10 @@ class Lengths:
         """Blocks that become packed where a row has so many exact tokens."""
         return max(0, (n_exact - self.sinks - self.window) // BLOCK)
 
+    def blocks_after(self, n_new):
+        """Packed blocks of the longest row after n_new tokens more."""
+        return max(n // BLOCK + self.sealed(m + n_new) for n, m in zip(self.packed, self.exact))
+
     def append(self, n_new, per_row=None, on_device=False):
         """n_new tokens for every row, of which per_row[b] are no padding (all, where it is None).
 
