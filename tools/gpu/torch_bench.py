@@ -1,246 +1,319 @@
-"""What a transformers user gets: append, prefill and whole decode steps of a Llama-3.1-8B-shaped model, beside fp16.
+"""What a transformers user gets: decode steps of a Llama-3.1-8B-shaped model, append, prefill and memory, beside fp16.
 
-    PYTHONPATH=python python3 tools/gpu/torch_bench.py [append] [prefill] [step]
+    PYTHONPATH=python python3 tools/gpu/torch_bench.py [smoke|variants|step|prefill|memory ...] [compile|descent|autotune ...]
+                                                       [1x131072 ...]
 
-The weights are random and the cache is filled with random codes: only times and bytes count here.
+Parts, ways to compile and shapes (batch x context), in this order; all parts but `variants` where none is named. The weights
+are random and the caches filled with random codes: only times and bytes count here.
 """
 
-import statistics
+import gc
+import os
 import sys
 import time
 
-import numpy
 import torch
-import torch.nn.functional as F
 import transformers
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from torch_model import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    Fp16Cache,
+    filled,
+    median_ms,
+    model_of,
+    read_bandwidth,
+    tables,
+    use_cudnn,
+    weight_bytes,
+)
 
 import veloxquant.torch as vt
-from veloxquant.torch.tables import SideArrays
 
-LAYERS, HEADS, KV_HEADS, DIM = 32, 32, 8, 128
-
-
-def random_side(side, sub_dim, rng):
-    """A rotation and tables of int8 times a power of two: what `calibrate` makes, of nothing."""
-    matrix = numpy.linalg.qr(rng.standard_normal((KV_HEADS, DIM, DIM)))[0].astype(numpy.float32)
-    if sub_dim == 4:
-        entries = rng.integers(-127, 128, (KV_HEADS, 1, 256, 4)) / 64
-    else:
-        entries = rng.standard_normal((KV_HEADS, 1, 256, 2))
-    return SideArrays(side, "dense", entries.astype(numpy.float16), encode_matrix=matrix, query_matrix=matrix)
+SHAPES = [(1, 131072), (16, 16384), (1, 196608)]
+WAYS = {  # options of compile_layers
+    "compile": {},
+    "descent": {"options": {"coordinate_descent_tuning": True}},
+    "autotune": {"mode": "max-autotune-no-cudagraphs"},
+}
+chosen = {"ways": ["compile"]}  # as named; the first is taken, or the fastest of `variants`
 
 
-def tables(bits, layers=LAYERS):
-    rng = numpy.random.default_rng(bits)
-    one = vt.LayerTables(*(random_side(side, 8 // bits, rng) for side in ("keys", "values")))
-    return vt.Tables([one] * layers)
+def say(*text):
+    print(f"[{time.perf_counter() - started:5.0f} s]", *text, flush=True)
 
 
-def model_of(layers=LAYERS):
-    config = transformers.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=DIM,
-        max_position_embeddings=1 << 20,
-        rope_theta=500000.0,
-        initializer_range=0.0,
-        eos_token_id=None,
-    )
-    torch.set_default_dtype(torch.float16)
-    with torch.device("cuda"):
-        model = transformers.LlamaForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
-    for weight in model.parameters():
-        if weight.dim() == 2:
-            weight.data.normal_(0, 0.02)
-    return model
-
-
-def filled(model, made, batch, context):
-    """A cache with `context` tokens of random codes."""
-    cache = vt.VeloxQuantCache(model, made, max_length=context + 2048)
-    one = torch.zeros(batch, KV_HEADS, 0, DIM, dtype=torch.float16, device="cuda")
-    for layer in cache.layers:
-        layer.lazy_initialization(one, one)
-        for codes in layer.codes:
-            codes.random_(0, 256)
-        for exact in layer.exact:
-            exact.normal_()
-    lengths = cache.lengths
-    lengths.packed, lengths.exact = [context // 64 * 64 - 128] * batch, [100] * batch
-    lengths.before, lengths.seen = (lengths.packed, lengths.exact), lengths.packed[0] + 100
-    lengths.to_device()
-    return cache
-
-
-class Fp16Layer(CacheLayerMixin):
-    """The plain cache at its best: written in place, never copied."""
-
-    def __init__(self, batch, context):
-        super().__init__()
-        self.context, self.is_initialized = context, True
-        self.keys, self.values = (
-            torch.randn(batch, KV_HEADS, context, DIM, dtype=torch.float16, device="cuda") for _ in range(2)
-        )
-
-    def lazy_initialization(self, key_states, value_states):
-        pass
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.keys[:, :, -1:] = key_states
-        self.values[:, :, -1:] = value_states
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length):
-        return self.context, 0
-
-    def get_seq_length(self):
-        return self.context - 1
-
-    def get_max_length(self):
-        return self.context
-
-
-def cudnn(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2), None
-
-
-def median_ms(call, runs=15):
-    times = []
-    for i in range(runs + 3):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(stop))
-    return statistics.median(times)
+def inputs(batch, context):
+    return torch.ones(batch, 1, dtype=torch.long, device="cuda"), torch.full((batch, 1), context - 1, device="cuda")
 
 
 @torch.no_grad()
-def step_times(model, cache, batch, context, ours):
-    """Median ms of a decode step: captured, and eager."""
-    token = torch.ones(batch, 1, dtype=torch.long, device="cuda")
-    position = torch.full((batch, 1), context - 1, device="cuda")
-
-    def step():
-        return model(token, position_ids=position, past_key_values=cache).logits
-
-    step()
-    start = time.perf_counter()
-    for _ in range(5):
-        step()
+def eager_ms(model, cache, batch, context, runs=5):
+    token, position = inputs(batch, context)
+    for i in range(runs + 2):
+        if i == 2:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+        model(token, position_ids=position, past_key_values=cache)
     torch.cuda.synchronize()
-    eager = (time.perf_counter() - start) * 200
+    return (time.perf_counter() - start) * 1e3 / runs
+
+
+@torch.no_grad()
+def graph_ms(model, cache, batch, context, ours, after=None):
+    """Median ms of a step in a CUDA graph. The way a user has it: CapturedStep."""
+    token, position = inputs(batch, context)
+    if ours:
+        step = vt.CapturedStep(model, cache)
+        for _ in range(step.WARM_UP + 1):
+            step(token)
+        graph, logits = step.graph, step.logits
+    else:
+        for _ in range(2):
+            model(token, position_ids=position, past_key_values=cache)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(token, position_ids=position, past_key_values=cache).logits
+    ms = median_ms(graph.replay)
+    assert torch.isfinite(logits).all()
+    if after is not None:
+        after(graph)
+    if ours:
+        cache.lengths.to_device()
+    return ms
+
+
+@torch.no_grad()
+def without_append_ms(model, cache, batch):
+    """The same step without append, and the attention of all layers alone."""
+    token, position = inputs(batch, 1)
+    held = [layer.append for layer in cache.layers]
+    for layer in cache.layers:
+        layer.append = lambda key, value: None
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    with torch.cuda.graph(graphs[0]):
+        model(token, position_ids=position, past_key_values=cache)
+    query = torch.randn(batch, HEADS, 1, DIM, dtype=torch.float16, device="cuda")
+    with torch.cuda.graph(graphs[1]):
+        for layer in cache.layers:
+            layer.kernels.attend_token(query, 0.09)
+    for layer, append in zip(cache.layers, held):
+        layer.append = append
+    return [median_ms(graph.replay) for graph in graphs]
+
+
+@torch.no_grad()
+def append_ms(cache, batch):
+    """Append of all layers alone, the lengths of the step included."""
+    k, v = (torch.randn(batch, KV_HEADS, 1, DIM, dtype=torch.float16, device="cuda") for _ in range(2))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        logits = step()
+        for layer in cache.layers:
+            layer.append(k, v)
+    cache.forget_captured_step()
+    ms = median_ms(graph.replay)
+    cache.lengths.to_device()
+    return ms
+
+
+def taken(make):
+    """What make() gives, and the GB of the device that it took."""
+    Fp16Cache.now = None
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info()[0]
+    made = make()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return made, (before - torch.cuda.mem_get_info()[0]) / 1e9
+
+
+class Compiled:
+    """A model whose layers are compiled, or as they were."""
+
+    def __init__(self, model, **options):
+        torch.compiler.reset()
+        self.model = model
+        vt.compile_layers(model, **options)
+        self.forwards = {m: m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__}
+
+    def off(self):
+        for module in self.forwards:
+            module.__dict__.pop("forward", None)
+
+    def on(self):
+        for module, forward in self.forwards.items():
+            module.forward = forward
+
+
+def row(compiled, name, make, shape, bandwidth, fp16_ms):
+    """One line of the table; returns the ms of a captured step."""
+    batch, context = shape
+    model, ours = compiled.model, fp16_ms is not None
+    cache, gb = taken(make)
+    compiled.off()
+    eager = eager_ms(model, cache, batch, context)
+    compiled.on()
+    ms = graph_ms(model, cache, batch, context, ours)
+    held = [t for layer in cache.layers for t in (layer.codes if ours else (layer.keys, layer.values))]
+    least = (weight_bytes(model) + sum(t.nbytes for t in held)) / bandwidth * 1e3
+    text = f"{batch} x {context} {name}: graph {ms:.2f} ms = {least / ms:.1%} of {least:.2f}, eager {eager:.1f}; {gb:.2f} GB"
     if ours:
-        cache.forget_captured_step()
-    captured = median_ms(graph.replay)
-    assert torch.isfinite(logits).all()
-    return captured, eager
+        bare, attention = without_append_ms(model, cache, batch)
+        append = append_ms(cache, batch)
+        text += f"; {fp16_ms / ms:.2f} x fp16; a layer: attention {attention * 1e3 / LAYERS:.1f} us, append "
+        text += f"{append * 1e3 / LAYERS:.2f} alone ({append / attention:.1%}), {(ms - bare) * 1e3 / LAYERS:.2f} "
+        text += f"in the step ({(ms - bare) / attention:.1%})"
+    say(text)
+    return ms
 
 
-def steps():
+def step(shapes):
+    bandwidth = read_bandwidth()
     model = model_of()
-    weights = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
-    print(f"decode step, {LAYERS} layers, weights {weights / 1e9:.2f} GB; ms captured (eager)")
-    for batch, context in ((1, 131072), (1, 196608), (16, 16384)):
-        transformers.AttentionInterface.register("cudnn_fp16", cudnn)
-        transformers.AttentionMaskInterface.register("cudnn_fp16", lambda *a, **k: None)
-        model.set_attn_implementation("cudnn_fp16")
-        before = torch.cuda.mem_get_info()[0]
-        cache = Cache(layers=[Fp16Layer(batch, context) for _ in range(LAYERS)])
-        exact, exact_eager = step_times(model, cache, batch, context, False)
-        taken = before - torch.cuda.mem_get_info()[0]
+    say(
+        f"{LAYERS} layers, weights {weight_bytes(model) / 1e9:.2f} GB, read at {bandwidth / 1e12:.2f} TB/s; compiled: {chosen['ways'][0]}"
+    )
+    compiled, last = None, None
+    for shape in shapes:
+        batch, context = shape
+        if batch != last:
+            if compiled is not None:
+                compiled.off()
+            compiled = Compiled(model, **WAYS[chosen["ways"][0]])
+        last = batch
+        use_cudnn(model)
+        fp16_ms = row(compiled, "fp16", lambda: Fp16Cache(batch, context), shape, bandwidth, None)
+        for bits in (2, 4):
+            made = tables(bits)
+            row(compiled, f"{bits} bits", lambda: filled(model, made, batch, context), shape, bandwidth, fp16_ms)
+    compiled.off()
+
+
+@torch.no_grad()
+def variants(shapes):
+    """The ways to compile a step, 2 bits, of the first shape."""
+    model = model_of()
+    for batch, context in shapes[:1]:
+        cache = filled(model, tables(2), batch, context)
+        say(f"{batch} x {context} not compiled: {graph_ms(model, cache, batch, context, True):.2f} ms")
+        times = {}
+        for name in chosen["ways"]:
+            start, seen = time.perf_counter(), []
+            compiled = Compiled(model, **WAYS[name])
+            ms = graph_ms(model, cache, batch, context, True, lambda graph: seen.append(kernels(graph)))
+            say(f"{batch} x {context} {name}: {ms:.2f} ms; {time.perf_counter() - start:.0f} s to compile and time")
+            print(seen[0], flush=True)
+            compiled.off()
+            times[name] = ms
+        chosen["ways"].sort(key=times.get)
         del cache
         torch.cuda.empty_cache()
-        print(
-            f"{batch} x {context}: cuDNN fp16 {exact:.2f} ({exact_eager:.2f}), {taken / 1e9:.2f} GB of cache",
-            flush=True,
-        )
-        for bits in (2, 4):
-            before = torch.cuda.mem_get_info()[0]
-            cache = filled(model, tables(bits), batch, context)
-            ms, eager = step_times(model, cache, batch, context, True)
-            taken = before - torch.cuda.mem_get_info()[0]
-            roofline = (weights + sum(c.nbytes for layer in cache.layers for c in layer.codes)) / 4.49e9
-            print(
-                f"{batch} x {context}: {bits} bits {ms:.2f} ({eager:.2f}), {taken / 1e9:.2f} GB, cache says "
-                f"{cache.nbytes / 1e9:.2f}; {exact / ms:.2f} x fp16, {roofline / ms:.0%} of the roofline {roofline:.2f}",
-                flush=True,
-            )
-            del cache
-            torch.cuda.empty_cache()
+
+
+def kernels(graph, top=14):
+    """The kernels of a replay, us."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    print(f"      {len(profile.events())} kernels")
+    events = sorted(profile.key_averages(), key=lambda e: -e.device_time_total)[:top]
+    return "\n".join(f"      {e.device_time_total:8.1f} us {e.count:4d} x {e.key[:90]}" for e in events)
 
 
 @torch.no_grad()
-def appends():
-    """One decode step's append of all layers against its attention, each captured in a graph of 64 steps."""
-    model = model_of(1)
-    for batch, context in ((1, 131072), (16, 16384)):
-        cache = filled(model, tables(2, 1), batch, context)
-        layer = cache.layers[0]
-        k, v = (torch.randn(batch, KV_HEADS, 1, DIM, dtype=torch.float16, device="cuda") for _ in range(2))
-        q = torch.randn(batch, HEADS, 1, DIM, dtype=torch.float16, device="cuda")
-        layer.append(k, v)
-        layer.kernels.attend_token(q, 0.09)
-        times = []
-        for call in (lambda: layer.append(k, v), lambda: layer.kernels.attend_token(q, 0.09)):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(64):
-                    call()
-            cache.lengths.to_device()
-            times.append(median_ms(graph.replay, 1) * 1e3 / 64)
-        print(
-            f"{batch} x {context}: append {times[0]:.2f} us a layer (lengths of the step included), "
-            f"attention {times[1]:.2f} us (warm L2): {times[0] / times[1]:.0%}",
-            flush=True,
-        )
+def memory(shapes):
+    """The largest batch at 32k tokens in 100 GB of caches (weights are beside them in both), with a step that runs."""
+    limit, context = 100.0, 32768
+    model = model_of()
+    made = tables(2)
+
+    def ours(batch):
+        return taken(lambda: filled(model, made, batch, context))
+
+    def fp16(batch):
+        return taken(lambda: Fp16Cache(batch, context))
+
+    found = []
+    for name, make in (("fp16", fp16), ("2 bits", ours)):
+        if make is fp16:
+            use_cudnn(model)
+        batch = int(20 * limit / make(20)[1])
+        while make(batch + 1)[1] <= limit:
+            batch += 1
+        cache, gb = make(batch)
+        assert gb <= limit, (batch, gb)
+        ms = eager_ms(model, cache, batch, context, 2)
+        say(f"memory, {context} tokens in {limit:.0f} GB: {name} batch {batch}, {gb:.2f} GB; a step {ms:.1f} ms eager")
+        found.append(batch)
+        cache = None
+    say(f"memory: {found[1] / found[0]:.2f} x the batch")
 
 
 @torch.no_grad()
-def prefills():
+def prefill(shapes):
     """Prefill of 32k tokens: two layers of the model's shape, and the encoder alone."""
     model = model_of(2)
     ids = torch.randint(0, 128256, (1, 32768), device="cuda")
     model.set_attn_implementation("sdpa")
     model.model(ids[:, :1024], use_cache=False)
-    exact = median_ms(lambda: model.model(ids, past_key_values=transformers.DynamicCache(config=model.config)), 3)
-    print(f"prefill 1 x 32768, 2 layers: fp16 {exact:.1f} ms", flush=True)
+    exact = median_ms(lambda: model.model(ids, past_key_values=transformers.DynamicCache(config=model.config)), 5, 2)
+    say(f"prefill 1 x 32768, 2 layers: fp16 {exact:.1f} ms")
     for bits in (2, 4):
         made = tables(bits, 2)
-        ms = median_ms(lambda: model.model(ids, past_key_values=vt.VeloxQuantCache(model, made)), 3)
+        ms = median_ms(lambda: model.model(ids, past_key_values=vt.VeloxQuantCache(model, made)), 5, 2)
         cache = vt.VeloxQuantCache(model, made)
         x = torch.randn(1, KV_HEADS, 32768, DIM, dtype=torch.float16, device="cuda")
         layer = cache.layers[0]
         layer.lazy_initialization(x, x)
         layer.make_room(512)
         encode = median_ms(lambda: layer.kernels.encode(layer.sides[0], x, layer.codes[0], 0), 5)
-        print(
-            f"  {bits} bits {ms:.1f} ms, {ms / exact - 1:+.1%}; encoding one side of one layer {encode:.2f} ms",
-            flush=True,
-        )
+        say(f"prefill {bits} bits {ms:.1f} ms, {ms / exact - 1:+.1%}; encoding one side of one layer {encode:.2f} ms")
+
+
+@torch.no_grad()
+def smoke(shapes):
+    """Everything once, on a small model: a mistake shows here and costs no minutes."""
+    model = model_of(4)
+    made = tables(2, 4)
+    plain = vt.VeloxQuantCache(model, made)
+    ids = torch.randint(0, 128256, (2, 300), device="cuda")
+    want = [model(ids[:, :200], past_key_values=plain).logits[:, -1:]]
+    want += [model(ids[:, i : i + 1], past_key_values=plain).logits for i in range(200, 300)]
+    vt.compile_layers(model, **WAYS[chosen["ways"][0]])
+    cache = vt.VeloxQuantCache(model, made)
+    got = [model(ids[:, :200], past_key_values=cache).logits[:, -1:]]
+    captured = vt.CapturedStep(model, cache)
+    got += [captured(ids[:, i : i + 1]).clone() for i in range(200, 300)]
+    want, got = torch.cat(want, 1).float(), torch.cat(got, 1).float()
+    error = ((got - want).norm() / want.norm()).item()
+    say(
+        f"smoke: captured and compiled against eager {error:.1e}; lengths {cache.lengths.packed} {plain.lengths.packed}"
+    )
+    assert error < 2e-2 and cache.lengths.counts.tolist() == plain.lengths.counts.tolist()
+    with torch.compiler.set_stance("fail_on_recompile"):  # not captured, and the next cache
+        other = vt.VeloxQuantCache(model, made)
+        for i in (160, *[1] * 140):
+            position = torch.zeros(2, i, dtype=torch.long, device="cuda")
+            model(ids[:, :i].contiguous(), position_ids=position, past_key_values=other)
+    say(f"smoke: no graph compiled again while {other.lengths.packed[0]} tokens became packed")
+    torch.compiler.reset()
 
 
 def main():
-    wanted = sys.argv[1:] or ["append", "prefill", "step"]
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
-    for name, part in (("append", appends), ("prefill", prefills), ("step", steps)):
-        if name in wanted:
-            part()
+    parts = {"smoke": smoke, "variants": variants, "step": step, "prefill": prefill, "memory": memory}
+    given = sys.argv[1:]
+    wanted = [name for name in parts if name in given] or [name for name in parts if name != "variants"]
+    chosen["ways"] = [name for name in given if name in WAYS] or chosen["ways"]
+    shapes = [tuple(map(int, a.split("x"))) for a in given if a[0].isdigit()] or SHAPES
+    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
+    for name in wanted:
+        parts[name](shapes)
+        torch.cuda.empty_cache()
 
 
+started = time.perf_counter()
 if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "0")
     main()
