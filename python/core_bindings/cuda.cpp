@@ -1,21 +1,15 @@
 // The CUDA kernels for arrays on the device. What is the same in every step is bound once; a step
 // passes addresses, since one layer's step takes microseconds and a DLPack exchange costs some too.
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
-#include "python/core_bindings/module.h"
+#include "python/core_bindings/cuda_storage.h"
 
 using namespace nanobind::literals;
 
 namespace veloxquant {
 namespace {
 
-const void* pointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
-cuda::Stream stream_of(uintptr_t address) { return reinterpret_cast<void*>(address); }
-
-// The storage of one layer on the device, and its kernels.
-//   codes   uint8 [B, H, blocks, cuda_block_bytes]    exact   16 bits [B, H, sinks + window + 64,
-//   D] blobs   uint8, from SideTables.cuda_blob          lengths int32 [4, B]
+// The storage of one layer on the device, and its kernels. Blobs are of SideTables.cuda_blob.
 class CudaLayer {
  public:
   CudaLayer(const SideTables& keys, const SideTables& values, CudaArray key_blob,
@@ -26,67 +20,27 @@ class CudaLayer {
         window_(window) {
     keys_.format = keys.prepared().format;
     values_.format = values.prepared().format;
-    const auto blob = [](const CudaArray& array, const SideTables& side, const char* name) {
-      require(array.nbytes() == side.prepared().blob.size(), "[CudaLayer] ", name, ": got ",
-              array.nbytes(), " bytes, wanted the ", side.prepared().blob.size(),
-              " of cuda_blob()");
-      return static_cast<const void*>(array.data());
-    };
-    keys_.tables = blob(key_blob_, keys, "key_blob");
-    values_.tables = blob(value_blob_, values, "value_blob");
+    keys_.tables = blob_of(key_blob_, keys, "key_blob");
+    values_.tables = blob_of(value_blob_, values, "value_blob");
     args_.n_q_heads = n_q_heads;
   }
 
   void bind(CudaArray key_codes, CudaArray value_codes, CudaArray exact_keys,
             CudaArray exact_values, CudaArray lengths) {
-    const TensorView k = view_of(key_codes, "CudaLayer", "key_codes"),
-                     v = view_of(value_codes, "CudaLayer", "value_codes"),
-                     ek = view_of(exact_keys, "CudaLayer", "exact_keys"),
-                     ev = view_of(exact_values, "CudaLayer", "exact_values"),
-                     n = view_of(lengths, "CudaLayer", "lengths");
-    const int64_t batch = k.shape[0], heads = keys_.format.n_kv_heads;
-    const auto codes_ok = [&](const TensorView& view, const cuda::SideFormat& f) {
-      return view.ndim == 4 && view.dtype == DType::uint8 && view.shape[0] == batch &&
-             view.shape[1] == heads && view.shape[3] == f.block_bytes() && view.stride[3] == 1 &&
-             view.stride[2] == f.block_bytes();
-    };
-    require(codes_ok(k, keys_.format) && codes_ok(v, values_.format) && k.shape[2] == v.shape[2],
-            "[CudaLayer] codes: got another shape, wanted uint8 [B, ", heads,
-            ", blocks, cuda_block_bytes], block after block");
-    const auto exact_ok = [&](const TensorView& view) {
-      return view.ndim == 4 && view.shape[0] == batch && view.shape[1] == heads &&
-             view.shape[2] == sinks_ + window_ + kBlockTokens &&
-             view.shape[3] == keys_.format.head_dim && view.stride[3] == 1 &&
-             view.dtype == ek.dtype &&
-             (view.dtype == DType::float16 || view.dtype == DType::bfloat16);
-    };
-    require(exact_ok(ek) && exact_ok(ev),
-            "[CudaLayer] exact: got another shape or dtype, wanted "
-            "float16 or bfloat16 [B, ",
-            heads, ", ", sinks_ + window_ + kBlockTokens, ", ", keys_.format.head_dim, "]");
-    require(n.ndim == 2 && n.dtype == DType::int32 && n.shape[0] == 4 && n.shape[1] == batch &&
-                n.stride[1] == 1 && n.stride[0] == batch,
-            "[CudaLayer] lengths: got another shape or dtype, wanted int32 [4, ", batch, "]");
-    key_codes_ = std::move(key_codes);
-    value_codes_ = std::move(value_codes);
-    exact_keys_ = std::move(exact_keys);
-    exact_values_ = std::move(exact_values);
-    lengths_ = std::move(lengths);
-    set_codes(keys_, k);
-    set_codes(values_, v);
-    batch_ = static_cast<int>(batch);
-    exact_[0] = exact_side(ek);
-    exact_[1] = exact_side(ev);
-    exact_dtype_ = ek.dtype;
-    counts_ = static_cast<int32_t*>(const_cast<void*>(n.data));
-    args_.batch = batch_;
+    held_ = CudaStorage({keys_.format.n_kv_heads, keys_.format.head_dim, keys_.format.block_bytes(),
+                         values_.format.block_bytes(), sinks_ + window_ + kBlockTokens},
+                        std::move(key_codes), std::move(value_codes), std::move(exact_keys),
+                        std::move(exact_values), std::move(lengths));
+    set_codes(keys_, held_.key_codes());
+    set_codes(values_, held_.value_codes());
+    args_.batch = held_.batch();
     args_.keys = keys_;
     args_.values = values_;
-    args_.exact_keys = exact_[0];
-    args_.exact_values = exact_[1];
-    args_.exact_dtype = exact_dtype_;
-    args_.n_packed = counts_ + 2 * batch;
-    args_.n_exact = counts_ + 3 * batch;
+    args_.exact_keys = held_.exact_keys();
+    args_.exact_values = held_.exact_values();
+    args_.exact_dtype = held_.exact_dtype();
+    args_.n_packed = held_.counts() + 2 * held_.batch();
+    args_.n_exact = held_.counts() + 3 * held_.batch();
   }
 
   int64_t workspace_bytes() const { return cuda::decode_workspace_bytes(args_); }
@@ -95,17 +49,17 @@ class CudaLayer {
   void append(uintptr_t keys, int64_t key_batch, int64_t key_head, uintptr_t values,
               int64_t value_batch, int64_t value_head, int dtype, uintptr_t stream) const {
     cuda::AppendArgs a;
-    a.batch = batch_;
+    a.batch = held_.batch();
     a.sinks = sinks_;
     a.window = window_;
-    a.lengths = counts_;
+    a.lengths = held_.counts();
     a.keys = keys_;
     a.values = values_;
     a.key_codes = const_cast<uint8_t*>(keys_.codes);
     a.value_codes = const_cast<uint8_t*>(values_.codes);
-    a.exact_keys = exact_[0];
-    a.exact_values = exact_[1];
-    a.exact_dtype = exact_dtype_;
+    a.exact_keys = held_.exact_keys();
+    a.exact_values = held_.exact_values();
+    a.exact_dtype = held_.exact_dtype();
     a.new_keys = {pointer(keys), key_batch, key_head, 0};
     a.new_values = {pointer(values), value_batch, value_head, 0};
     a.dtype = static_cast<DType>(dtype);
@@ -132,16 +86,11 @@ class CudaLayer {
     side.batch_stride = view.stride[0];
     side.head_stride = view.stride[1];
   }
-  static cuda::ExactSide exact_side(const TensorView& view) {
-    return {view.data, view.stride[0], view.stride[1], view.stride[2]};
-  }
 
   cuda::PackedSide keys_, values_;
-  CudaArray key_blob_, value_blob_, key_codes_, value_codes_, exact_keys_, exact_values_, lengths_;
-  cuda::ExactSide exact_[2];
-  DType exact_dtype_ = DType::float16;
-  int32_t* counts_ = nullptr;
-  int batch_ = 0, sinks_, window_;
+  CudaArray key_blob_, value_blob_;
+  CudaStorage held_;
+  int sinks_, window_;
   cuda::DecodeArgs args_;
 };
 

@@ -45,4 +45,5 @@ NB_MODULE(_core, m) {
   bind_calibration(m);
   bind_cpu(m);
   bind_cuda(m);
+  bind_cuda_general(m);
 }

@@ -9,7 +9,7 @@
 #include <optional>
 #include <string>
 
-#include "veloxquant/cuda.h"
+#include "veloxquant/cuda_general.h"
 #include "veloxquant/vecinfer.h"
 
 namespace veloxquant {
@@ -53,7 +53,8 @@ MutableTensorView writable(const Array& array, const char* what, const char* nam
   return writable(view_of(array, what, name));
 }
 
-// One side of one layer: its tables and transform, the CPU codec, and what CUDA needs of it.
+// One side of one layer: its tables and transform, the CPU codec, and what CUDA needs of it: the
+// kernels of cuda.h where a side has tables, those of cuda_general.h where it has none.
 class SideTables {
  public:
   SideTables(const std::string& side, int n_kv_heads, int head_dim, const CpuArray& tables,
@@ -61,24 +62,33 @@ class SideTables {
              const std::optional<CpuArray>& encode_matrix,
              const std::optional<CpuArray>& query_matrix);
 
+  // A codec that needs no tables.
+  explicit SideTables(const CodecSpec& spec);
+
   const CodecPtr& codec() const { return codec_; }
   Side side() const { return codec_->side(); }
   // What keeps these tables from the CUDA kernels, or nothing.
   const std::string& cuda_problem() const { return cuda_problem_; }
   // Throws Error with cuda_problem().
   const cuda::PreparedSide& prepared() const;
+  bool is_general() const { return !general_.empty(); }
+  const cuda::GpuCodec& general() const { return general_; }
+  const std::vector<uint8_t>& cuda_blob() const;
+  int64_t cuda_block_bytes() const;
 
  private:
   std::vector<uint8_t> tables_;
   std::vector<float> scale_, encode_matrix_, query_matrix_;
   CodecPtr codec_;
   cuda::PreparedSide prepared_;
+  cuda::GpuCodec general_;
   std::string cuda_problem_;
 };
 
-void bind_tables(nb::module_& m);       // SideTables
-void bind_calibration(nb::module_& m);  // fitting transforms and tables
-void bind_cpu(nb::module_& m);          // encode, attention on CPU arrays
-void bind_cuda(nb::module_& m);         // the same on the device
+void bind_tables(nb::module_& m);        // SideTables
+void bind_calibration(nb::module_& m);   // fitting transforms and tables
+void bind_cpu(nb::module_& m);           // encode, attention on CPU arrays
+void bind_cuda(nb::module_& m);          // the same on the device
+void bind_cuda_general(nb::module_& m);  // and for sides without tables
 
 }  // namespace veloxquant

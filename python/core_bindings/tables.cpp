@@ -96,6 +96,22 @@ SideTables::SideTables(const std::string& side, int n_kv_heads, int head_dim,
   }
 }
 
+SideTables::SideTables(const CodecSpec& spec) : codec_(make_codec(spec, {})) {
+  try {
+    general_ = cuda::prepare_codec(spec, {});
+  } catch (const Error& error) {
+    cuda_problem_ = error.what();
+  }
+}
+
+const std::vector<uint8_t>& SideTables::cuda_blob() const {
+  return is_general() ? general_.blob() : prepared().blob;
+}
+
+int64_t SideTables::cuda_block_bytes() const {
+  return is_general() ? general_.block_bytes() : prepared().format.block_bytes();
+}
+
 const cuda::PreparedSide& SideTables::prepared() const {
   require(cuda_problem_.empty(), cuda_problem_);
   return prepared_;
@@ -112,6 +128,17 @@ void bind_tables(nb::module_& m) {
                     const std::optional<CpuArray>&>(),
            "side"_a, "n_kv_heads"_a, "head_dim"_a, "tables"_a, "transform"_a = "none",
            "scale"_a = nb::none(), "encode_matrix"_a = nb::none(), "query_matrix"_a = nb::none())
+      .def_static(
+          "turboquant",
+          [](const std::string& side, int n_kv_heads, int head_dim, int bits, int64_t seed) {
+            return SideTables(CodecSpec{"turboquant",
+                                        side_named(side),
+                                        n_kv_heads,
+                                        head_dim,
+                                        {{"bits", int64_t{bits}}, {"seed", seed}}});
+          },
+          "side"_a, "n_kv_heads"_a, "head_dim"_a, "bits"_a, "seed"_a = 0,
+          "A side without tables: a random rotation and a fixed quantiser, 1 to 4 bits.")
       .def_prop_ro("n_kv_heads", [](const SideTables& s) { return s.codec()->n_kv_heads(); })
       .def_prop_ro("head_dim", [](const SideTables& s) { return s.codec()->head_dim(); })
       .def_prop_ro("name", [](const SideTables& s) { return s.codec()->name(); })
@@ -121,10 +148,11 @@ void bind_tables(nb::module_& m) {
           "Bytes of 64 tokens of one KV head, in the order that files have.")
       .def_prop_ro("cuda_problem", &SideTables::cuda_problem,
                    "Why these tables cannot be used on CUDA; empty where they can.")
-      .def_prop_ro("cuda_block_bytes",
-                   [](const SideTables& s) { return s.prepared().format.block_bytes(); })
+      .def_prop_ro("is_general", &SideTables::is_general,
+                   "Whether CUDA's general kernels serve it: blocks in the order that files have.")
+      .def_prop_ro("cuda_block_bytes", &SideTables::cuda_block_bytes)
       .def(
-          "cuda_blob", [](const SideTables& s) { return numpy_bytes(s.prepared().blob); },
+          "cuda_blob", [](const SideTables& s) { return numpy_bytes(s.cuda_blob()); },
           "What the kernels read: to be copied to the device.")
       .def(
           "query_matrix",

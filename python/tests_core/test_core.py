@@ -53,6 +53,21 @@ def test_decoded_tokens_are_near_and_matrices_invert_each_other(rng, transform, 
     assert numpy.allclose(tables.query_matrix(), tables.inverse_matrix().transpose(0, 2, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("bits,distortion", [(1, 0.36), (2, 0.117), (3, 0.035), (4, 0.0095)])
+def test_turboquant_needs_no_tables(rng, bits, distortion):
+    """The paper's distortion of rotated Gaussian tokens, and bits + 16 / D an element."""
+    tables = SideTables.turboquant("keys", H, D, bits, seed=3)
+    assert tables.is_general and tables.cuda_problem == "" and tables.bits == bits + 16 / D
+    assert tables.block_bytes == tables.cuda_block_bytes == 64 * (D * bits // 8 + 2)
+    x, _, back = stored(rng, tables, N)
+    error = numpy.square(back - x).sum() / numpy.square(x.astype(numpy.float32)).sum()
+    assert 0.8 * distortion < error < 1.25 * distortion
+    assert numpy.allclose(tables.query_matrix() @ tables.inverse_matrix(), numpy.eye(D), atol=1e-5)
+    other = SideTables.turboquant("keys", H, D, bits, seed=4)
+    assert not numpy.allclose(tables.query_matrix(), other.query_matrix(), atol=0.1)
+    assert len(tables.cuda_blob()) == len(other.cuda_blob()) > 0
+
+
 @pytest.mark.parametrize("n_packed,n_exact,chunk", [(0, 9, 0), (128, 70, 0), (192, 68, 5), (0, 0, 33), (256, 4, 1)])
 def test_attention_is_the_softmax_over_decoded_and_exact_tokens(rng, n_packed, n_exact, chunk):
     keys, values = side(rng, "keys"), side(rng, "values", 2, "dense")
@@ -99,6 +114,9 @@ def test_bad_arguments_are_one_sentence(rng):
     ):
         with pytest.raises(Error, match=word):
             SideTables(*arguments)
+    for arguments, word in ((("keys", H, D, 5), "bits"), (("keys", H, 60, 2), "head_dim"), (("q", H, D, 2), "side")):
+        with pytest.raises(Error, match=word):
+            SideTables.turboquant(*arguments)
     good = side(rng, "keys")
     x, codes, _ = stored(rng, good, N)
     with pytest.raises(Error, match="first_block"):

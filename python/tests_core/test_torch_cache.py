@@ -38,6 +38,8 @@ def model_and_tables(bits=4, transform="learned", per="head", head_dim=64):
     key = (bits, transform, per, head_dim)
     if key not in made:
         model = small_model(head_dim)
+        if transform == "turboquant":
+            return model, vt.VeloxQuantCache(model, codec="turboquant", bits=bits, on_codes=False).tables
         ids = torch.randint(2, 256, (2, 512), generator=torch.Generator().manual_seed(1))
         made[key] = model, vt.calibrate(model, [ids], bits, transform=transform, codebook_per=per, max_tokens=1024)
     return made[key]
@@ -68,9 +70,12 @@ def portable(layer, i):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("bits,limit", [(4, 0.15), (2, 0.45)])
-def test_the_model_says_nearly_what_it_says_with_an_exact_cache(device, bits, limit):
-    model, tables = on(device, bits=bits)
+@pytest.mark.parametrize(
+    "bits,transform,limit",
+    [(4, "learned", 0.15), (2, "learned", 0.45), (4, "turboquant", 0.15), (2, "turboquant", 0.45)],
+)
+def test_the_model_says_nearly_what_it_says_with_an_exact_cache(device, bits, transform, limit):
+    model, tables = on(device, bits=bits, transform=transform)
     ids = tokens(400, 2)
     with torch.no_grad():
         want = model(ids.to(device)).logits.float().cpu()
@@ -81,7 +86,7 @@ def test_the_model_says_nearly_what_it_says_with_an_exact_cache(device, bits, li
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("transform", ["learned", "hadamard"])
+@pytest.mark.parametrize("transform", ["learned", "hadamard", "turboquant"])
 @pytest.mark.parametrize("per", ["head", "subvector"])
 def test_attention_reads_the_codes_and_nothing_else(device, transform, per):
     """Layer by layer against fp64 over what `dequantize` gives: a token, then a chunk over the history."""
@@ -111,8 +116,9 @@ def test_attention_reads_the_codes_and_nothing_else(device, transform, per):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_chunks_and_single_tokens_leave_the_same_bytes(device):
-    model, tables = on(device)
+@pytest.mark.parametrize("transform", ["learned", "turboquant"])
+def test_chunks_and_single_tokens_leave_the_same_bytes(device, transform):
+    model, tables = on(device, transform=transform)
     layers = []
     generator = torch.Generator().manual_seed(4)
     k, v = (torch.randn(2, 2, 500, 64, generator=generator).to(device, DTYPES[device]) for _ in range(2))
@@ -136,7 +142,16 @@ def test_chunks_and_single_tokens_leave_the_same_bytes(device):
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU")
-@pytest.mark.parametrize("bits,transform,per", [(2, "learned", "head"), (4, "hadamard", "subvector")])
+@pytest.mark.parametrize(
+    "bits,transform,per",
+    [
+        (2, "learned", "head"),
+        (4, "hadamard", "subvector"),
+        (2, "turboquant", ""),
+        (3, "turboquant", ""),
+        (4, "turboquant", ""),
+    ],
+)
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_the_gpu_stores_the_bytes_of_the_cpu(bits, transform, per, head_dim):
     model, tables = model_and_tables(bits, transform, per, head_dim)
@@ -265,8 +280,9 @@ def test_rows_are_reordered_repeated_and_selected(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("to", DEVICES)
-def test_a_saved_cache_goes_on_where_it_was(device, to, tmp_path):
-    model, tables = on(device, bits=2)
+@pytest.mark.parametrize("transform", ["learned", "turboquant"])
+def test_a_saved_cache_goes_on_where_it_was(device, to, transform, tmp_path):
+    model, tables = on(device, bits=2, transform=transform)
     ids = tokens(260, 2)
     cache = vt.VeloxQuantCache(model, tables, sinks=2, window=70)
     feed(model, cache, ids, [222])
@@ -395,6 +411,12 @@ def test_bad_arguments_are_one_sentence():
         vt.VeloxQuantCache(model, vt.Tables(tables.layers[:1]))
     with pytest.raises(Error, match="sinks"):
         vt.VeloxQuantCache(model, tables, sinks=-1)
+    with pytest.raises(Error, match="tables, codec"):
+        vt.VeloxQuantCache(model)
+    with pytest.raises(Error, match="codec: got 'nf4'"):
+        vt.VeloxQuantCache(model, codec="nf4")
+    with pytest.raises(Error, match="bits"):
+        vt.VeloxQuantCache(model, codec="turboquant", bits=7)
     with pytest.raises(Error, match="bits"):
         vt.calibrate(model, [tokens(64)], bits=5)
     other = small_model(head_dim=32)

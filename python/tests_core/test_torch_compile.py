@@ -143,10 +143,10 @@ def test_what_cannot_be_compiled_or_captured_is_refused():
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU")
 @torch.no_grad()
-@pytest.mark.parametrize("compiled", [False, True])
-def test_captured_steps_go_on_by_themselves(compiled):
+@pytest.mark.parametrize("compiled,transform", [(False, "learned"), (True, "learned"), (False, "turboquant")])
+def test_captured_steps_go_on_by_themselves(compiled, transform):
     """Over the growth of the cache and changes of it, which ask for another capture."""
-    model, tables = on("cuda", bits=2)
+    model, tables = on("cuda", bits=2, transform=transform)
     ids = tokens(500, 2).to("cuda")
     eager = vt.VeloxQuantCache(model, tables)
     want = feed(model, eager, ids, [150, *[1] * 250])[:, 150:]

@@ -22,10 +22,14 @@ if wanted check || wanted bench || wanted sanitize; then
   sources+=" tools/gpu/cuda_bench.cpp tools/gpu/cuda_check.cpp tools/gpu/append_check.cpp tools/gpu/problem.cpp"
 fi
 exact="src/codecs/vecinfer/cuda.cu src/cache/cuda_append.cu"
-if wanted general || wanted general_bench; then
-  sources+=" src/backends/cuda/kernel.cu src/backends/cuda/nvrtc.cu src/attention/cuda_general.cu src/attention/cuda_general_blocks.cu
-    tools/gpu/general_check.cpp tools/gpu/general_append.cpp tools/gpu/general_bench.cpp"
+general=false
+if wanted general || wanted general_bench || wanted torch || wanted torch_bench; then
+  general=true
+  sources+=" src/backends/cuda/kernel.cu src/backends/cuda/nvrtc.cu src/attention/cuda_general.cu src/attention/cuda_general_blocks.cu"
   exact+=" src/cache/cuda_append_general.cu"
+fi
+if wanted general || wanted general_bench; then
+  sources+=" tools/gpu/general_check.cpp tools/gpu/general_append.cpp tools/gpu/general_bench.cpp"
 fi
 for source in $sources; do
   nvcc $flags -c -o "$build/$(basename "$source").o" "$source" &
@@ -55,14 +59,16 @@ if wanted check || wanted bench || wanted sanitize; then
   nvcc -o "$build/cuda_bench" "$build"/{cuda_bench,problem}.cpp.o $shared || exit 1
   nvcc -o "$build/cuda_check" "$build"/{cuda_check,append_check,problem}.cpp.o $shared || exit 1
 fi
-if wanted general || wanted general_bench; then
+if $general; then
   parts_of_general="$build/kernel.cu.o $build/nvrtc.cu.o $build/cuda_general.cu.o $build/cuda_general_blocks.cu.o
     $build/exact_cuda_append_general.cu.o"
+fi
+if wanted general || wanted general_bench; then
   nvcc -o "$build/general_check" "$build"/general_{check,append}.cpp.o $parts_of_general $shared -ldl || exit 1
   nvcc -o "$build/general_bench" "$build/general_bench.cpp.o" $parts_of_general $shared -ldl || exit 1
 fi
 if wanted torch || wanted torch_bench; then
-  nvcc -shared -o python/veloxquant/_core.so "$build"/bind_*.o $shared || exit 1
+  nvcc -shared -o python/veloxquant/_core.so "$build"/bind_*.o $parts_of_general $shared -ldl || exit 1
 fi
 echo "built after $SECONDS s"
 if wanted check; then
@@ -101,7 +107,7 @@ if wanted torch; then
   grep -qE "^SKIPPED.*(no GPU|could not import)" "$out/torch.log" && { echo "torch: tests were skipped"; status=1; }
 fi
 if wanted torch_bench; then
-  python3 tools/gpu/torch_bench.py 2>&1 | tee "$out/torch_bench.txt" || status=1
+  python3 tools/gpu/torch_bench.py ${TORCH_BENCH:-} 2>&1 | tee "$out/torch_bench.txt" || status=1
 fi
 nvidia-smi --query-gpu=clocks.sm,clocks.mem,temperature.gpu --format=csv,noheader
 echo "done after $SECONDS s, status $status"

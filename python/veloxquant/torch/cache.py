@@ -9,10 +9,10 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from veloxquant import Error
 from veloxquant.torch import attention
+from veloxquant.torch.codecs import codec_tables_for, tables_of
 from veloxquant.torch.layer import VeloxQuantLayer
 from veloxquant.torch.lengths import BLOCK, Lengths
 from veloxquant.torch.operator import NewTokens, issue_ticket
-from veloxquant.torch.tables import Tables
 
 FORMAT = "veloxquant cache 1"
 
@@ -20,7 +20,8 @@ FORMAT = "veloxquant cache 1"
 class VeloxQuantCache(Cache):
     """Pass it to `model.generate(..., past_key_values=cache)` or to the model itself.
 
-    tables: of `calibrate`, one for each layer. The first `sinks` tokens and the newest window .. window + 63 stay exact in
+    tables: of `calibrate`, one for each layer; or a codec that needs none, "turboquant" of 1 to 4 bits an element and 16 a
+    token and head (value_bits for the values where they are to have others). The first `sinks` tokens and the newest window .. window + 63 stay exact in
     16 bits. max_length: tokens to make room for at once; else codes grow as they come. on_codes: the model's attention
     implementation becomes 'veloxquant', which reads the codes; without, attention is the model's own and sees the history
     decoded, which takes its memory for the time of a layer. strict: a token of a chunk sees as codes exactly what token
@@ -28,9 +29,25 @@ class VeloxQuantCache(Cache):
     Sliding-window layers keep transformers' own cache.
     """
 
-    def __init__(self, model, tables, sinks=4, window=64, max_length=None, on_codes=True, strict=False):
+    def __init__(
+        self,
+        model,
+        tables=None,
+        sinks=4,
+        window=64,
+        max_length=None,
+        on_codes=True,
+        strict=False,
+        codec=None,
+        bits=4,
+        value_bits=None,
+    ):
         self.config = model.config.get_text_config(decoder=True)
         count = self.config.num_hidden_layers
+        if (tables is None) == (codec is None):
+            raise Error(f"[VeloxQuantCache] tables, codec: got {tables!r}, {codec!r}, wanted one of them")
+        if tables is None:
+            tables = codec_tables_for(self.config, codec, bits, value_bits)
         if len(tables) != count:
             raise Error(f"[VeloxQuantCache] tables: got tables for {len(tables)} layers, wanted {count}")
         if sinks < 0 or window < 0:
@@ -239,7 +256,7 @@ class VeloxQuantCache(Cache):
             if head["format"] != FORMAT:
                 raise KeyError(head["format"])
             stored = {n.removeprefix("tables."): a for n, a in arrays.items() if n.startswith("tables.")}
-            tables = Tables.from_arrays(stored, metadata["tables"])
+            tables = tables_of(stored, metadata["tables"])
             cache = cls(model, tables, head["sinks"], head["window"], max_length, on_codes)
             cache._restore(head, arrays, model.device)
         except (KeyError, TypeError, RuntimeError) as error:

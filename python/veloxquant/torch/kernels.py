@@ -11,14 +11,6 @@ TILE = 4096  # tokens that are decoded at once, where many queries attend
 MATH_ROWS = 256  # queries at once where PyTorch has no fused kernel
 
 
-def kernels_for(layer):
-    if layer.device.type == "cuda":
-        return CudaKernels(layer)
-    if layer.device.type == "cpu":
-        return CpuKernels(layer)
-    raise Error(f"[VeloxQuantCache] device: got {layer.device}, wanted cpu or cuda")
-
-
 class CpuKernels:
     appends_alone = False
 
@@ -94,6 +86,7 @@ class CpuKernels:
 
 class CudaKernels:
     appends_alone = True
+    native = _core.CudaLayer
     workspaces = {}  # device, stream -> scratch of the decode kernel
 
     def __init__(self, layer):
@@ -122,7 +115,7 @@ class CudaKernels:
         self.n_q_heads = n_q_heads or self.n_q_heads or keys.core.n_kv_heads
         lengths = layer.cache.lengths
         layer.make_room(1)
-        self.core = _core.CudaLayer(
+        self.core = self.native(
             keys.core,
             values.core,
             keys.blob(layer.device),

@@ -4,7 +4,8 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from veloxquant import Error
-from veloxquant.torch.kernels import kernels_for
+from veloxquant.torch.general import GeneralKernels
+from veloxquant.torch.kernels import CpuKernels, CudaKernels
 from veloxquant.torch.lengths import BLOCK
 
 
@@ -12,6 +13,14 @@ def clean(x, dtype):
     """In 16 bits, as the core rounds: NaN is 0, what does not fit is the largest that does."""
     largest = torch.finfo(dtype).max
     return torch.nan_to_num(x, nan=0.0, posinf=largest, neginf=-largest).clamp(-largest, largest).to(dtype)
+
+
+def kernels_for(layer):
+    if layer.device.type == "cpu":
+        return CpuKernels(layer)
+    if layer.device.type == "cuda":
+        return (GeneralKernels if layer.tables.keys.core.is_general else CudaKernels)(layer)
+    raise Error(f"[VeloxQuantCache] device: got {layer.device}, wanted cpu or cuda")
 
 
 class VeloxQuantLayer(CacheLayerMixin):
