@@ -18,56 +18,88 @@ __global__ void __launch_bounds__(S::THREADS, 1)
   extern __shared__ __align__(1024) char base[];
   const int D = S::head_dim(p), head_groups = p.n_kv_heads * p.n_groups;
   const Shared<S> shared(base, p, D);
+  const bool plans = same_in_warp(threadIdx.x >> 5) == S::kQueryWarps;
   let_next_start();
-  // Which head the first item is of is known without the plan.
-  const int first_kv_head = kv_head_of(p, first_item(head_groups, blockIdx.x, gridDim.x));
+  // The pair of the first item without the plan: its head is this one, its sequence too where all
+  // are equally long.
+  const bool in_turn = p.batch == 1 && p.n_pairs <= static_cast<int>(gridDim.x);
+  Pair pair;
+  {
+    const int guess =
+        in_turn ? blockIdx.x % p.n_pairs : first_item(p.n_pairs, blockIdx.x, gridDim.x);
+    const int head_group = quotient(guess, p.batch);
+    pair = pair_of(p, head_group, guess - head_group * p.batch);
+  }
+  // Tables of one sequence may be the work of the kernel ahead.
   const bool one_table = p.keys.n_sequences == 1 && p.values.n_sequences == 1;
-  TableRows<S> tables = TableRows<S>::fetch(p, first_kv_head, 0);
+  if (!one_table) wait_for_stream();
+  TableRows<S> tables = TableRows<S>::fetch(p, pair.kv_head, pair.sequence);
   // The queries' matrix first; the outputs' takes its place when it is used.
   const auto stage_first = [&](int kv_head) {
     if (p.keys.matrix != nullptr) {
-      stage_matrix<S>(p, p.keys, kv_head, 0, shared);
+      stage_matrix<S>(p, p.keys, kv_head, shared);
     } else {
-      stage_matrix<S>(p, p.values, kv_head, 0, shared);
+      stage_matrix<S>(p, p.values, kv_head, shared);
     }
   };
-  stage_first(first_kv_head);
+  stage_first(pair.kv_head);
+  tables.store_scales(shared);
+  bool store_tables = p.merge_over_tables;  // after the transform then, which lies over them
+  if (!store_tables) tables.store(p, pair.kv_head, pair.sequence, shared);
   wait_for_stream();
-  Cut cut = {shared.tokens(), shared.exact(), shared.items(), 0};
-  cut.make(p);
-  const int n_items = cut.per_head * head_groups;
-  const int end = first_item(n_items, blockIdx.x + 1, gridDim.x);
-  int index = first_item(n_items, blockIdx.x, gridDim.x);
-  if (index == end) return;
-  Start<S> start;
+  const Cut cut = {shared.tokens(), shared.exact(), shared.items()};
+  Start<S> start = Start<S>::fetch(p, pair);
   Walk<S> walk;
-  bool other_tables = true;
-  {
-    const Item item = cut.item(p, index);
-    if (!one_table) tables = TableRows<S>::fetch(p, item.pair.kv_head, item.pair.sequence);
-    start = Start<S>::fetch(p, item);
-    ExactShare<S>(p, item).prefetch(p);
-    walk = Walk<S>::begin(p, item.pair, item.first_step, item.end_step);
-    if (threadIdx.x == 0) shared.item() = item;
-  }
-  __syncthreads();
+  bool planned = false;
+  int index = 0, end = 0, n_tokens = 0;
   // Items side by side: a CTA's are most often of one head, whose tables it loads once.
 #pragma unroll 1
   while (true) {
-    start.store(p, shared.item(), shared);
-    tables.store_scales(shared);
-    // Where results lie over the tables, the transform's do so too.
-#pragma unroll 1
-    for (int turn = 0; turn < 2; ++turn) {
-      const Pair& pair = shared.item().pair;
-      if (turn == (p.merge_over_tables != 0)) {
-        if (turn == 1) __syncthreads();
-        if (other_tables) tables.store(p, pair.kv_head, pair.sequence, shared);
-      }
-      if (turn == 0) prepare_queries<S>(p, pair, shared);
+    if (!plans) {
+      start.store(p, pair, shared);
+      prepare_queries<S>(p, pair, shared);
+    } else if (!planned) {
+      cut.make(p);
+    } else if ((threadIdx.x & 31) == 0) {
+      prepare_counter(p, shared.item());
     }
     __syncthreads();
-    attend_steps<S>(p, walk, shared.item().n_tokens, shared);
+    if (!planned) {
+      planned = true;
+      const int of_head = cut.per_head(p), n_items = of_head * head_groups;
+      index = first_item(n_items, blockIdx.x, gridDim.x);
+      end = first_item(n_items, blockIdx.x + 1, gridDim.x);
+      if (in_turn) {
+        const int part = blockIdx.x / p.n_pairs;
+        index = pair.index * of_head + part;
+        end = part < of_head ? index + 1 : index;
+      }
+      if (index == end) return;
+      const Item item = cut.item(p, index);
+      const bool other = item.pair.index != pair.index;
+      if (other) start = Start<S>::fetch(p, item.pair);
+      walk = Walk<S>::begin(p, item.pair, item.first_step, item.end_step);
+      ExactShare<S>(p, item).prefetch(p);
+      n_tokens = item.n_tokens;
+      if (threadIdx.x == 0) shared.item() = item;
+      if (other) {  // the transform once more
+        pair = item.pair;
+        if (!one_table) {
+          tables = TableRows<S>::fetch(p, pair.kv_head, pair.sequence);
+          tables.store_scales(shared);
+          store_tables = true;
+        }
+        __syncthreads();
+        continue;
+      }
+      if (plans && (threadIdx.x & 31) == 0) prepare_counter(p, item);
+    }
+    if (p.keys.matrix != nullptr) stage_matrix<S>(p, p.values, pair.kv_head, shared);
+    if (store_tables) {
+      tables.store(p, pair.kv_head, pair.sequence, shared);
+      __syncthreads();
+    }
+    attend_steps<S>(p, walk, n_tokens, shared);
     const Item done = shared.item();
     const ExactShare<S> share(p, done);
     if (share.first < share.end) {
@@ -83,7 +115,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
     if (more) item = cut.item(p, index);
     Start<S> next_start;
     if (more) {
-      next_start = Start<S>::fetch(p, item);
+      next_start = Start<S>::fetch(p, item.pair);
       ExactShare<S>(p, item).prefetch(p);
     }
     start = next_start;
@@ -103,13 +135,16 @@ __global__ void __launch_bounds__(S::THREADS, 1)
       finish<S>(p, done.pair, alone ? 1 : S::kGroups, alone ? shared.merged : shared.rows, shared);
     }
     if (!more) break;
-    other_tables = p.merge_over_tables || item.pair.kv_head != done.pair.kv_head ||
-                   (!one_table && item.pair.sequence != done.pair.sequence);
+    pair = item.pair;
+    n_tokens = item.n_tokens;
+    store_tables = p.merge_over_tables || pair.kv_head != done.pair.kv_head ||
+                   (!one_table && pair.sequence != done.pair.sequence);
     if (threadIdx.x == 0) shared.item() = item;
-    tables = TableRows<S>::fetch(p, item.pair.kv_head, item.pair.sequence);
+    if (store_tables) tables = TableRows<S>::fetch(p, pair.kv_head, pair.sequence);
     wait_for_matrix();
     __syncthreads();
-    stage_first(item.pair.kv_head);
+    stage_first(pair.kv_head);
+    if (store_tables) tables.store_scales(shared);
   }
 }
 

@@ -1,7 +1,7 @@
 
 
-// Transforms of the heads of a pair, by all threads of a CTA: dense, with the matrix on its way to
-// shared memory before the vectors are known, or Hadamard, in place.
+// Transforms of the heads of a pair: dense, with the matrix on its way to shared memory before the
+// vectors are known, or Hadamard, in place.
 #pragma once
 
 #include "src/attention/cuda_shape.cuh"
@@ -13,22 +13,33 @@ __device__ __forceinline__ const float* matrix_of(const SideView& side, int kv_h
   return side.matrix + static_cast<int64_t>(kv_head) * D * D;
 }
 
-// A matrix sets out for shared memory, by warps `first_warp` and on; nothing where there is none,
-// or no room.
+// A barrier of the first kWarps warps.
+template <class S, int kWarps>
+__device__ __forceinline__ void sync_warps() {
+  if constexpr (kWarps == S::WARPS) {
+    __syncthreads();
+  } else {
+    asm volatile("bar.sync 1, %0;" ::"n"(32 * kWarps) : "memory");
+  }
+}
+
+// A matrix sets out for shared memory, by the warps that transform queries; nothing where there is
+// none, or no room.
 template <class S>
 __device__ __forceinline__ void stage_matrix(const DecodeParams& p, const SideView& side,
-                                             int kv_head, int first_warp, const Shared<S>& shared) {
+                                             int kv_head, const Shared<S>& shared) {
   if (side.matrix == nullptr || !p.matrix_in_shared) return;
   const int head_dim = S::head_dim(p);
   const float* matrix = matrix_of(side, kv_head, head_dim);
-  const int t = threadIdx.x - 32 * first_warp, step = S::THREADS - 32 * first_warp;
+  const int t = threadIdx.x;
+  constexpr int step = 32 * S::kQueryWarps;
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared.matrix)) + 16 * t;
   const float* from = matrix + 4 * t;
   const int count = head_dim * head_dim / 4;
   // As many turns for every thread: otherwise the compiler takes warps to be divided from here on.
 #pragma unroll 4
   for (int e = 0; e < count; e += step) {
-    if (t + e < count) {
+    if (t < step && t + e < count) {
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + 16 * e), "l"(from + 4 * e)
                    : "memory");
     }
@@ -40,15 +51,15 @@ __device__ __forceinline__ void wait_for_matrix() {
 }
 
 // Groups of threads that take every n-th row, each thread four columns.
-template <class S>
+template <int kWarps>
 __device__ __forceinline__ int matrix_groups(int head_dim) {
-  const int fit = S::THREADS / (head_dim / 4);
-  return fit < S::WARPS ? fit : S::WARPS;
+  const int fit = 32 * kWarps / (head_dim / 4);
+  return fit < kWarps ? fit : kWarps;
 }
 
 // x[D][HEADS] -> shared.rows, [groups][HEADS][D], each group's share of the sums. From shared
-// memory where the matrix was staged there.
-template <class S>
+// memory where the matrix was staged there. By the first kWarps warps.
+template <class S, int kWarps>
 __device__ __forceinline__ void multiply_matrix(const DecodeParams& p, const SideView& side,
                                                 int kv_head, const float* x,
                                                 const Shared<S>& shared) {
@@ -56,7 +67,7 @@ __device__ __forceinline__ void multiply_matrix(const DecodeParams& p, const Sid
   const int head_dim = S::head_dim(p);
   float* const to = shared.rows;
   const float* matrix = p.matrix_in_shared ? shared.matrix : matrix_of(side, kv_head, head_dim);
-  const int quads = head_dim / 4, n = matrix_groups<S>(head_dim);
+  const int quads = head_dim / 4, n = matrix_groups<kWarps>(head_dim);
   const int quad = threadIdx.x % quads, group = threadIdx.x / quads;
   if (group >= n) return;
   const float4* from = reinterpret_cast<const float4*>(matrix) + group * quads + quad;
@@ -64,7 +75,8 @@ __device__ __forceinline__ void multiply_matrix(const DecodeParams& p, const Sid
   float4 sum[HEADS];
 #pragma unroll
   for (int h = 0; h < HEADS; ++h) sum[h] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  constexpr int kAhead = 11;  // all of a thread's rows for up to 128 dimensions
+  // Of a thread's rows; for up to 128 dimensions all.
+  constexpr int kAhead = kWarps == S::WARPS ? 11 : 12;
 #pragma unroll 1
   for (int begin = group; begin < head_dim; begin += kAhead * n) {
 #pragma unroll
@@ -89,9 +101,9 @@ __device__ __forceinline__ void multiply_matrix(const DecodeParams& p, const Sid
 }
 
 // The share sums above, in order: dimensions d and d + 1 of head h.
-template <class S>
+template <class S, int kWarps>
 __device__ __forceinline__ float2 add_groups(const float* shares, int head_dim, int h, int d) {
-  const int n = matrix_groups<S>(head_dim);
+  const int n = matrix_groups<kWarps>(head_dim);
   float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll 12
   for (int g = 0; g < n; ++g) {
@@ -102,8 +114,9 @@ __device__ __forceinline__ float2 add_groups(const float* shares, int head_dim, 
   return total;
 }
 
-// x[D][HEADS] in place, without the scale; between barriers, and one follows.
-template <class S>
+// x[D][HEADS] in place, without the scale, by the first kWarps warps; between barriers, and one
+// follows.
+template <class S, int kWarps>
 __device__ __forceinline__ void hadamard_heads(float* x, int head_dim) {
   constexpr int HEADS = S::HEADS;
 #pragma unroll 1
@@ -113,14 +126,14 @@ __device__ __forceinline__ void hadamard_heads(float* x, int head_dim) {
 #pragma unroll 1
     for (int stride = 1; stride < block; stride *= 2) {
       const float unit = 2 * stride == block ? scale : 1.0f;
-      for (int e = threadIdx.x; e < HEADS * block / 2; e += S::THREADS) {
+      for (int e = threadIdx.x; e < HEADS * block / 2; e += 32 * kWarps) {
         const int h = e % HEADS, k = e / HEADS;
         float* low = x + (start + 2 * stride * (k / stride) + k % stride) * HEADS + h;
         const float a = low[0], c = low[stride * HEADS];
         low[0] = (a + c) * unit;
         low[stride * HEADS] = (a - c) * unit;
       }
-      __syncthreads();
+      sync_warps<S, kWarps>();
     }
     start += block;
   }

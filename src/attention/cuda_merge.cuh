@@ -101,13 +101,12 @@ __device__ __forceinline__ void gather_records(const DecodeParams& p, const Item
   for (int e = threadIdx.x; e < (kGroups + 1) * slots; e += S::THREADS) {
     const int g = e / slots, slot = e - g * slots, h = slot / quads;
     const bool exact = g == kGroups;
-    const int n = exact ? exact_parts(item.n_exact, item.n_parts) : item.n_parts;
-    const int step = exact ? 1 : kGroups;
+    const int n = exact && item.n_exact == 0 ? 0 : item.n_parts, step = exact ? 1 : kGroups;
     const float* rows = records + (exact ? HEADS * D : 0) + 4 * slot;
     const float* tops = records + 2 * HEADS * D + (exact ? 2 * HEADS : 0) + h;
     Part sum;
 #pragma unroll 1
-    for (int begin = exact ? 0 : g; begin < n; begin += kAhead * step) {
+    for (int begin = exact ? Cut::parts_before_exact(item) : g; begin < n; begin += kAhead * step) {
       Part part[kAhead];
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
@@ -181,17 +180,17 @@ __device__ __forceinline__ void finish(const DecodeParams& p, const Pair& pair, 
   const bool dense = p.values.matrix != nullptr;
   const float* lambda = nullptr;
   if (dense) {
-    multiply_matrix<S>(p, p.values, pair.kv_head, shared.output(), shared);
+    multiply_matrix<S, S::WARPS>(p, p.values, pair.kv_head, shared.output(), shared);
     __syncthreads();
   } else if (p.values.hadamard) {
-    hadamard_heads<S>(shared.output(), D);
+    hadamard_heads<S, S::WARPS>(shared.output(), D);
     if (p.values.lambda != nullptr) lambda = p.values.lambda + pair.kv_head * D;
   }
   for (int e = 2 * threadIdx.x; e < pair.n_heads * D; e += 2 * S::THREADS) {
     const int h = e / D, d = e - h * D;
     float2 y;
     if (dense) {
-      y = add_groups<S>(shared.rows, D, h, d);
+      y = add_groups<S, S::WARPS>(shared.rows, D, h, d);
     } else {
       y = make_float2(shared.output()[d * HEADS + h], shared.output()[(d + 1) * HEADS + h]);
       if (lambda != nullptr) {

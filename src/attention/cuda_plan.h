@@ -1,11 +1,11 @@
 // How decode attention is cut into work, and where its scratch lies. Shared by host and device.
 //
 // Every (KV head, group of query heads, sequence) is a pair; a pair has one unit for each packed
-// block, and is cut into equal items of at most T units; a CTA takes an item at a time. T is chosen
-// by cost: waves of CTAs x (T + what an item costs beside its units). Lengths are known on the
-// device alone, so every CTA works the plan out for itself. The items of a pair that has several
-// leave records; the CTA that leaves the last of them puts them together, in the order of the
-// items.
+// block and then one for each 16 exact tokens, and is cut into equal items of at most T units; a
+// CTA takes an item at a time. T is chosen by cost: waves of CTAs x (T + what an item costs beside
+// its units). Lengths are known on the device alone, so every CTA works the plan out for itself.
+// The items of a pair that has several leave records; the CTA that leaves the last of them puts
+// them together, in the order of the items.
 //
 // Scratch: a counter for each of max_items, of which a pair uses its first item's; as many records.
 #pragma once
@@ -78,12 +78,26 @@ VQ_PLAN int64_t record_floats(int heads, int head_dim) {
   return static_cast<int64_t>(2 * heads) * head_dim + 4 * heads;
 }
 
-// Exact tokens come in chunks of 16, a warp's turn. The first `exact_parts` items of a pair share
-// them, four chunks each, or more where there are no more items.
-constexpr int kChunkTokens = 16, kPartChunks = 4;
-VQ_PLAN int exact_parts(int n_exact, int n_parts) {
-  const int wanted = divide_up(n_exact, kChunkTokens * kPartChunks);
-  return wanted < n_parts ? wanted : n_parts;
+// Units of a pair: its packed blocks, then chunks of 16 exact tokens, a warp's turn each.
+constexpr int kChunkTokens = 16;
+struct Units {
+  int blocks, all;
+};
+VQ_PLAN Units units_of(int n_packed, int n_exact) {
+  const int blocks = divide_up(n_packed, 64);
+  return {blocks, blocks + divide_up(n_exact, kChunkTokens)};
+}
+// The first unit of a part; any cut is right that all agree on. per_part: units.all / n_parts.
+VQ_PLAN int first_unit(const Units& units, int part, int n_parts, float per_part) {
+  return part == n_parts ? units.all : static_cast<int>(static_cast<float>(part) * per_part);
+}
+// The first part that has exact tokens, of those with any.
+VQ_PLAN int first_exact_part(const Units& units, int n_parts, float per_part) {
+  int part = static_cast<int>(static_cast<float>(units.blocks) / per_part);
+  part = part < n_parts ? part : n_parts - 1;
+  while (part > 0 && first_unit(units, part, n_parts, per_part) > units.blocks) --part;
+  while (first_unit(units, part + 1, n_parts, per_part) <= units.blocks) ++part;
+  return part;
 }
 
 }  // namespace veloxquant::attention::cuda

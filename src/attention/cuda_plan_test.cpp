@@ -6,21 +6,44 @@
 namespace veloxquant::attention::cuda {
 namespace {
 
-TEST(CudaPlan, ExactTokensGoToAsManyPartsAsTheyFillWithFourChunks) {
-  EXPECT_EQ(exact_parts(0, 16), 0);
-  EXPECT_EQ(exact_parts(1, 16), 1);
-  EXPECT_EQ(exact_parts(64, 16), 1);  // four chunks of 16
-  EXPECT_EQ(exact_parts(65, 16), 2);
-  EXPECT_EQ(exact_parts(100, 16), 2);
-  EXPECT_EQ(exact_parts(100, 1), 1);
-  EXPECT_EQ(exact_parts(100000, 16), 16);
-  // Every part that has a share has a chunk: there are at least as many chunks as parts.
-  for (int n_exact = 1; n_exact < 3000; ++n_exact) {
-    for (int n_parts : {1, 2, 3, 16, 132}) {
-      const int parts = exact_parts(n_exact, n_parts);
-      EXPECT_GE(divide_up(n_exact, kChunkTokens), parts) << n_exact << " of " << n_parts;
-      EXPECT_GE(parts, 1);
-      EXPECT_LE(parts, n_parts);
+TEST(CudaPlan, ExactTokensAreUnitsAfterThePackedBlocks) {
+  EXPECT_EQ(units_of(0, 0).all, 0);
+  EXPECT_EQ(units_of(64, 0).blocks, 1);
+  EXPECT_EQ(units_of(65, 16).blocks, 2);
+  EXPECT_EQ(units_of(65, 16).all, 3);
+  EXPECT_EQ(units_of(3996, 100).blocks, 63);
+  EXPECT_EQ(units_of(3996, 100).all, 70);  // 7 chunks of 16
+}
+
+TEST(CudaPlan, PartsCoverAllUnitsAndDifferByOneAtMost) {
+  for (int all = 1; all < 2500; all += 1 + all / 40) {
+    for (int n_parts : {1, 2, 3, 11, 16, 132}) {
+      if (n_parts > all) continue;
+      const Units units = {all, all};
+      const float per_part = static_cast<float>(all) / static_cast<float>(n_parts);
+      EXPECT_EQ(first_unit(units, 0, n_parts, per_part), 0);
+      EXPECT_EQ(first_unit(units, n_parts, n_parts, per_part), all);
+      for (int part = 0; part < n_parts; ++part) {
+        const int n = first_unit(units, part + 1, n_parts, per_part) -
+                      first_unit(units, part, n_parts, per_part);
+        EXPECT_GE(n, all / n_parts) << all << " in " << n_parts;
+        EXPECT_LE(n, all / n_parts + 1) << all << " in " << n_parts;
+      }
+    }
+  }
+}
+
+TEST(CudaPlan, TheFirstPartWithExactTokensIsFound) {
+  for (int blocks = 0; blocks < 300; blocks += 1 + blocks / 20) {
+    for (int chunks = 1; chunks < 80; chunks += 1 + chunks / 8) {
+      for (int n_parts : {1, 2, 5, 12, 16}) {
+        const Units units = {blocks, blocks + chunks};
+        const float per_part = static_cast<float>(units.all) / static_cast<float>(n_parts);
+        int expected = 0;
+        while (first_unit(units, expected + 1, n_parts, per_part) <= blocks) ++expected;
+        EXPECT_EQ(first_exact_part(units, n_parts, per_part), expected)
+            << blocks << " and " << chunks << " in " << n_parts;
+      }
     }
   }
 }

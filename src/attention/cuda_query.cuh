@@ -11,45 +11,35 @@
 
 namespace veloxquant::attention::cuda {
 
-// What an item begins with, on its way to shared memory: the queries, zero for heads that are none
-// and up to DIM, and the pair's counter.
+// The queries of a pair on their way to shared memory, zero for heads that are none and up to DIM.
+// By the first kQueryWarps warps, as all here.
 template <class S>
 struct Start {
-  static constexpr int kPairs = S::HEADS * S::DIM / 2,
-                       kLoads = (kPairs + S::THREADS - 1) / S::THREADS;
+  static constexpr int kThreads = 32 * S::kQueryWarps, kPairs = S::HEADS * S::DIM / 2,
+                       kLoads = (kPairs + kThreads - 1) / kThreads;
   float2 x[kLoads];
-  unsigned long long count;
 
-  __device__ __forceinline__ static unsigned long long* counter(const DecodeParams& p,
-                                                                const Item& item) {
-    return reinterpret_cast<unsigned long long*>(p.workspace) + item.index;
-  }
-
-  __device__ __forceinline__ static Start fetch(const DecodeParams& p, const Item& item) {
+  __device__ __forceinline__ static Start fetch(const DecodeParams& p, const Pair& pair) {
     Start start;
-    const Pair& pair = item.pair;
     const int D = S::head_dim(p), t = threadIdx.x;
     const int64_t row = (static_cast<int64_t>(pair.sequence) * p.n_q_heads + pair.first_head) * D;
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      const int e = t + k * S::THREADS, h = e / (S::DIM / 2), d = 2 * (e % (S::DIM / 2));
+      const int e = t + k * kThreads, h = e / (S::DIM / 2), d = 2 * (e % (S::DIM / 2));
       start.x[k] = make_float2(0.0f, 0.0f);
       if (h < pair.n_heads && d < D) start.x[k] = load_pair(p.q, row + h * D + d, p.q_type);
     }
-    start.count = kCounterMark;
-    if (t == 0 && item.n_parts > 1) start.count = __ldcg(counter(p, item));
     return start;
   }
 
-  __device__ __forceinline__ void store(const DecodeParams& p, const Item& item,
+  __device__ __forceinline__ void store(const DecodeParams& p, const Pair& pair,
                                         const Shared<S>& shared) const {
     const int D = S::head_dim(p), t = threadIdx.x;
-    const float* lambda = p.keys.hadamard && p.keys.lambda != nullptr
-                              ? p.keys.lambda + item.pair.kv_head * D
-                              : nullptr;
+    const float* lambda =
+        p.keys.hadamard && p.keys.lambda != nullptr ? p.keys.lambda + pair.kv_head * D : nullptr;
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      const int e = t + k * S::THREADS, h = e / (S::DIM / 2), d = 2 * (e % (S::DIM / 2));
+      const int e = t + k * kThreads, h = e / (S::DIM / 2), d = 2 * (e % (S::DIM / 2));
       if (e >= kPairs) break;
       float2 y = x[k];
       *reinterpret_cast<float2*>(shared.queries() + h * Shared<S>::kQueryStride + d) = y;
@@ -60,10 +50,16 @@ struct Start {
       shared.turned[d * S::HEADS + h] = y.x;
       shared.turned[(d + 1) * S::HEADS + h] = y.y;
     }
-    // Before any CTA can count its record: whatever the word was is 0 then.
-    if ((count & ~kCounterBits) != kCounterMark) atomicCAS(counter(p, item), count, kCounterMark);
   }
 };
+
+// One thread, before its CTA counts a record of the item: whatever the pair's counter was is 0.
+__device__ __forceinline__ void prepare_counter(const DecodeParams& p, const Item& item) {
+  if (item.n_parts == 1) return;
+  auto* counter = reinterpret_cast<unsigned long long*>(p.workspace) + item.index;
+  const unsigned long long count = __ldcg(counter);
+  if ((count & ~kCounterBits) != kCounterMark) atomicCAS(counter, count, kCounterMark);
+}
 
 // A warp: a head's row as two terms; values d, d + 1 for d = 2 lane + 64 k.
 template <class S>
@@ -115,42 +111,39 @@ __device__ __forceinline__ float split_query(float2 (&x)[(S::DIM + 63) / 64], ui
   }
 }
 
-// All threads; a barrier must follow before the rows are read. Writes over `shared.rows`.
+// A barrier of all must follow before the rows are read. Writes over `shared.rows`.
 template <class S>
 __device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Pair& pair,
                                                 const Shared<S>& shared) {
-  const int D = S::head_dim(p), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  constexpr int kWarps = S::kQueryWarps;
+  const int D = S::head_dim(p), lane = threadIdx.x & 31;
   wait_for_matrix();
-  __syncthreads();
+  sync_warps<S, kWarps>();
   if (p.keys.matrix != nullptr) {
-    multiply_matrix<S>(p, p.keys, pair.kv_head, shared.turned, shared);
-    __syncthreads();
-    // The other warps meanwhile send for the outputs' matrix.
-    if (warp >= S::HEADS) {
-      stage_matrix<S>(p, p.values, pair.kv_head, S::HEADS, shared);
-      return;
-    }
+    multiply_matrix<S, kWarps>(p, p.keys, pair.kv_head, shared.turned, shared);
+    sync_warps<S, kWarps>();
   } else if (p.keys.hadamard) {
-    hadamard_heads<S>(shared.turned, D);
+    hadamard_heads<S, kWarps>(shared.turned, D);
   }
-  if (warp >= S::HEADS) return;
-  float2 x[(S::DIM + 63) / 64];
+#pragma unroll 1
+  for (int h = threadIdx.x >> 5; h < S::HEADS; h += kWarps) {
+    float2 x[(S::DIM + 63) / 64];
 #pragma unroll
-  for (int k = 0; k < (S::DIM + 63) / 64; ++k) {
-    const int d = 2 * lane + 64 * k;
-    x[k] = make_float2(0.0f, 0.0f);
-    if (d >= D) continue;
-    if (p.keys.matrix != nullptr) {
-      x[k] = add_groups<S>(shared.rows, D, warp, d);
-    } else {
-      x[k] =
-          make_float2(shared.turned[d * S::HEADS + warp], shared.turned[(d + 1) * S::HEADS + warp]);
+    for (int k = 0; k < (S::DIM + 63) / 64; ++k) {
+      const int d = 2 * lane + 64 * k;
+      x[k] = make_float2(0.0f, 0.0f);
+      if (d >= D) continue;
+      if (p.keys.matrix != nullptr) {
+        x[k] = add_groups<S, kWarps>(shared.rows, D, h, d);
+      } else {
+        x[k] = make_float2(shared.turned[d * S::HEADS + h], shared.turned[(d + 1) * S::HEADS + h]);
+      }
     }
+    const float unit =
+        split_query<S>(x, shared.operand() + h * S::kRowBytes,
+                       shared.operand() + (S::HEADS + h) * S::kRowBytes, shared.key_scales());
+    if (lane == 0) shared.units()[h] = unit * p.scale * kLog2e;
   }
-  const float unit =
-      split_query<S>(x, shared.operand() + warp * S::kRowBytes,
-                     shared.operand() + (S::HEADS + warp) * S::kRowBytes, shared.key_scales());
-  if (lane == 0) shared.units()[warp] = unit * p.scale * kLog2e;
 }
 
 }  // namespace veloxquant::attention::cuda

@@ -28,6 +28,8 @@ struct Shape {
   // As many warps as their registers allow without spilling in the loop: local memory would go
   // through the sliver of first-level cache that the tables leave.
   static constexpr int WARPS = kDim == 256 ? 8 : 12, THREADS = 32 * WARPS;
+  // The last warp makes the plan while the others transform the queries.
+  static constexpr int kQueryWarps = WARPS - 1;
   // Warps that may have exact tokens: shared memory has no room for more results.
   static constexpr int kExactWarps = kHeads == 4 && kDim <= 128 ? 8 : 4;
   static constexpr int kResults = WARPS + kExactWarps;
