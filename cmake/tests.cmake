@@ -61,3 +61,16 @@ foreach(name cuda_text_test cuda_general_text_test)
       VELOXQUANT_NVRTC="${VELOXQUANT_NVRTC}" VELOXQUANT_CUDA_INCLUDE="${VELOXQUANT_CUDA_INCLUDE}")
   endif()
 endforeach()
+# The decode kernels themselves on the CUDA machine: their source, compiled for the host. Its folder comes first, so
+# that its ptx.cuh and start.cuh stand for those of src/backends/cuda.
+if(VELOXQUANT_CUDA_INCLUDE AND NOT VELOXQUANT_HAVE_CUDA)
+  add_executable(cuda_decode_test tests/cuda_machine/decode_test.cpp tests/cuda_machine/machine.cpp
+    tests/cuda_machine/runtime.cpp tools/gpu/problem.cpp)
+  veloxquant_compile_options(cuda_decode_test)
+  target_compile_options(cuda_decode_test PRIVATE -O1 -Wno-unknown-pragmas)
+  target_include_directories(cuda_decode_test BEFORE PRIVATE ${PROJECT_SOURCE_DIR}/tests/cuda_machine)
+  target_include_directories(cuda_decode_test PRIVATE ${PROJECT_SOURCE_DIR})
+  target_include_directories(cuda_decode_test SYSTEM PRIVATE ${VELOXQUANT_CUDA_INCLUDE})
+  target_link_libraries(cuda_decode_test PRIVATE veloxquant GTest::gtest_main)
+  gtest_discover_tests(cuda_decode_test DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
+endif()

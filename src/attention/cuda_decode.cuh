@@ -15,8 +15,8 @@ template <class S>
 __global__ void __launch_bounds__(S::THREADS, 1)
     decode_kernel(const __grid_constant__ DecodeParams p) {
   constexpr int HEADS = S::HEADS;
-  extern __shared__ __align__(1024) char base[];
   const int D = S::head_dim(p), head_groups = p.n_kv_heads * p.n_groups;
+  extern __shared__ __align__(1024) char base[];
   const Shared<S> shared(base, p, D);
   const bool plans = same_in_warp(threadIdx.x >> 5) == S::kQueryWarps;
   let_next_start();
@@ -104,9 +104,9 @@ __global__ void __launch_bounds__(S::THREADS, 1)
     const ExactShare<S> share(p, done);
     if (share.first < share.end) {
       if (p.exact_bf16) {
-        attend_exact<true, S>(p, done.pair, share, shared);
+        attend_exact<true, S>(p, share, shared);
       } else {
-        attend_exact<false, S>(p, done.pair, share, shared);
+        attend_exact<false, S>(p, share, shared);
       }
     }
     // After the last item a walk without steps, so that no registers are kept for it.
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
     if (!alone) finishes = leaves_last<S>(p, done, shared);
     if (finishes) {
       if (!alone) gather_records<S>(p, done, records, shared.rows, shared);
-      wait_for_matrix();
+      ptx::wait_for_copies();
       __syncthreads();
       finish<S>(p, done.pair, alone ? 1 : S::kGroups, alone ? shared.merged : shared.rows, shared);
     }
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(S::THREADS, 1)
                    (!one_table && pair.sequence != done.pair.sequence);
     if (threadIdx.x == 0) shared.item() = item;
     if (store_tables) tables = TableRows<S>::fetch(p, pair.kv_head, pair.sequence);
-    wait_for_matrix();
+    ptx::wait_for_copies();
     __syncthreads();
     stage_first(pair.kv_head);
     if (store_tables) tables.store_scales(shared);

@@ -14,11 +14,7 @@ template <bool kBf16>
 __device__ __forceinline__ void mma_16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                        uint32_t a3, uint32_t b0, uint32_t b1) {
   if constexpr (kBf16) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    ptx::mma_bf16(c, a0, a1, a2, a3, b0, b1);
   } else {
     mma_f16(c, a0, a1, a2, a3, b0, b1);
   }
@@ -52,8 +48,7 @@ __device__ __forceinline__ void prefetch_rows(const uint16_t* rows, int64_t stri
                                               int n_tokens, int head_dim, int lane) {
   const int token = first + (lane & 15);
   if (token >= n_tokens) return;
-  for (int d = 64 * (lane >> 4); d < head_dim; d += 128)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(rows + token * stride + d));
+  for (int d = 64 * (lane >> 4); d < head_dim; d += 128) ptx::prefetch(rows + token * stride + d);
 }
 
 // A lane's part of the queries as operand A: high and low terms of 8 dimensions of every 32.
@@ -127,8 +122,8 @@ struct ExactShare {
 
 // A warp with a share, on its own; what it finds lies in result WARPS + slot of `shared`.
 template <bool kBf16, class S>
-__device__ __forceinline__ void attend_exact(const DecodeParams& p, const Pair& pair,
-                                             const ExactShare<S>& share, const Shared<S>& shared) {
+__device__ __forceinline__ void attend_exact(const DecodeParams& p, const ExactShare<S>& share,
+                                             const Shared<S>& shared) {
   constexpr int HEADS = S::HEADS, kKeyPieces = S::DIM / 32, kValuePieces = (S::DIM + 63) / 64;
   constexpr int kTurn = kChunkTokens * S::kExactWarps;
   const int D = S::head_dim(p), n_tokens = share.n_tokens;

@@ -16,37 +16,18 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "src/backends/cuda/ptx.cuh"
+
 namespace veloxquant::attention::cuda {
+
+using ptx::exp2_fast;
+using ptx::mma_f16;
+using ptx::mma_s8;
+using ptx::mma_s8u8;
+using ptx::transpose8;
 
 // What a code becomes: 4 int8 or 2 fp16, one operand register.
 enum Kind : int { kInt8, kHalf2 };
-
-__device__ __forceinline__ void mma_s8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                       uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-      "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void mma_s8u8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                         uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 "
-      "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                        uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Tables of one head in shared memory. by_lane: rows of 256 bytes, one a code, the keys' entry of
 // each lane and then the values'; a lane's entries so lie in its own bank, and one dot
@@ -155,14 +136,6 @@ struct Scores {
     }
   }
 };
-
-// Element (row, 2 column + half) of an 8 x 8 matrix of 16-bit halves, a lane having those of its
-// row g and columns 2i, 2i + 1 -> the transposed matrix.
-__device__ __forceinline__ uint32_t transpose8(uint32_t x) {
-  uint32_t y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
 
 // e[token] = 4 dimensions -> e[dimension] = 4 tokens
 __device__ __forceinline__ void transpose4(uint32_t (&e)[4]) {

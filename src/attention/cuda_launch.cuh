@@ -2,7 +2,7 @@
 #pragma once
 
 #include "src/attention/cuda_decode.cuh"
-#include "src/backends/cuda/check.h"
+#include "src/backends/cuda/start.cuh"
 
 namespace veloxquant::attention::cuda {
 
@@ -29,21 +29,8 @@ void launch(DecodeParams params, const backends::Device& device, cudaStream_t st
   const bool dense = params.keys.matrix != nullptr || params.values.matrix != nullptr;
   params.matrix_in_shared = dense && shared + matrix <= device.shared_per_block;
   if (params.matrix_in_shared) shared += matrix;
-  const auto kernel = decode_kernel<S>;
-  backends::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-                  "decode_attention");
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(params.n_ctas);
-  config.blockDim = dim3(S::THREADS);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  // It may start before the kernel ahead of it on the stream has ended, and waits for that itself.
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = device.major >= 9 ? 1 : 0;
-  backends::check(cudaLaunchKernelEx(&config, kernel, params), "decode_attention");
+  backends::start_early(decode_kernel<S>, params, params.n_ctas, S::THREADS, shared, device, stream,
+                        "decode_attention");
 }
 
 using Launcher = void (*)(DecodeParams params, const backends::Device& device, cudaStream_t stream);

@@ -19,7 +19,7 @@ __device__ __forceinline__ void sync_warps() {
   if constexpr (kWarps == S::WARPS) {
     __syncthreads();
   } else {
-    asm volatile("bar.sync 1, %0;" ::"n"(32 * kWarps) : "memory");
+    ptx::sync_threads<1, 32 * kWarps>();
   }
 }
 
@@ -40,16 +40,10 @@ __device__ __forceinline__ void stage_matrix(const DecodeParams& p, const SideVi
 #pragma unroll 4
   for (int e = 0; e < count; e += step) {
     if (t < step && t + e < count) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + 16 * e), "l"(from + 4 * e)
-                   : "memory");
+      ptx::copy_async(to + 16 * e, from + 4 * e);
     }
   }
 }
-// The thread's own pieces are there; a barrier must follow.
-__device__ __forceinline__ void wait_for_matrix() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
 // Groups of threads that take every n-th row, each thread four columns.
 template <int kWarps>
 __device__ __forceinline__ int matrix_groups(int head_dim) {

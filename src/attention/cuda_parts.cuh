@@ -11,6 +11,10 @@
 
 namespace veloxquant::attention::cuda {
 
+using ptx::let_next_start;
+using ptx::reciprocal;
+using ptx::wait_for_stream;
+
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kNothing = -1e30f;  // the maximum of no scores; finite, so that differences are
@@ -42,11 +46,6 @@ __device__ __forceinline__ int exponent_of(float x) {
   return x > 0.0f ? min(max(static_cast<int>(__float_as_uint(x) >> 23) - 127, -100), 100) : 0;
 }
 
-__device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
-  return y;
-}
 // a / b, rounded down, for a >= 0, b >= 1 and quotients below 2^20: a third of the instructions of
 // an integer division.
 __device__ __forceinline__ int quotient(int a, int b) {
@@ -78,19 +77,6 @@ __device__ __forceinline__ void add_scaled(float4& sum, float factor, float4 x) 
   sum.y = fmaf(factor, x.y, sum.y);
   sum.z = fmaf(factor, x.z, sum.z);
   sum.w = fmaf(factor, x.w, sum.w);
-}
-
-// The kernel after this one on the stream may set out; it waits for the end of this one itself.
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-// What came before on the stream is done and its writes are seen.
-__device__ __forceinline__ void wait_for_stream() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 // Which part of the problem a CTA is at.

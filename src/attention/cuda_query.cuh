@@ -117,7 +117,7 @@ __device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Pai
                                                 const Shared<S>& shared) {
   constexpr int kWarps = S::kQueryWarps;
   const int D = S::head_dim(p), lane = threadIdx.x & 31;
-  wait_for_matrix();
+  ptx::wait_for_copies();
   sync_warps<S, kWarps>();
   if (p.keys.matrix != nullptr) {
     multiply_matrix<S, kWarps>(p, p.keys, pair.kv_head, shared.turned, shared);
