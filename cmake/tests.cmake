@@ -62,8 +62,8 @@ foreach(name cuda_text_test cuda_general_text_test)
   endif()
 endforeach()
 # The decode kernels themselves on the CUDA machine: their source, compiled for the host. Its folder comes first, so
-# that its ptx.cuh and start.cuh stand for those of src/backends/cuda.
-if(VELOXQUANT_CUDA_INCLUDE AND NOT VELOXQUANT_HAVE_CUDA)
+# that its ptx.cuh and start.cuh stand for those of src/backends/cuda. Sanitizers do not know fibers.
+if(VELOXQUANT_CUDA_INCLUDE AND NOT VELOXQUANT_HAVE_CUDA AND NOT VELOXQUANT_SANITIZE)
   add_executable(cuda_decode_test tests/cuda_machine/decode_test.cpp tests/cuda_machine/machine.cpp
     tests/cuda_machine/runtime.cpp tools/gpu/problem.cpp)
   veloxquant_compile_options(cuda_decode_test)
