@@ -1,7 +1,7 @@
-// The general path on NVIDIA GPUs: encode, decode, append and decode attention for every codec that
+// The general path on NVIDIA GPUs: encode, decode, append and attention for every codec that
 // has GPU kernels (vecinfer of any width, turboquant, turboquant_rvq, rabitq, qjl), on portable
-// blocks or on the fragment order of cuda.h; masks, windows, several queries, lengths of each
-// sequence, paged blocks.
+// blocks or on the fragment order of cuda.h; masks, windows, any number of queries (decode, prefill
+// over packed history), lengths of each sequence, paged blocks.
 //
 // The kernels are compiled by NVRTC when first needed (libnvrtc is loaded then; 0.5 to 3 s each)
 // and kept for the process. After that a call allocates nothing, waits for nothing and can be
@@ -66,7 +66,7 @@ struct BlockTable {
 // other exact tokens (finite, as append_token() stores them). Its queries are its last positions,
 // their own tokens included.
 struct AttendArgs {
-  int batch = 0, n_q_heads = 0, n_queries = 1;  // n_queries: 1 to 16
+  int batch = 0, n_q_heads = 0, n_queries = 1;  // at most 65535 query rows of a KV head
   float scale = 1.0f;
   bool causal = true;
   int sliding_window = 0;      // > 0: a query at t sees positions > t - sliding_window

@@ -1,4 +1,4 @@
-// The general decode attention on CUDA (veloxquant/cuda_general.h): makes the plan of a call once,
+// The general attention on CUDA (veloxquant/cuda_general.h): makes the plan of a call once,
 // launches two or three kernels of the shared text.
 #include <algorithm>
 #include <map>
@@ -136,8 +136,9 @@ std::vector<int64_t> key_of(const AttendArgs& args, const Prepared& p) {
                               static_cast<int>(s.out),
                               static_cast<int>(args.q_dtype),
                               p.shape.paged,
+                              p.shape.wide_exact,
                               p.items.packed,
-                              p.items.all()};
+                              p.items.exact};
   for (const attention::CodeFormat* f : {&s.keys, &s.values}) {
     key.insert(key.end(),
                {f->sub_dim, f->n_centroids, f->bits, f->tables, static_cast<int>(f->kind),
@@ -189,9 +190,12 @@ void prepare_attend(const AttendArgs& args) {
 }
 
 std::string attend_kernel(const AttendArgs& args) {
-  checked_call(args);
+  const RaggedShape shape = checked_call(args);
   const char* reason = not_fast(args);
-  return reason == nullptr ? "fast" : std::string("general: ") + reason;
+  if (reason == nullptr) return "fast";
+  const attention::RaggedCut cut = attention::ragged_cut(shape);
+  return std::string("general: ") + reason + " (a tile of tokens is decoded for up to " +
+         std::to_string(16 * cut.row_tiles()) + " query rows)";
 }
 
 void attend(const AttendArgs& args, Stream stream) {

@@ -9,6 +9,8 @@ using attention::RaggedShape;
 
 namespace {
 
+constexpr int kMaxRows = 65535;  // query rows of a KV head: threadgroups of a launch's dimension
+
 void check_side(const AttendArgs& args, const BlockSide& side, Side wanted, const char* name) {
   require(!side.codec.empty() && side.codec->side == wanted, "[attend] ", name,
           ": got a codec of the other side or none, wanted one of prepare_codec");
@@ -65,13 +67,21 @@ RaggedShape checked_call(const AttendArgs& args) {
             args.max_exact, ", wanted the room for exact tokens, at least 1");
     s.n_exact = 1;
     ragged.most_exact = args.max_exact;
+    ragged.wide_exact = true;
+    for (const ExactSide* side : {&args.exact_keys, &args.exact_values}) {
+      ragged.wide_exact &= side->batch_stride % 4 == 0 && side->head_stride % 4 == 0 &&
+                           side->token_stride % 4 == 0 &&
+                           reinterpret_cast<uintptr_t>(side->data) % 8 == 0;
+    }
   }
   require(args.n_q_heads >= k.n_kv_heads && args.n_q_heads % k.n_kv_heads == 0 &&
               args.n_q_heads / k.n_kv_heads <= 16,
           "[attend] n_q_heads: got ", args.n_q_heads, ", wanted 1 to 16 times the ", k.n_kv_heads,
           " KV heads");
-  require(args.n_queries >= 1 && args.n_queries <= 16, "[attend] n_queries: got ", args.n_queries,
-          ", wanted 1 to 16");
+  const int group = args.n_q_heads / k.n_kv_heads;
+  require(args.n_queries >= 1 && args.n_queries <= kMaxRows / group, "[attend] n_queries: got ",
+          args.n_queries, ", wanted 1 to ", kMaxRows / group, " with ", group,
+          " query heads of a KV head");
   require(int64_t{args.batch} * k.n_kv_heads <= 65535, "[attend] batch: got ", args.batch, " of ",
           k.n_kv_heads, " KV heads, wanted at most 65535 in all");
   require(args.scale > 0.0f, "[attend] scale: got ", args.scale, ", wanted more than 0");
@@ -80,7 +90,7 @@ RaggedShape checked_call(const AttendArgs& args) {
           args.sliding_window, ", ", args.logit_softcap, ", wanted none below 0");
   s.batch = args.batch;
   s.n_kv_heads = k.n_kv_heads;
-  s.group = args.n_q_heads / k.n_kv_heads;
+  s.group = group;
   s.n_queries = args.n_queries;
   s.head_dim = k.head_dim;
   s.bfloat_cache = args.exact_dtype == DType::bfloat16;
@@ -92,7 +102,9 @@ RaggedShape checked_call(const AttendArgs& args) {
   ragged.sinks = args.sinks;
   ragged.window = args.sliding_window;
   ragged.causal = args.causal;
-  if (const auto reason = attention::no_decode_kernel_because(s)) {
+  DecodeShape few = s;  // rows are this path's own matter
+  few.n_queries = 1;
+  if (const auto reason = attention::no_decode_kernel_because(few)) {
     fail("[attend] codecs: got ", *reason, ", wanted a shape that the general kernels take");
   }
   return ragged;

@@ -81,7 +81,8 @@ TEST(CudaGeneral, NamesWhatDoesNotFit) {
   expect("exact_keys, exact_values: got null", [](AttendArgs& a) { a.exact_keys.data = nullptr; });
   expect("n_q_heads: got 7", [](AttendArgs& a) { a.n_q_heads = 7; });
   expect("n_q_heads: got 34", [](AttendArgs& a) { a.n_q_heads = 34; });
-  expect("n_queries: got 17", [](AttendArgs& a) { a.n_queries = 17; });
+  expect("n_queries: got 0", [](AttendArgs& a) { a.n_queries = 0; });
+  expect("n_queries: got 16384, wanted 1 to 16383", [](AttendArgs& a) { a.n_queries = 16384; });
   expect("scale: got 0", [](AttendArgs& a) { a.scale = 0; });
   expect("sliding_window", [](AttendArgs& a) { a.sliding_window = -1; });
   expect("q_dtype: got int32", [](AttendArgs& a) { a.q_dtype = DType::int32; });

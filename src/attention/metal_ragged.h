@@ -1,87 +1,329 @@
-// Decode attention where every sequence has lengths of its own, which only the device knows: what
-// an item is follows from them, and the packed blocks lie where a caller keeps them
-// (metal_placed.h). The arithmetic is that of metal_decode.h.
+// Attention where every sequence has lengths of its own, which only the device knows: what an item
+// of work is follows from them, and the packed blocks lie where a caller keeps them
+// (metal_placed.h). Tiles by tensor cores (metal_tiles.h): few query rows are all of every
+// simdgroup, each with blocks of its own; of many, each simdgroup has rows of its own, and all
+// decode a tile together.
 //
 // A sequence is, in order of positions: sinks (the first exact tokens), packed tokens, the other
 // exact ones. Its queries are the last positions.
 #pragma once
 
 #include "src/attention/metal_decode.h"
+#include "src/attention/metal_tiles.h"
 #include "src/codecs/metal_placed.h"
-#include "src/codecs/vecinfer/metal_fragments.h"
+#include "src/codecs/rabitq/metal_pairs.h"
+#include "src/codecs/turboquant/metal_pairs.h"
+#include "src/codecs/vecinfer/metal_pairs.h"
 
 namespace veloxquant {
-
-template <int WORDS, class P>
-VQ_FN P block_at(StridedBlocks<P> blocks, int n) {
-  return blocks.at(n);
-}
-template <int WORDS, class P, class Table>
-VQ_FN P block_at(PagedBlocks<P, Table> blocks, int n) {
-  return blocks.at(n);
-}
 
 // The input `ragged`, int32: what the host decides for all sequences.
 enum RaggedNumbers {
   kMostPacked,  // tokens that there is room for: lengths beyond count as these
   kMostExact,
   kSinks,        // exact tokens that stand in front
-  kPackedItems,  // items of packed tokens; the rest are exact ones
+  kPackedItems,  // the others are of exact tokens, the first with the sinks
+  kExactItems,
+  kExactTokens,  // of an item
   kCausal,
   kWindow,     // > 0: sliding
   kTableStep,  // block numbers of a sequence
   kPool,       // blocks that there are
   kRaggedNumbers
 };
-VQ_CONSTANT int kExactItem = 256;  // tokens
 VQ_CONSTANT int kLeastBlocks = 4;  // of an item: a simdgroup takes one
-VQ_CONSTANT int kFarAway = 0x7fffffff;
+VQ_CONSTANT int kExactCost = 8;    // blocks that an item of exact tokens takes as long as
 
-// first: block of the packed ones, or exact token. sinks: tokens in front that the item has as
-// well.
+// Tokens first .. of a form, at `position` on. sinks: tokens in front that the item has as well.
 struct RaggedItem {
-  bool packed;
   int first, count, position, sinks;
 };
 
-// seen: [n_queries][4], written by all threads; complete after. Returns the tokens of the sequence.
-template <class Ragged, class Seen>
-VQ_FN int ragged_seen(Ragged ragged, int n_packed, int n_exact, int n_queries, Seen seen, uint self,
-                      uint n_threads) {
-  const int length = n_packed + n_exact, window = ragged[kWindow];
-  for (uint i = self; i < (uint)n_queries; i += n_threads) {
-    const int t = length - n_queries + (int)i;
-    seen[kSeenNumbers * i] = window > 0 ? max(0, t + 1 - window) : 0;
-    seen[kSeenNumbers * i + 1] = ragged[kCausal] != 0 ? min(length, t + 1) : length;
-    seen[kSeenNumbers * i + 2] = kFarAway;
-    seen[kSeenNumbers * i + 3] = kFarAway;
-  }
-  barrier_of_group();
-  return length;
+// Positions that a query sees: [begin, end).
+struct SeenRange {
+  int begin, end;
+};
+template <class Ragged>
+VQ_FN SeenRange seen_by(Ragged ragged, int length, int n_queries, int query) {
+  const int t = length - n_queries + query, window = ragged[kWindow];
+  SeenRange seen;
+  seen.begin = window > 0 ? max(0, t + 1 - window) : 0;
+  seen.end = ragged[kCausal] != 0 ? min(length, t + 1) : length;
+  return seen;
 }
 
-// Item `item` of a sequence; count and sinks are 0 where there is nothing that a query sees. begin:
-// the first position that the first query sees.
-template <class Ragged>
-VQ_FN RaggedItem ragged_item(Ragged ragged, int item, int n_packed, int n_exact, int begin) {
-  const int sinks = min((int)ragged[kSinks], n_exact), items = ragged[kPackedItems];
-  RaggedItem it;
-  it.packed = item < items;
-  it.sinks = item == items && sinks > begin ? sinks : 0;
-  if (it.packed) {
-    const int hidden = max(0, begin - sinks) / 64;
-    const int blocks = (n_packed + 63) / 64 - hidden;
-    const int each = max((blocks + items - 1) / items, kLeastBlocks);
-    it.first = hidden + item * each;
-    it.position = sinks + 64 * it.first;
-    it.count = min(n_packed - 64 * it.first, 64 * each);
-  } else {
-    it.first = sinks + (item - items) * kExactItem;
-    it.count = min(n_exact - it.first, kExactItem);
-    it.position = n_packed + it.first;
+// The rows of this lane: first + 16 mt + 8 h + lane / 4. factor: of all scores.
+template <int BIASED, int MT, class Ragged, class Units, class Bias>
+VQ_FN void open_rows(VQ_THREAD TileRows<MT>& rows, Ragged ragged, int length, int n_queries,
+                     int group, int n_rows, int first, float factor, Units units, Bias bias,
+                     uint lane) {
+  VQ_UNROLL for (int mt = 0; mt < MT; ++mt) {
+    VQ_UNROLL for (int h = 0; h < 2; ++h) {
+      const int own = 16 * mt + 8 * h + (int)lane / 4;
+      const SeenRange seen =
+          seen_by(ragged, length, n_queries, min(first + own, n_rows - 1) / group);
+      rows.begin[mt][h] = seen.begin;
+      rows.end[mt][h] = seen.end;
+      rows.unit[mt][h] = units[own] * factor;
+      rows.bias[mt][h] = BIASED ? bias[own] * factor : 0.0f;
+      rows.mask[mt][h] = 0;
+    }
   }
-  if (it.count < 0 || it.position + it.count <= begin) it.count = 0;
+}
+
+// Where the items of a sequence with exact tokens begin: how many have any.
+template <class Ragged>
+VQ_FN int used_exact_items(Ragged ragged, int n_exact) {
+  const int tail = max(0, n_exact - (int)ragged[kSinks]), each = ragged[kExactTokens];
+  return n_exact > 0 ? max(1, min((int)ragged[kExactItems], (tail + each - 1) / each)) : 0;
+}
+
+// Packed item `item` of a sequence, less what none of the rows sees, [begin, end). An item that has
+// exact tokens as well has fewer blocks.
+template <class Ragged>
+VQ_FN RaggedItem packed_item(Ragged ragged, int item, int n_packed, int n_exact, int begin,
+                             int end) {
+  const int sinks = min((int)ragged[kSinks], n_exact), items = ragged[kPackedItems];
+  const int used = min(used_exact_items(ragged, n_exact), items);
+  const int hidden = max(0, begin - sinks) / 64;
+  const int blocks = max(0, (n_packed + 63) / 64 - hidden);
+  int cost = kExactCost;
+  int each = max((blocks + used * cost + items - 1) / items, kLeastBlocks);
+  if (each <= 2 * cost || items == 1) {
+    cost = 0;
+    each = max((blocks + items - 1) / items, kLeastBlocks);
+  }
+  const int before = item * each - min(item, used) * cost;
+  RaggedItem it;
+  it.sinks = 0;
+  it.first = hidden + before;
+  it.position = sinks + 64 * it.first;
+  it.count = min(n_packed - 64 * it.first, 64 * (each - (item < used ? cost : 0)));
+  it.count = max(0, min(it.count, end - it.position));
   return it;
+}
+
+// Item `item` of exact tokens, likewise; not less than none of its tokens or sinks.
+template <class Ragged>
+VQ_FN RaggedItem exact_item(Ragged ragged, int item, int n_packed, int n_exact, int begin,
+                            int end) {
+  const int sinks = min((int)ragged[kSinks], n_exact), each = ragged[kExactTokens];
+  RaggedItem it;
+  it.sinks = item == 0 && sinks > begin ? max(0, min(sinks, end)) : 0;
+  it.first = sinks + item * each;
+  it.position = n_packed + it.first;
+  it.count = max(0, min(min(n_exact - it.first, each), end - it.position));
+  if (it.position + it.count <= begin) it.count = 0;
+  const int hidden = it.count > 0 ? max(0, begin - it.position) / 64 * 64 : 0;
+  it.first += hidden;
+  it.position += hidden;
+  it.count -= hidden;
+  return it;
+}
+
+// Tiles of 64 tokens, every n_simdgroups-th by this simdgroup. keys, values: tiles, at: where block
+// or first token number n of them lies. factors: [2][64] of this simdgroup.
+template <int SOFTCAP, int MASK, int STEPS, int PARTS, int MT, int NV, class Keys, class KeyBlocks,
+          class Values, class ValueBlocks, class Queries, class Factors, class Mask>
+VQ_FN void attend_apart(Keys keys, KeyBlocks key_blocks, Values values, ValueBlocks value_blocks,
+                        int n_tokens, int position, Queries queries, Factors factors, float cap,
+                        VQ_THREAD const TileRows<MT>& rows, Mask mask, int64_t mask_step,
+                        VQ_THREAD TileSums<MT, NV>& sums, uint simdgroup, uint n_simdgroups,
+                        uint lane) {
+  TileOperands<Keys> k;
+  TileOperands<Values> v;
+  k.tile = keys;
+  v.tile = values;
+  for (int block = (int)simdgroup; 64 * block < n_tokens; block += (int)n_simdgroups) {
+    const int n = min(64, n_tokens - 64 * block), next = block + (int)n_simdgroups;
+    k.tile.open(key_blocks.at(block), n);
+    v.tile.open(value_blocks.at(block), n);
+    if (64 * next < n_tokens) {
+      ask_for<Keys::WORDS>(key_blocks.at(next), lane);
+      ask_for<Values::WORDS>(value_blocks.at(next), lane);
+    }
+    put_factors(k.tile, v.tile, n, factors, lane, 32);
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    uint4 weights[MT][4];
+    tile_softmax<SOFTCAP, MASK, STEPS, PARTS, Keys::FACTORED, Values::FACTORED>(
+        k, queries, factors, n, position + 64 * block, cap, rows, mask, mask_step, sums, weights,
+        lane);
+    tile_values<MT, NV>(v, weights, sums, lane);
+    simdgroup_barrier(mem_flags::mem_threadgroup);  // before the next tile's factors
+  }
+}
+
+// The same tiles for all simdgroups, decoded by all of them. key_store: [4 STEPS][32], value_store:
+// [2 NV][32] operands. factors: [2][64] of the threadgroup. All threads; complete before and after.
+template <int SOFTCAP, int MASK, int STEPS, int PARTS, int MT, int NV, class Keys, class KeyBlocks,
+          class Values, class ValueBlocks, class Queries, class Factors, class Mask, class Store>
+VQ_FN void attend_together(Keys keys, KeyBlocks key_blocks, Values values, ValueBlocks value_blocks,
+                           int n_tokens, int position, Queries queries, Factors factors, float cap,
+                           VQ_THREAD const TileRows<MT>& rows, Mask mask, int64_t mask_step,
+                           VQ_THREAD TileSums<MT, NV>& sums, Store key_store, Store value_store,
+                           uint simdgroup, uint n_simdgroups, uint lane) {
+  const uint self = 32 * simdgroup + lane, n_threads = 32 * n_simdgroups;
+  const int own = (int)simdgroup, step = (int)n_simdgroups;
+  TileOperands<Keys> k;
+  TileOperands<Values> v[2];
+  k.tile = keys;
+  v[0].tile = values;
+  v[1].tile = values;
+  StoredOperands<Store> stored_keys, stored_values;
+  stored_keys.store = key_store;
+  stored_values.store = value_store;
+  const int n_blocks = (n_tokens + 63) / 64;
+  for (int block = -1; block < n_blocks; ++block) {
+    uint4 weights[MT][4];
+    if (block >= 0) {
+      const int n = min(64, n_tokens - 64 * block);
+      // Codes of this tile's values are on their way while its scores are made.
+      VQ_UNROLL for (int i = 0; i < 2; ++i) {
+        v[i].tile.open(value_blocks.at(block), n);
+        if (own + i * step < NV) v[i].load_values(NV / 4, own + i * step, lane);
+      }
+      tile_softmax<SOFTCAP, MASK, STEPS, PARTS, Keys::FACTORED, Values::FACTORED>(
+          stored_keys, queries, factors, n, position + 64 * block, cap, rows, mask, mask_step, sums,
+          weights, lane);
+      uint32_t w[4][2];
+      VQ_UNROLL for (int i = 0; i < 2; ++i) {
+        if (own + i * step >= NV) continue;
+        v[i].tile.value_pairs(w);
+        store_operands<4>(w, value_store, own + i * step, lane);
+      }
+      for (int unit = own + 2 * step; unit < NV; unit += step) {
+        v[0].load_values(NV / 4, unit, lane);
+        v[0].tile.value_pairs(w);
+        store_operands<4>(w, value_store, unit, lane);
+      }
+      barrier_of_group();
+    }
+    const bool more = block + 1 < n_blocks;
+    if (more) {  // the next tile's keys are on their way while these values are summed
+      k.tile.open(key_blocks.at(block + 1), min(64, n_tokens - 64 * (block + 1)));
+      v[0].tile.open(value_blocks.at(block + 1), min(64, n_tokens - 64 * (block + 1)));
+      if (own < STEPS) k.load_keys(own, lane);
+    }
+    if (block >= 0) tile_values<MT, NV>(stored_values, weights, sums, lane);
+    if (more) {
+      put_factors(k.tile, v[0].tile, min(64, n_tokens - 64 * (block + 1)), factors, self,
+                  n_threads);
+      for (int s = own; s < STEPS; s += step) {
+        uint32_t w[8][2];
+        if (s != own) k.load_keys(s, lane);
+        k.tile.template key_pairs<8>(0, w);
+        store_operands<8>(w, key_store, s, lane);
+      }
+    }
+    barrier_of_group();
+  }
+}
+
+// The sums of rows [first, end) of a part that has none.
+template <class Sums>
+VQ_FN void put_nothing(Sums sums, int first, int end, uint self, uint n_threads) {
+  for (int i = 2 * first + (int)self; i < 2 * end; i += (int)n_threads) {
+    sums[i] = i % 2 == 0 ? -INFINITY : 0.0f;
+  }
+}
+
+// The item's part and its sums from what the simdgroups have: rows first .. of n_rows. mean: added
+// to every token (MEAN). stats: [n_simdgroups + 1][16 MT][2], scratch: [4 MT NV][33]. Complete
+// before and after.
+template <int DIM, int MEAN, int MT, int NV, class Mean, class Memory, class Parts, class Sums>
+VQ_FN void put_merged(VQ_THREAD const TileSums<MT, NV>& own, Mean mean, Memory stats,
+                      Memory scratch, int first, int n_rows, Parts parts, Sums sums, uint self,
+                      uint n_threads) {
+  const uint lane = self % 32, simdgroup = self / 32, n_simdgroups = n_threads / 32;
+  Memory merged = stats + n_simdgroups * 32 * MT;
+  float weight[MT][2];
+  VQ_UNROLL for (int mt = 0; mt < MT; ++mt) {
+    VQ_UNROLL for (int h = 0; h < 2; ++h) {
+      const uint row = 16 * mt + 8 * h + lane / 4;
+      float sum = own.sum[mt][h];
+      sum += simd_shuffle_xor(sum, 1);
+      sum += simd_shuffle_xor(sum, 2);
+      if (lane % 4 == 0) {
+        stats[(simdgroup * 16 * MT + row) * 2] = own.maximum[mt][h];
+        stats[(simdgroup * 16 * MT + row) * 2 + 1] = sum * power_of_two(-kWeightShift);
+      }
+    }
+  }
+  barrier_of_group();
+  VQ_UNROLL for (int mt = 0; mt < MT; ++mt) {
+    VQ_UNROLL for (int h = 0; h < 2; ++h) {
+      const uint row = 16 * mt + 8 * h + lane / 4;
+      float most = -INFINITY, sum = 0.0f;
+      for (uint w = 0; w < n_simdgroups; ++w) {
+        most = max(most, (float)stats[(w * 16 * MT + row) * 2]);
+      }
+      for (uint w = 0; w < n_simdgroups; ++w) {
+        const uint at = (w * 16 * MT + row) * 2;
+        sum += power_below(stats[at], most) * stats[at + 1];
+      }
+      weight[mt][h] =
+          power_below(own.maximum[mt][h], most) * own.unit * power_of_two(-kWeightShift);
+      if (simdgroup == 0 && lane % 4 == 0) {
+        merged[2 * row] = most;
+        merged[2 * row + 1] = sum;
+      }
+    }
+  }
+  for (uint turn = 0; turn < n_simdgroups; ++turn) {
+    barrier_of_group();
+    if (turn != simdgroup) continue;
+    VQ_UNROLL for (int mt = 0; mt < MT; ++mt) {
+      VQ_UNROLL for (int i = 0; i < NV; ++i) {
+        VQ_UNROLL for (int k = 0; k < 4; ++k) {
+          const uint at = (((2 * mt + k / 2) * 2 + k % 2) * NV + i) * 33 + lane;
+          const float x = own.own[mt][i][k] * weight[mt][k / 2];
+          scratch[at] = turn == 0 ? x : scratch[at] + x;
+        }
+      }
+    }
+  }
+  barrier_of_group();
+  for (uint i = self; i < 16 * MT * DIM; i += n_threads) {
+    const uint row = i / DIM, d = i % DIM;
+    if (first + (int)row >= n_rows) continue;
+    float x = scratch[((row / 8) * 2 * NV + d % (2 * NV)) * 33 + 4 * (row % 8) + d / (2 * NV)];
+    if (MEAN) x = fma((float)merged[2 * row + 1], (float)mean[d], x);
+    parts[(int64_t)(first + (int)row) * DIM + d] = x;
+  }
+  for (uint i = self; i < 32 * MT; i += n_threads) {
+    if (first + (int)(i / 2) < n_rows) sums[2 * first + (int)i] = merged[i];
+  }
+  barrier_of_group();
+}
+
+// The same where every simdgroup has rows of its own, from row `first` on.
+template <int DIM, int MEAN, int MT, int NV, class Mean, class Parts, class Sums>
+VQ_FN void put_own(VQ_THREAD const TileSums<MT, NV>& own, Mean mean, int first, int n_rows,
+                   Parts parts, Sums sums, uint lane) {
+  const float unit = own.unit * power_of_two(-kWeightShift);
+  VQ_UNROLL for (int mt = 0; mt < MT; ++mt) {
+    VQ_UNROLL for (int h = 0; h < 2; ++h) {
+      float sum = own.sum[mt][h];
+      sum += simd_shuffle_xor(sum, 1);
+      sum += simd_shuffle_xor(sum, 2);
+      sum *= power_of_two(-kWeightShift);
+      const int row = first + 16 * mt + 8 * h + (int)lane / 4;
+      if (row >= n_rows) continue;
+      VQ_UNROLL for (int e = 0; e < 2; ++e) {
+        VQ_UNROLL for (int i = 0; i < NV; ++i) {
+          const int d = NV * (2 * (int)(lane % 4) + e) + i;
+          if (d >= DIM) continue;
+          float x = own.own[mt][i][2 * h + e] * unit;
+          if (MEAN) x = fma(sum, (float)mean[d], x);
+          parts[(int64_t)row * DIM + d] = x;
+        }
+      }
+      if (lane % 4 == 0) {
+        sums[2 * row] = own.maximum[mt][h];
+        sums[2 * row + 1] = sum;
+      }
+    }
+  }
 }
 
 }  // namespace veloxquant

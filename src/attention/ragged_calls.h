@@ -1,6 +1,6 @@
-// Decode attention with lengths of each sequence and blocks where the caller keeps them
-// (metal_ragged.h): what the kernels are given, and how many items they are cut into. CUDA launches
-// them (src/attention/cuda_general.cu), the MSL machine tests them.
+// Attention with lengths of each sequence and blocks where the caller keeps them (metal_ragged.h):
+// what the kernels are given, and how they are cut. CUDA launches them
+// (src/attention/cuda_general.cu), the MSL machine tests them.
 #pragma once
 
 #include "src/attention/kernel_calls.h"
@@ -10,6 +10,7 @@ namespace veloxquant::attention {
 struct RaggedShape {
   DecodeShape decode;  // n_spans: 1 with packed blocks, n_exact: 1 with exact tokens
   bool paged = false;
+  bool wide_exact = false;  // exact tokens lie at multiples of 8 bytes
 
   // Numbers of the launch, no part of the text.
   int64_t most_packed = 0, most_exact = 0;  // tokens that there is room for
@@ -19,16 +20,27 @@ struct RaggedShape {
   int pool = 0;
 };
 
-// Items of a sequence: of packed tokens, and of exact ones, the first with the sinks.
+// A threadgroup: simdgroups with `tiles` times 16 query rows, all the same ones or (together) each
+// its own. parts: of a query, halves and what they leave: transformed ones have numbers that halves
+// round; of many rows those alone whose transform has smooth factors, which may be of any size.
+struct RaggedCut {
+  int simdgroups = 0, tiles = 0, parts = 1;
+  bool together = false;
+  int row_tiles() const { return together ? simdgroups * tiles : tiles; }
+};
+RaggedCut ragged_cut(const RaggedShape& shape);
+
+// Items of a sequence: of packed tokens, and of exact ones, the first with the sinks. A threadgroup
+// takes one of each.
 struct RaggedItems {
-  int packed = 0, exact = 0;
+  int packed = 0, exact = 0, exact_tokens = 0;
   int all() const { return packed + exact; }
 };
 // As many as `cores` multiprocessors take at once, by what there is room for.
 RaggedItems ragged_items(const RaggedShape& shape, int cores);
 
 // The input `ragged`: see RaggedNumbers in metal_ragged.h.
-constexpr int kRaggedCount = 8;
+constexpr int kRaggedCount = 10;
 std::array<int32_t, kRaggedCount> ragged_numbers(const RaggedShape& shape,
                                                  const RaggedItems& items);
 

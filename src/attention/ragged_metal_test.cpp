@@ -127,15 +127,17 @@ double error_of(const RaggedProblem& p, const Given& keys, const Given& values, 
     if (std::isinf(want_lse[i])) {
       EXPECT_EQ(lse[i], want_lse[i]) << i;
     } else {
-      EXPECT_NEAR(lse[i], want_lse[i], 1e-5 * (1 + std::fabs(want_lse[i]))) << i;
+      EXPECT_NEAR(lse[i], want_lse[i], 2e-3 * (1 + std::fabs(want_lse[i]))) << i;
     }
   }
-  return test::worst_row(merged.output<float>(0), want, p.dim);
+  const double worst = test::worst_row(merged.output<float>(0), want, p.dim);
+  std::printf("worst %g\n", worst);
+  return worst;
 }
 
 double error_of(const RaggedProblem& p) { return error_of(p, {p, p.keys}, {p, p.values}); }
 
-constexpr double kTolerance = 2e-5;  // fp32 throughout; 2e-3 would be allowed
+constexpr double kTolerance = 2e-3;  // operands are halves
 
 RaggedProblem problem(const RaggedCase& c, const char* key_method, const char* key,
                       const char* value_method, const char* value, int head_dim = 64) {
@@ -211,24 +213,51 @@ TEST(RaggedMetal, OnlyOneOfTheTwoForms) {
   EXPECT_LE(error_of(problem(c, "turboquant", "2", "turboquant", "2")), kTolerance);
 }
 
+// Rows of many queries: simdgroups with rows of their own decode a tile together.
+TEST(RaggedMetal, ManyQueriesShareATile) {
+  RaggedCase c;
+  c.n_packed = {3, 200, 64};
+  c.n_exact = {41, 90, 130};
+  c.n_queries = 40;  // 80 rows
+  EXPECT_LE(error_of(problem(c, "turboquant", "2", "turboquant", "4")), kTolerance);
+  c.window = 100;
+  c.paged = c.bf16 = true;
+  EXPECT_LE(error_of(problem(c, "vecinfer", "4x256 hadamard head", "rabitq", "2 mean", 32)),
+            kTolerance);
+  c.n_packed = {70, 128};
+  c.n_exact = {80, 5};
+  c.n_queries = 70;  // 140 rows: 32 of a simdgroup
+  c.mask = true;
+  c.paged = false;
+  c.window = 0;
+  EXPECT_LE(error_of(problem(c, "vecinfer", "2x16 dense", "turboquant_rvq", "1", 32)), kTolerance);
+}
+
 TEST(RaggedMetal, ItemsFillTheCoresAndNoMore) {
   RaggedShape s;
   s.decode.head_dim = 128, s.decode.group = 4, s.decode.n_kv_heads = 8;
   s.decode.n_spans = s.decode.n_exact = 1;
   s.most_packed = 131072, s.most_exact = 132, s.sinks = 4;
-  const RaggedItems items = ragged_items(s, 132);
-  EXPECT_EQ(items.packed, 66);  // four at once
+  RaggedItems items = ragged_items(s, 132);
+  EXPECT_EQ(items.packed, 49);  // three at once
   EXPECT_EQ(items.exact, 1);
-  s.decode.batch = 64;
-  EXPECT_EQ(ragged_items(s, 132).packed, 1);
   s.decode.batch = 8;
-  EXPECT_EQ(ragged_items(s, 132).packed, 8);
+  EXPECT_EQ(ragged_items(s, 132).packed, 6);
   s.most_packed = 500;
   EXPECT_EQ(ragged_items(s, 132).packed, 2);
-  s.decode.batch = 1, s.decode.n_queries = 16;  // eight tiles of rows, three at once
+  s.decode.batch = 1, s.decode.n_queries = 8;  // 32 rows of a simdgroup, two at once
   s.most_packed = 131072, s.most_exact = 600;
-  EXPECT_EQ(ragged_items(s, 132).packed, 6);
+  EXPECT_FALSE(ragged_cut(s).together);
+  EXPECT_EQ(ragged_cut(s).row_tiles(), 2);
+  EXPECT_EQ(ragged_items(s, 132).packed, 33);
   EXPECT_EQ(ragged_items(s, 132).exact, 3);
+  s.decode.n_queries = 512;  // eight threadgroups of 256 rows a head
+  EXPECT_TRUE(ragged_cut(s).together);
+  EXPECT_EQ(ragged_cut(s).row_tiles(), 16);
+  items = ragged_items(s, 132);
+  EXPECT_EQ(items.packed, 2);
+  EXPECT_EQ(items.exact, 2);
+  EXPECT_EQ(items.exact_tokens, 320);
 }
 
 TEST(DeviceCodecTest, RefusesWhatHasNoKernels) {

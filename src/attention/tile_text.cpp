@@ -57,9 +57,7 @@ std::string tile_text(const char* side, const CodeFormat& f) {
   std::string text;
   switch (f.kind) {
     case TileKind::vecinfer:
-      text = f.chunks > 0 ? "FragmentTile<@ROWS, @SUB, @C, @TABLES, @VALUES, @CHUNKS, "
-                          : "VecInferTile<@ROWS, @SUB, @C, @BITS, @TABLES, ";
-      text += "const device uint32_t*, ";
+      text = "VecInferTile<@ROWS, @SUB, @C, @BITS, @TABLES, const device uint32_t*, ";
       text += staged(f) ? "decltype(&$_stage[0])> $_tile;\n    $_tile.table = $_stage;\n"
                         : "const device half*> $_tile;\n    $_tile.table = $_given;\n";
       break;
@@ -90,10 +88,6 @@ void add_tile_arguments(const std::string& side, const CodeFormat& f, int rows,
       arguments.push_back({side + "SUB", f.sub_dim});
       arguments.push_back({side + "C", f.n_centroids});
       arguments.push_back({side + "TABLES", f.tables});
-      if (f.chunks > 0) {
-        arguments.push_back({side + "VALUES", side == "V" ? 1 : 0});
-        arguments.push_back({side + "CHUNKS", f.chunks});
-      }
       break;
     case TileKind::scalar:
       arguments.push_back({side + "STAGES", f.stages});

@@ -242,7 +242,7 @@ void check_dialect(const Kernel& kernel) {
   }
   static const std::regex pointer(
       R"(([\w ]*?)\b(float|half|bfloat|bool|u?char|u?short|u?int|u?int(?:8|16|32|64)_t|b?float16_t|(?:float|half|u?int|u?short|u?char)[234])\s*(?:const\s*)?[*&]+\s*\w+)");
-  static const std::regex space(R"(\b(device|constant|threadgroup|thread|VQ_THREAD)\b)");
+  static const std::regex space(R"(\b(device|constant|threadgroup|thread|VQ_THREAD|VQ_GROUP)\b)");
   for (const std::string* text : {&header, &body}) {
     for (auto at = std::sregex_iterator(text->begin(), text->end(), pointer);
          at != std::sregex_iterator(); ++at) {

@@ -223,7 +223,7 @@ void check_all_attention() {
     c.paged = turn % 2 == 0;
     c.n_packed[5] = turn % 3 == 0 ? 8191 : 1023;
     c.n_q_heads = 2 << (turn % 4);
-    c.n_queries = turn % 3 == 0 ? 1 : turn % 3 == 1 ? 5 : 16;
+    c.n_queries = turn % 3 == 0 ? 1 : turn % 3 == 1 ? 5 : 40;
     c.window = turn % 4 == 3 ? 100 : 0;
     c.bf16 = turn % 2 == 1;
     c.sink_logits = turn % 5 == 0;
@@ -242,7 +242,7 @@ void check_all_attention() {
   c = RaggedCase();
   c.n_packed = {700, 0, 64, 3};
   c.n_exact = {90, 7, 1, 700};
-  for (int queries : {1, 5, 16}) {
+  for (int queries : {1, 5, 16, 200}) {
     c.n_queries = queries;
     for (bool mask : {false, true}) {
       for (int window : {0, 50, 300}) {
@@ -261,6 +261,8 @@ void check_all_attention() {
   check_attention(c, tq, tq, DType::float32);
   c.n_packed = {100, 130}, c.n_exact = {0, 0}, c.n_queries = 1;
   check_attention(c, tq, tq, DType::float32, 1000);
+  c.n_packed = {3000, 130}, c.n_exact = {600, 90}, c.n_queries = 77;  // 1232 rows
+  check_attention(c, tq, tq, DType::float16, 300);
 }
 
 // The same codes by the tensor-core kernels where they cover the call, by the general ones where
@@ -336,7 +338,9 @@ void check_quick() {
   check_attention(c, {"qjl", "2", Side::keys, 64}, {"rabitq", "3 mean", Side::values, 64},
                   DType::float32);
   c.paged = c.mask = false;
+  c.n_queries = 50;
   check_attention(c, {"turboquant_rvq", "3", Side::keys, 80}, kForms[0], DType::float32);
+  c.n_queries = 3;
   check_attention(c, {"vecinfer", "4x256 hadamard head int8", Side::keys, 64},
                   {"vecinfer", "2x256 dense", Side::values, 64}, DType::float16, 1, true);
   run_jobs(1);

@@ -97,6 +97,7 @@ if wanted general; then
     echo "general memcheck: clean" || { echo "general memcheck: FAILED, see $out/general_memcheck.log"; status=1; }
 fi
 if wanted general_bench; then
+  python3 tools/gpu/sdpa.py 1x32k 8x32k 1x131k | tee "$out/general_sdpa.txt"
   "$build/general_bench" | tee "$out/general_bench.txt" || status=1
 fi
 if wanted torch; then

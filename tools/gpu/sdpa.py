@@ -1,4 +1,6 @@
-"""The denominator: torch's fp16 decode attention, cuDNN and flash, timed as cuda_bench times ours."""
+"""The denominator: torch's fp16 attention, cuDNN and flash, timed as cuda_bench and general_bench time ours.
+
+sdpa.py [WORD...]: rows whose name has one of the words. Without words those of one query."""
 
 import statistics
 import sys
@@ -18,13 +20,14 @@ ROWS = [
     ("1x4k", 1, 4096, 32, 8, 128),
     ("d64 8x8k", 8, 8192, 9, 3, 64),
     ("g8 1x131k", 1, 131072, 64, 8, 128),
+    *[(f"1x32k q{n}", 1, 32768, 32, 8, 128, n) for n in (8, 64, 512, 2048)],  # every query sees every token
 ]
 
 
-def time_us(backend, batch, context, n_q, n_kv, dim):
+def time_us(backend, batch, context, n_q, n_kv, dim, queries=1):
     nbytes = 4 * batch * context * n_kv * dim
     copies = max(2, (300 << 20) // nbytes + 1)
-    q = torch.randn(batch, n_q, 1, dim, device="cuda", dtype=torch.float16)
+    q = torch.randn(batch, n_q, queries, dim, device="cuda", dtype=torch.float16)
     kv = [torch.randn(2, batch, n_kv, context, dim, device="cuda", dtype=torch.float16) for _ in range(copies)]
 
     def call(i):
@@ -57,7 +60,7 @@ def main():
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     print(f"{'work':12} {'cuDNN us':>10} {'flash us':>10} {'cuDNN TB/s':>10}")
     for row in ROWS:
-        if len(sys.argv) > 1 and not any(word in row[0] for word in sys.argv[1:]):
+        if not any(word in row[0] for word in sys.argv[1:]) and (len(sys.argv) > 1 or len(row) > 6):
             continue
         times = []
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):

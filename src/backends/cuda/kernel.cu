@@ -21,6 +21,7 @@ constexpr size_t kMaxInputs = 24, kMaxParameters = 3 * kMaxInputs + 8;
 struct Driver {
   PFN_cuModuleLoadData_v2000 load;
   PFN_cuModuleGetFunction_v2000 function;
+  PFN_cuFuncSetAttribute_v9000 set;
   PFN_cuLaunchKernel_v4000 launch;
   PFN_cuGetErrorString_v6000 error;
 };
@@ -44,6 +45,7 @@ const Driver& driver() {
     Driver d;
     find(d.load, "cuModuleLoadData");
     find(d.function, "cuModuleGetFunction");
+    find(d.set, "cuFuncSetAttribute");
     find(d.launch, "cuLaunchKernel");
     find(d.error, "cuGetErrorString");
     return d;
@@ -58,7 +60,7 @@ void check_driver(CUresult status, const std::string& what) {
   fail("[cuda] ", what, ": got ", text == nullptr ? "an unknown error" : text, ", wanted success");
 }
 
-void* compiled(const std::string& name, const std::string& program, bool fused) {
+void* compiled(const std::string& name, const std::string& program, bool fused, int pool_bytes) {
   const Device& device = current_device();
   check(cudaFree(nullptr), "cuda");  // the device's primary context is current
   const std::string cubin = nvrtc_cubin(program, 10 * device.major + device.minor, fused);
@@ -66,6 +68,10 @@ void* compiled(const std::string& name, const std::string& program, bool fused) 
   CUfunction function = nullptr;
   check_driver(driver().load(&module, cubin.data()), "cuModuleLoadData of " + name);
   check_driver(driver().function(&function, module, metal::kCudaEntry), name);
+  if (pool_bytes > 0) {
+    check_driver(
+        driver().set(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, pool_bytes), name);
+  }
   log_once("cuda: compiled " + name);
   return function;
 }
@@ -107,7 +113,7 @@ const CudaKernel& CudaKernel::get(const Call& call, const std::vector<CudaInput>
     const metal::CudaNames names = metal::names_of(*call.kernel, call.kernel->inputs[i]);
     kernel.parameters_.push_back({inputs[i].by_value > 0, names.shape, names.strides});
   }
-  kernel.function_ = compiled(name, program, fused);
+  kernel.function_ = compiled(name, program, fused, call.launch.pool_bytes);
   return kernel;
 }
 
@@ -134,10 +140,11 @@ void CudaKernel::launch(const metal::Launch& launch, std::span<const CudaArgumen
     return static_cast<unsigned>(grid.grid[d] / grid.threadgroup[d]);
   };
   const auto threads = [&](int d) { return static_cast<unsigned>(grid.threadgroup[d]); };
-  check_driver(driver().launch(static_cast<CUfunction>(function_), blocks(0), blocks(1), blocks(2),
-                               threads(0), threads(1), threads(2), 0, static_cast<CUstream>(stream),
-                               parameters.data(), nullptr),
-               kernel_->name);
+  check_driver(
+      driver().launch(static_cast<CUfunction>(function_), blocks(0), blocks(1), blocks(2),
+                      threads(0), threads(1), threads(2), static_cast<unsigned>(launch.pool_bytes),
+                      static_cast<CUstream>(stream), parameters.data(), nullptr),
+      kernel_->name);
 }
 
 }  // namespace veloxquant::backends

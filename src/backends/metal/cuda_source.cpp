@@ -65,7 +65,11 @@ std::string cuda_program(const Call& call, const std::vector<CudaInput>& given) 
             (i + 1 < outputs.size() ? ",\n    " : ") {\n");
   }
   for (const TemplateArgument& a : call.launch.arguments) text += argument_text(a);
-  return text + kernel.body + "\n}\n";
+  std::string body = kernel.body;
+  if (const size_t at = body.find(kPoolText); at != std::string::npos) {
+    body.replace(at, std::string(kPoolText).size(), "extern threadgroup uint4 pool[];");
+  }
+  return text + body + "\n}\n";
 }
 
 }  // namespace veloxquant::metal

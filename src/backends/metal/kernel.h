@@ -57,9 +57,13 @@ struct Launch {
   std::vector<TemplateArgument> arguments;
   std::array<int, 3> grid{1, 1, 1};  // threads in all, not threadgroups
   std::array<int, 3> threadgroup{1, 1, 1};
-  int at_once = 0;  // CUDA: threadgroups that a multiprocessor must hold; 0: as registers allow
+  int at_once = 0;     // CUDA: threadgroups that a multiprocessor must hold; 0: as registers allow
+  int pool_bytes = 0;  // of kPoolText, which CUDA gets with the launch
   std::vector<ArrayShape> outputs;
 };
+
+// A declaration in a kernel's body of memory that may be larger than CUDA's 48 KB of a kernel.
+constexpr const char* kPoolText = "threadgroup uint4 pool[POOL];";
 
 struct Call {
   const Kernel* kernel = nullptr;  // built once
