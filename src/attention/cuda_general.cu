@@ -29,9 +29,15 @@ struct Prepared {
   Workspace at;
 };
 
+RaggedShape shape_of(const AttendArgs& args) {
+  RaggedShape shape = checked_call(args);
+  shape.shared_bytes = backends::current_device().shared_per_block;
+  return shape;
+}
+
 Prepared prepared(const AttendArgs& args) {
   Prepared p;
-  p.shape = checked_call(args);
+  p.shape = shape_of(args);
   p.items = attention::ragged_items(p.shape, backends::current_device().multiprocessors);
   p.at = workspace_of(p.shape, p.items);
   return p;
@@ -44,7 +50,7 @@ const char* not_fast(const AttendArgs& args) {
 // The inputs of the kernels, in their order (ragged_calls.h).
 struct Numbers {
   std::array<int32_t, attention::kRaggedCount> ragged;
-  std::array<int32_t, 3> counts;
+  std::array<int32_t, 4> counts;
   std::array<float, 2> params;
   std::array<int64_t, 6> steps;
 };
@@ -92,7 +98,7 @@ Inputs second_inputs(const AttendArgs& args, const Prepared& p, const Numbers& n
   Inputs in;
   in.add(Type::float32, workspace + p.at.parts, {});
   in.add(Type::float32, workspace + p.at.sums, {});
-  in.add_numbers(Type::int32, numbers.counts.data(), 3);
+  in.add_numbers(Type::int32, numbers.counts.data(), 4);
   in.add(Type::float32, args.sink_logits, {});
   if (p.shape.decode.n_spans > 0) {
     in.add_blob(args.values, args.values.codec->move);
@@ -138,7 +144,8 @@ std::vector<int64_t> key_of(const AttendArgs& args, const Prepared& p) {
                               p.shape.paged,
                               p.shape.wide_exact,
                               p.items.packed,
-                              p.items.exact};
+                              p.items.exact,
+                              p.items.apart};
   for (const attention::CodeFormat* f : {&s.keys, &s.values}) {
     key.insert(key.end(),
                {f->sub_dim, f->n_centroids, f->bits, f->tables, static_cast<int>(f->kind),
@@ -171,8 +178,8 @@ const Plan& plan_of(const AttendArgs& args, const Prepared& p, Stream stream) {
   }
   plan.first = kernel(attention::ragged_first_pass_call(p.shape, p.items),
                       first_inputs(args, p, numbers), plan.first_launch);
-  plan.second =
-      kernel(attention::second_pass_call(s), second_inputs(args, p, numbers), plan.second_launch);
+  plan.second = kernel(attention::ragged_second_pass_call(p.shape), second_inputs(args, p, numbers),
+                       plan.second_launch);
   const std::lock_guard<std::mutex> lock(mutex);
   return plans.emplace(key, std::move(plan)).first->second;
 }
@@ -190,7 +197,7 @@ void prepare_attend(const AttendArgs& args) {
 }
 
 std::string attend_kernel(const AttendArgs& args) {
-  const RaggedShape shape = checked_call(args);
+  const RaggedShape shape = shape_of(args);
   const char* reason = not_fast(args);
   if (reason == nullptr) return "fast";
   const attention::RaggedCut cut = attention::ragged_cut(shape);

@@ -45,14 +45,13 @@ std::string memory_text() {
 )";
 }
 
-std::string group_text(const std::string& first_item) {
+std::string group_text() {
   return
       R"(  const int head = (int)threadgroup_position_in_grid.y, batch = (int)threadgroup_position_in_grid.z;
   const int n_heads = (int)threadgroups_per_grid.y, n_queries = q_shape[2];
   const int group_size = q_shape[1] / n_heads, n_rows = n_queries * group_size;
   const int n_items = (int)threadgroups_per_grid.x / ((n_rows + ROWS - 1) / ROWS);
-  const int item = (int)(threadgroup_position_in_grid.x + )" +
-      first_item + R"() % n_items;
+  const int item = (int)threadgroup_position_in_grid.x % n_items;
   const int first_row = (int)threadgroup_position_in_grid.x / n_items * ROWS;
   const uint self = thread_index_in_threadgroup, n_threads = threads_per_threadgroup.x;
   const uint lane = self % 32, simdgroup = self / 32, n_simdgroups = n_threads / 32;

@@ -1,6 +1,5 @@
 // The body of decode attention's first pass in pieces: items of a plan (kernel_calls.cpp), of
-// arrays of the published form (rvq_calls.cpp), of sequences with lengths of their own
-// (ragged_calls.cpp).
+// arrays of the published form (rvq_calls.cpp).
 #pragma once
 
 #include <string>
@@ -17,8 +16,8 @@ constexpr int kMaxSimdgroups = 4;
 
 // Memory of a threadgroup: query, power, merged.
 std::string memory_text();
-// Where this threadgroup is, `factor` and `cap`. The first threadgroup has item first_item.
-std::string group_text(const std::string& first_item = "0");
+// Where this threadgroup is, `factor` and `cap`.
+std::string group_text();
 // The item as the plan has it: first, position, most (its tokens), is_packed.
 std::string plan_text();
 // What is kept of each row, and `count`: tokens of the item up to the last that a row sees. Needs

@@ -109,7 +109,7 @@ VQ_FN float finished_score(float score, float cap, Seen seen, int query, bool pa
   return score;
 }
 
-// Block n of a span. metal_ragged.h has blocks that lie elsewhere.
+// Block n of a span.
 template <int WORDS, class Blocks>
 VQ_FN Blocks block_at(Blocks blocks, int n) {
   return blocks + (int64_t)n * WORDS;

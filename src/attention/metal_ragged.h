@@ -8,8 +8,8 @@
 // exact ones. Its queries are the last positions.
 #pragma once
 
-#include "src/attention/metal_decode.h"
-#include "src/attention/metal_tiles.h"
+#include "src/attention/metal_tile_results.h"
+#include "src/attention/metal_tile_rows.h"
 #include "src/codecs/metal_placed.h"
 #include "src/codecs/rabitq/metal_pairs.h"
 #include "src/codecs/turboquant/metal_pairs.h"
@@ -25,6 +25,7 @@ enum RaggedNumbers {
   kPackedItems,  // the others are of exact tokens, the first with the sinks
   kExactItems,
   kExactTokens,  // of an item
+  kApart,        // 1: threadgroups of exact items are others, the first
   kCausal,
   kWindow,     // > 0: sliding
   kTableStep,  // block numbers of a sequence
@@ -50,6 +51,12 @@ VQ_FN SeenRange seen_by(Ragged ragged, int length, int n_queries, int query) {
   seen.begin = window > 0 ? max(0, t + 1 - window) : 0;
   seen.end = ragged[kCausal] != 0 ? min(length, t + 1) : length;
   return seen;
+}
+
+// Where query row `row` of a KV head begins: row = query group + head of the group, q is
+// [head][query][DIM].
+VQ_FN int64_t query_at(int row, int group, int n_queries, int dim) {
+  return ((int64_t)(row % group) * n_queries + row / group) * dim;
 }
 
 // The rows of this lane: first + 16 mt + 8 h + lane / 4. factor: of all scores.
@@ -84,7 +91,7 @@ template <class Ragged>
 VQ_FN RaggedItem packed_item(Ragged ragged, int item, int n_packed, int n_exact, int begin,
                              int end) {
   const int sinks = min((int)ragged[kSinks], n_exact), items = ragged[kPackedItems];
-  const int used = min(used_exact_items(ragged, n_exact), items);
+  const int used = ragged[kApart] != 0 ? 0 : min(used_exact_items(ragged, n_exact), items);
   const int hidden = max(0, begin - sinks) / 64;
   const int blocks = max(0, (n_packed + 63) / 64 - hidden);
   int cost = kExactCost;
@@ -142,10 +149,14 @@ VQ_FN void attend_apart(Keys keys, KeyBlocks key_blocks, Values values, ValueBlo
       ask_for<Keys::WORDS>(key_blocks.at(next), lane);
       ask_for<Values::WORDS>(value_blocks.at(next), lane);
     }
-    put_factors(k.tile, v.tile, n, factors, lane, 32);
+    uint32_t words[4];
+    VQ_UNROLL for (int i = 0; i < 4; ++i) words[i] = factor_word(k.tile, v.tile, lane + 32 * i);
+    VQ_UNROLL for (int i = 0; i < 4; ++i) {
+      put_factor(k.tile, v.tile, words[i], n, factors, lane + 32 * i);
+    }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     uint4 weights[MT][4];
-    tile_softmax<SOFTCAP, MASK, STEPS, PARTS, Keys::FACTORED, Values::FACTORED>(
+    tile_softmax<SOFTCAP, MASK, STEPS, PARTS, Keys::FACTORED, Values::FACTORED, 8 / MT>(
         k, queries, factors, n, position + 64 * block, cap, rows, mask, mask_step, sums, weights,
         lane);
     tile_values<MT, NV>(v, weights, sums, lane);
@@ -153,176 +164,70 @@ VQ_FN void attend_apart(Keys keys, KeyBlocks key_blocks, Values values, ValueBlo
   }
 }
 
-// The same tiles for all simdgroups, decoded by all of them. key_store: [4 STEPS][32], value_store:
-// [2 NV][32] operands. factors: [2][64] of the threadgroup. All threads; complete before and after.
-template <int SOFTCAP, int MASK, int STEPS, int PARTS, int MT, int NV, class Keys, class KeyBlocks,
-          class Values, class ValueBlocks, class Queries, class Factors, class Mask, class Store>
+// The same tiles for all simdgroups, at least four, decoded by all of them: codes of the next
+// operands are on their way while products are made of these. KEPT_KEYS, KEPT_VALUES: units that a
+// simdgroup decodes. key_store: [4 STEPS][32], value_store: [2 NV][32] operands. factors: [2][64]
+// of the threadgroup. All threads; complete before and after.
+template <int SOFTCAP, int MASK, int STEPS, int PARTS, int KEPT_KEYS, int KEPT_VALUES, int MT,
+          int NV, class Keys, class KeyBlocks, class Values, class ValueBlocks, class Queries,
+          class Factors, class Mask, class Store>
 VQ_FN void attend_together(Keys keys, KeyBlocks key_blocks, Values values, ValueBlocks value_blocks,
                            int n_tokens, int position, Queries queries, Factors factors, float cap,
                            VQ_THREAD const TileRows<MT>& rows, Mask mask, int64_t mask_step,
                            VQ_THREAD TileSums<MT, NV>& sums, Store key_store, Store value_store,
                            uint simdgroup, uint n_simdgroups, uint lane) {
-  const uint self = 32 * simdgroup + lane, n_threads = 32 * n_simdgroups;
+  const uint self = 32 * simdgroup + lane;
   const int own = (int)simdgroup, step = (int)n_simdgroups;
-  TileOperands<Keys> k;
-  TileOperands<Values> v[2];
-  k.tile = keys;
-  v[0].tile = values;
-  v[1].tile = values;
+  TileOperands<Keys> k[KEPT_KEYS];
+  TileOperands<Values> v[KEPT_VALUES];
+  VQ_UNROLL for (int i = 0; i < KEPT_KEYS; ++i) k[i].tile = keys;
+  VQ_UNROLL for (int i = 0; i < KEPT_VALUES; ++i) v[i].tile = values;
   StoredOperands<Store> stored_keys, stored_values;
   stored_keys.store = key_store;
   stored_values.store = value_store;
   const int n_blocks = (n_tokens + 63) / 64;
   for (int block = -1; block < n_blocks; ++block) {
+    const int n = min(64, n_tokens - 64 * block), n_next = min(64, n_tokens - 64 * (block + 1));
     uint4 weights[MT][4];
     if (block >= 0) {
-      const int n = min(64, n_tokens - 64 * block);
-      // Codes of this tile's values are on their way while its scores are made.
-      VQ_UNROLL for (int i = 0; i < 2; ++i) {
+      VQ_UNROLL for (int i = 0; i < KEPT_VALUES; ++i) {
         v[i].tile.open(value_blocks.at(block), n);
         if (own + i * step < NV) v[i].load_values(NV / 4, own + i * step, lane);
       }
-      tile_softmax<SOFTCAP, MASK, STEPS, PARTS, Keys::FACTORED, Values::FACTORED>(
+      tile_softmax<SOFTCAP, MASK, STEPS, PARTS, Keys::FACTORED, Values::FACTORED, 8>(
           stored_keys, queries, factors, n, position + 64 * block, cap, rows, mask, mask_step, sums,
           weights, lane);
-      uint32_t w[4][2];
-      VQ_UNROLL for (int i = 0; i < 2; ++i) {
+      VQ_UNROLL for (int i = 0; i < KEPT_VALUES; ++i) {
         if (own + i * step >= NV) continue;
+        uint32_t w[4][2];
+        v[i].tile.arrive_values();
         v[i].tile.value_pairs(w);
         store_operands<4>(w, value_store, own + i * step, lane);
-      }
-      for (int unit = own + 2 * step; unit < NV; unit += step) {
-        v[0].load_values(NV / 4, unit, lane);
-        v[0].tile.value_pairs(w);
-        store_operands<4>(w, value_store, unit, lane);
       }
       barrier_of_group();
     }
     const bool more = block + 1 < n_blocks;
-    if (more) {  // the next tile's keys are on their way while these values are summed
-      k.tile.open(key_blocks.at(block + 1), min(64, n_tokens - 64 * (block + 1)));
-      v[0].tile.open(value_blocks.at(block + 1), min(64, n_tokens - 64 * (block + 1)));
-      if (own < STEPS) k.load_keys(own, lane);
+    uint32_t word = 0u;
+    if (more) {
+      v[0].tile.open(value_blocks.at(block + 1), n_next);
+      VQ_UNROLL for (int i = 0; i < KEPT_KEYS; ++i) {
+        k[i].tile.open(key_blocks.at(block + 1), n_next);
+        if (own + i * step < STEPS) k[i].load_keys(own + i * step, lane);
+      }
+      word = factor_word(k[0].tile, v[0].tile, self);
     }
     if (block >= 0) tile_values<MT, NV>(stored_values, weights, sums, lane);
     if (more) {
-      put_factors(k.tile, v[0].tile, min(64, n_tokens - 64 * (block + 1)), factors, self,
-                  n_threads);
-      for (int s = own; s < STEPS; s += step) {
+      put_factor(k[0].tile, v[0].tile, word, n_next, factors, self);
+      VQ_UNROLL for (int i = 0; i < KEPT_KEYS; ++i) {
+        if (own + i * step >= STEPS) continue;
         uint32_t w[8][2];
-        if (s != own) k.load_keys(s, lane);
-        k.tile.template key_pairs<8>(0, w);
-        store_operands<8>(w, key_store, s, lane);
+        k[i].tile.arrive_keys();
+        k[i].tile.template key_pairs<8>(0, w);
+        store_operands<8>(w, key_store, own + i * step, lane);
       }
     }
     barrier_of_group();
-  }
-}
-
-// The sums of rows [first, end) of a part that has none.
-template <class Sums>
-VQ_FN void put_nothing(Sums sums, int first, int end, uint self, uint n_threads) {
-  for (int i = 2 * first + (int)self; i < 2 * end; i += (int)n_threads) {
-    sums[i] = i % 2 == 0 ? -INFINITY : 0.0f;
-  }
-}
-
-// The item's part and its sums from what the simdgroups have: rows first .. of n_rows. mean: added
-// to every token (MEAN). stats: [n_simdgroups + 1][16 MT][2], scratch: [4 MT NV][33]. Complete
-// before and after.
-template <int DIM, int MEAN, int MT, int NV, class Mean, class Memory, class Parts, class Sums>
-VQ_FN void put_merged(VQ_THREAD const TileSums<MT, NV>& own, Mean mean, Memory stats,
-                      Memory scratch, int first, int n_rows, Parts parts, Sums sums, uint self,
-                      uint n_threads) {
-  const uint lane = self % 32, simdgroup = self / 32, n_simdgroups = n_threads / 32;
-  Memory merged = stats + n_simdgroups * 32 * MT;
-  float weight[MT][2];
-  VQ_UNROLL for (int mt = 0; mt < MT; ++mt) {
-    VQ_UNROLL for (int h = 0; h < 2; ++h) {
-      const uint row = 16 * mt + 8 * h + lane / 4;
-      float sum = own.sum[mt][h];
-      sum += simd_shuffle_xor(sum, 1);
-      sum += simd_shuffle_xor(sum, 2);
-      if (lane % 4 == 0) {
-        stats[(simdgroup * 16 * MT + row) * 2] = own.maximum[mt][h];
-        stats[(simdgroup * 16 * MT + row) * 2 + 1] = sum * power_of_two(-kWeightShift);
-      }
-    }
-  }
-  barrier_of_group();
-  VQ_UNROLL for (int mt = 0; mt < MT; ++mt) {
-    VQ_UNROLL for (int h = 0; h < 2; ++h) {
-      const uint row = 16 * mt + 8 * h + lane / 4;
-      float most = -INFINITY, sum = 0.0f;
-      for (uint w = 0; w < n_simdgroups; ++w) {
-        most = max(most, (float)stats[(w * 16 * MT + row) * 2]);
-      }
-      for (uint w = 0; w < n_simdgroups; ++w) {
-        const uint at = (w * 16 * MT + row) * 2;
-        sum += power_below(stats[at], most) * stats[at + 1];
-      }
-      weight[mt][h] =
-          power_below(own.maximum[mt][h], most) * own.unit * power_of_two(-kWeightShift);
-      if (simdgroup == 0 && lane % 4 == 0) {
-        merged[2 * row] = most;
-        merged[2 * row + 1] = sum;
-      }
-    }
-  }
-  for (uint turn = 0; turn < n_simdgroups; ++turn) {
-    barrier_of_group();
-    if (turn != simdgroup) continue;
-    VQ_UNROLL for (int mt = 0; mt < MT; ++mt) {
-      VQ_UNROLL for (int i = 0; i < NV; ++i) {
-        VQ_UNROLL for (int k = 0; k < 4; ++k) {
-          const uint at = (((2 * mt + k / 2) * 2 + k % 2) * NV + i) * 33 + lane;
-          const float x = own.own[mt][i][k] * weight[mt][k / 2];
-          scratch[at] = turn == 0 ? x : scratch[at] + x;
-        }
-      }
-    }
-  }
-  barrier_of_group();
-  for (uint i = self; i < 16 * MT * DIM; i += n_threads) {
-    const uint row = i / DIM, d = i % DIM;
-    if (first + (int)row >= n_rows) continue;
-    float x = scratch[((row / 8) * 2 * NV + d % (2 * NV)) * 33 + 4 * (row % 8) + d / (2 * NV)];
-    if (MEAN) x = fma((float)merged[2 * row + 1], (float)mean[d], x);
-    parts[(int64_t)(first + (int)row) * DIM + d] = x;
-  }
-  for (uint i = self; i < 32 * MT; i += n_threads) {
-    if (first + (int)(i / 2) < n_rows) sums[2 * first + (int)i] = merged[i];
-  }
-  barrier_of_group();
-}
-
-// The same where every simdgroup has rows of its own, from row `first` on.
-template <int DIM, int MEAN, int MT, int NV, class Mean, class Parts, class Sums>
-VQ_FN void put_own(VQ_THREAD const TileSums<MT, NV>& own, Mean mean, int first, int n_rows,
-                   Parts parts, Sums sums, uint lane) {
-  const float unit = own.unit * power_of_two(-kWeightShift);
-  VQ_UNROLL for (int mt = 0; mt < MT; ++mt) {
-    VQ_UNROLL for (int h = 0; h < 2; ++h) {
-      float sum = own.sum[mt][h];
-      sum += simd_shuffle_xor(sum, 1);
-      sum += simd_shuffle_xor(sum, 2);
-      sum *= power_of_two(-kWeightShift);
-      const int row = first + 16 * mt + 8 * h + (int)lane / 4;
-      if (row >= n_rows) continue;
-      VQ_UNROLL for (int e = 0; e < 2; ++e) {
-        VQ_UNROLL for (int i = 0; i < NV; ++i) {
-          const int d = NV * (2 * (int)(lane % 4) + e) + i;
-          if (d >= DIM) continue;
-          float x = own.own[mt][i][2 * h + e] * unit;
-          if (MEAN) x = fma(sum, (float)mean[d], x);
-          parts[(int64_t)row * DIM + d] = x;
-        }
-      }
-      if (lane % 4 == 0) {
-        sums[2 * row] = own.maximum[mt][h];
-        sums[2 * row + 1] = sum;
-      }
-    }
   }
 }
 

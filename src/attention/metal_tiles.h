@@ -8,12 +8,11 @@
 //   values  step s, rows of a lane: tokens 16 c + 2 s, + 8, + 1, + 9; column g of product
 //           4 u + i: dimension 4 (QUADS g + u) + i
 //
-// so the sums of scores are, as they lie, the weights of the values. A side's tile (open, factor,
-// load_keys, key_pairs, load_values, value_pairs): src/codecs/*/metal_pairs.h, and exact tokens
-// below. What a codec multiplies a token with goes to scores and weights in fp32.
+// so the sums of scores are, as they lie, the weights of the values. What a codec multiplies a
+// token with goes to scores and weights in fp32.
 #pragma once
 
-#include "src/codecs/metal_pairs.h"
+#include "src/attention/metal_operands.h"
 
 namespace veloxquant {
 
@@ -47,176 +46,6 @@ struct TileSums {
     }
   }
 };
-
-// 16 rows of DIM numbers as operand A, halves in units of a power of two each; with two PARTS what
-// halves leave behind it, for rows that a transform made. Complete after.
-template <int DIM, int STEPS, int PARTS, class Rows, class Units, class Operand>
-VQ_FN void pack_queries(Rows rows, Units units, Operand to, uint self, uint n_threads) {
-  barrier_of_group();
-  for (uint r = self / 32; r < 16; r += n_threads / 32) {
-    float largest = 0.0f;
-    for (uint d = self % 32; d < DIM; d += 32)
-      largest = max(largest, fabs((float)rows[r * DIM + d]));
-    const uint32_t bits = bits_of(simd_max(largest)) & 0x7f800000u;
-    if (self % 32 == 0) units[r] = float_of(clamp(bits, 1u << 23, 252u << 23));
-  }
-  barrier_of_group();
-  for (uint i = self; i < 32 * STEPS; i += n_threads) {
-    const uint g = i % 32 / 4, d = 16 * (i / 32) + 4 * (i % 4);
-    float left[4][2];
-    for (uint k = 0; k < 4; ++k) {  // rows g, g + 8, then two dimensions on
-      const uint r = g + 8 * (k % 2), at = r * DIM + d + 2 * (k / 2);
-      const float factor = 1.0f / units[r];
-      left[k][0] = d < DIM ? rows[at] * factor : 0.0f;
-      left[k][1] = d < DIM ? rows[at + 1] * factor : 0.0f;
-    }
-    for (int part = 0; part < PARTS; ++part) {
-      uint32_t words[4];
-      VQ_UNROLL for (int k = 0; k < 4; ++k) {
-        words[k] = half_pair(left[k][0], left[k][1]);
-        left[k][0] -= half_of_pair(words[k], 0);
-        left[k][1] -= half_of_pair(words[k], 1);
-      }
-      const uint4 packed = {words[0], words[1], words[2], words[3]};
-      to[part * 32 * STEPS + (int)i] = packed;
-    }
-  }
-  barrier_of_group();
-}
-
-// bias[r] = rows[r] . mean
-template <int DIM, class Rows, class Mean, class Bias>
-VQ_FN void bias_of_mean(Rows rows, Mean mean, Bias bias, uint self, uint n_threads) {
-  for (uint r = self / 32; r < 16; r += n_threads / 32) {
-    float sum = 0.0f;
-    for (uint d = self % 32; d < DIM; d += 32)
-      sum = fma((float)rows[r * DIM + d], (float)mean[d], sum);
-    sum = simd_sum(sum);
-    if (self % 32 == 0) bias[r] = sum;
-  }
-}
-
-// Exact tokens as a tile. Rows: of ushort, or of uint2 (WIDE); absent tokens are 0.
-template <int DIM_, int BFLOAT, int WIDE, class Rows>
-struct ExactPairs {
-  enum { DIM = DIM_, WORDS = 0, FACTORED = 0 };
-  Rows rows;
-  int64_t step;  // from one token to the next
-  int n;
-  uint2 four[8];
-
-  void open(Rows first, int n_tokens) {
-    rows = first;
-    n = n_tokens;
-  }
-  float factor(int) const { return 1.0f; }
-
-  static uint32_t kept(uint32_t pair) {
-    if (!BFLOAT) return pair;
-    const float most = 65504.0f;
-    return half_pair(clamp(float_of(pair << 16), -most, most),
-                     clamp(float_of(pair & 0xffff0000u), -most, most));
-  }
-  static uint2 quad(const device uint2* at) {
-    const uint2 both = *at;
-    const uint2 pairs = {kept(both.x), kept(both.y)};
-    return pairs;
-  }
-  static uint2 quad(const device ushort* at) {
-    const uint2 pairs = {kept((uint32_t)at[0] | ((uint32_t)at[1] << 16)),
-                         kept((uint32_t)at[2] | ((uint32_t)at[3] << 16))};
-    return pairs;
-  }
-  void load(int to, int token, int quad_number) {
-    const uint2 none = {0u, 0u};
-    four[to] = none;
-    if (token < n) four[to] = quad(rows + (token * step + (WIDE ? 1 : 4) * quad_number));
-  }
-  void load_keys(int quad_number, uint g) {
-    VQ_UNROLL for (int j = 0; j < 8; ++j) load(j, 8 * (int)g + j, quad_number);
-  }
-  template <int N>
-  void key_pairs(int from, VQ_THREAD uint32_t (*w)[2]) const {
-    VQ_UNROLL for (int j = 0; j < N; ++j) {
-      w[j][0] = four[from + j].x;
-      w[j][1] = four[from + j].y;
-    }
-  }
-  void load_values(int quad_number, int s, uint c) {
-    const int t = 16 * (int)c + 2 * s;
-    load(0, t, quad_number);
-    load(1, t + 8, quad_number);
-    load(2, t + 1, quad_number);
-    load(3, t + 9, quad_number);
-  }
-  void value_pairs(VQ_THREAD uint32_t (*w)[2]) const {
-    turned_pairs(four[0], four[1], four[2], four[3], w);
-  }
-};
-
-// What tokens of a tile are multiplied with, [2][64]: keys, then values; 0 for absent ones.
-template <class Keys, class Values, class Factors>
-VQ_FN void put_factors(VQ_THREAD Keys& keys, VQ_THREAD Values& values, int n, Factors factors,
-                       uint self, uint n_threads) {
-  for (int t = (int)self; t < 64; t += (int)n_threads) {
-    if (Keys::FACTORED) factors[t] = t < n ? keys.factor(t) : 0.0f;
-    if (Values::FACTORED) factors[64 + t] = t < n ? values.factor(t) : 0.0f;
-  }
-}
-
-// Operands of keys and values from a tile itself: quads beyond its dimensions are its last one,
-// which meets zeros of the query, or sums that nobody asks for.
-template <class Tile>
-struct TileOperands {
-  Tile tile;
-  void load_keys(int s, uint lane) {
-    const int quad = 4 * s + (int)(lane % 4);
-    tile.load_keys(Tile::DIM % 16 == 0 ? quad : min(quad, Tile::DIM / 4 - 1), lane / 4);
-  }
-  // unit: 4 u + s.
-  void load_values(int quads, int unit, uint lane) {
-    const int quad = quads * (int)(lane / 4) + unit / 4;
-    tile.load_values(Tile::DIM % 32 == 0 ? quad : min(quad, Tile::DIM / 4 - 1), unit % 4, lane % 4);
-  }
-  // Tokens from .. from + N - 1 of the lane's eight.
-  template <int N>
-  void keys(int s, int from, uint lane, VQ_THREAD uint32_t (*w)[2]) {
-    load_keys(s, lane);
-    tile.template key_pairs<N>(from, w);
-  }
-  void values(int quads, int unit, uint lane, VQ_THREAD uint32_t (*w)[2]) {
-    load_values(quads, unit, lane);
-    tile.value_pairs(w);
-  }
-};
-
-// The same from memory of the threadgroup, where the simdgroups left them.
-template <class Store>
-struct StoredOperands {
-  Store store;
-  template <int N>
-  void keys(int s, int from, uint lane, VQ_THREAD uint32_t (*w)[2]) {
-    VQ_UNROLL for (int i = 0; i < N / 2; ++i) {
-      const uint4 four = store[(4 * s + from / 2 + i) * 32 + (int)lane];
-      w[2 * i][0] = four.x, w[2 * i][1] = four.y, w[2 * i + 1][0] = four.z,
-            w[2 * i + 1][1] = four.w;
-    }
-  }
-  void values(int, int unit, uint lane, VQ_THREAD uint32_t (*w)[2]) {
-    VQ_UNROLL for (int i = 0; i < 2; ++i) {
-      const uint4 four = store[(2 * unit + i) * 32 + (int)lane];
-      w[2 * i][0] = four.x, w[2 * i][1] = four.y, w[2 * i + 1][0] = four.z,
-            w[2 * i + 1][1] = four.w;
-    }
-  }
-};
-template <int PAIRS, class Store>
-VQ_FN void store_operands(VQ_THREAD const uint32_t (*w)[2], Store store, int unit, uint lane) {
-  VQ_UNROLL for (int i = 0; i < PAIRS / 2; ++i) {
-    const uint4 four = {w[2 * i][0], w[2 * i][1], w[2 * i + 1][0], w[2 * i + 1][1]};
-    store[(unit * (PAIRS / 2) + i) * 32 + (int)lane] = four;
-  }
-}
 
 // Scores of products from .. from + N - 1. queries: [MT][PARTS][STEPS][32]
 template <int MT, int STEPS, int PARTS, int N, class Operands, class Queries>
@@ -357,13 +186,12 @@ VQ_FN void tile_weights(VQ_THREAD float (*score)[N][4], int from, Factors factor
 }
 
 // Both, N products at a time: fewer registers for more rows.
-template <int SOFTCAP, int MASK, int STEPS, int PARTS, int KEYS, int VALUES, int MT, int NV,
+template <int SOFTCAP, int MASK, int STEPS, int PARTS, int KEYS, int VALUES, int N, int MT, int NV,
           class Operands, class Queries, class Factors, class Mask>
 VQ_FN void tile_softmax(VQ_THREAD Operands& operands, Queries queries, Factors factors, int n,
                         int position, float cap, VQ_THREAD const TileRows<MT>& rows, Mask mask,
                         int64_t mask_step, VQ_THREAD TileSums<MT, NV>& sums,
                         VQ_THREAD uint4 (*weights)[4], uint lane) {
-  constexpr int N = 8 / MT;
   VQ_UNROLL for (int from = 0; from < 8; from += N) {
     float score[MT][N][4];
     tile_scores<MT, STEPS, PARTS, N>(operands, queries, from, score, lane);

@@ -18,6 +18,8 @@ struct RaggedShape {
   bool causal = false;
   int64_t table_step = 0;
   int pool = 0;
+
+  int shared_bytes = 227 << 10;  // that a threadgroup may have
 };
 
 // A threadgroup: simdgroups with `tiles` times 16 query rows, all the same ones or (together) each
@@ -31,16 +33,17 @@ struct RaggedCut {
 RaggedCut ragged_cut(const RaggedShape& shape);
 
 // Items of a sequence: of packed tokens, and of exact ones, the first with the sinks. A threadgroup
-// takes one of each.
+// takes one of each, or (apart) one.
 struct RaggedItems {
   int packed = 0, exact = 0, exact_tokens = 0;
+  bool apart = false;
   int all() const { return packed + exact; }
 };
 // As many as `cores` multiprocessors take at once, by what there is room for.
 RaggedItems ragged_items(const RaggedShape& shape, int cores);
 
 // The input `ragged`: see RaggedNumbers in metal_ragged.h.
-constexpr int kRaggedCount = 10;
+constexpr int kRaggedCount = 11;
 std::array<int32_t, kRaggedCount> ragged_numbers(const RaggedShape& shape,
                                                  const RaggedItems& items);
 
@@ -53,9 +56,11 @@ std::array<int32_t, kRaggedCount> ragged_numbers(const RaggedShape& shape,
 // written.
 metal::Call ragged_first_pass_call(const RaggedShape& shape, const RaggedItems& items);
 
-// What second_pass_call takes as counts.
-inline std::array<int32_t, 3> ragged_counts(const RaggedShape& shape, const RaggedItems& items) {
-  return {items.all(), items.packed, shape.decode.group};
+// As second_pass_call, a row by one simdgroup or by several; counts are ragged_counts().
+metal::Call ragged_second_pass_call(const RaggedShape& shape);
+// Items, packed items, query heads of a KV head, query rows of it.
+inline std::array<int32_t, 4> ragged_counts(const RaggedShape& shape, const RaggedItems& items) {
+  return {items.all(), items.packed, shape.decode.group, shape.decode.n_rows()};
 }
 
 }  // namespace veloxquant::attention

@@ -41,8 +41,12 @@ Input of_blob(const Given& side, const BlobArray& array) {
   return Input(array.type, array.shape, side.blob.data() + array.at);
 }
 
+struct Attended {
+  std::vector<float> out, lse;
+};
+
 // The launches of one call, as cuda_general.cu makes them.
-double error_of(const RaggedProblem& p, const Given& keys, const Given& values, int cores = 2) {
+Attended attended(const RaggedProblem& p, const Given& keys, const Given& values) {
   EXPECT_EQ(keys->no_attention + values->no_attention, "");
   const RaggedCase& c = p.c;
   const int64_t B = p.batch, H = p.heads, D = p.dim, Hq = c.n_q_heads, Lq = c.n_queries;
@@ -62,7 +66,7 @@ double error_of(const RaggedProblem& p, const Given& keys, const Given& values, 
   s.table_step = p.max_blocks, s.pool = p.pool;
   EXPECT_FALSE(no_decode_kernel_because(d));
 
-  const RaggedItems items = ragged_items(s, cores);
+  const RaggedItems items = ragged_items(s, 2);
   const auto ragged = ragged_numbers(s, items);
   const auto counts = ragged_counts(s, items);
   const float params[2] = {p.scale, c.softcap};
@@ -111,28 +115,30 @@ double error_of(const RaggedProblem& p, const Given& keys, const Given& values, 
 
   std::vector<float> sinks(Hq, -std::numeric_limits<float>::infinity());
   if (c.sink_logits) sinks = p.sink_logits;
-  call = second_pass_call(d);
+  call = ragged_second_pass_call(s);
   const int64_t n = items.all(), rows = d.n_rows();
   const float one = 0;
   const msl::Result merged =
       msl::run(*call.kernel, call.launch,
                {Input(Type::float32, {B, H, n, rows, D}, parts.outputs[0].data()),
                 Input(Type::float32, {B, H, n, rows, 2}, parts.outputs[1].data()),
-                Input(Type::int32, {3}, counts.data()), Input(Type::float32, {Hq}, sinks.data()),
+                Input(Type::int32, {4}, counts.data()), Input(Type::float32, {Hq}, sinks.data()),
                 packed ? of_blob(values, values->move) : Input(Type::float32, {1}, &one)});
+  return {merged.output<float>(0), merged.output<float>(1)};
+}
+
+double error_of(const RaggedProblem& p, const Given& keys, const Given& values) {
+  const Attended got = attended(p, keys, values);
   std::vector<float> want, want_lse;
   p.oracle(want, want_lse);
-  const std::vector<float> lse = merged.output<float>(1);
-  for (size_t i = 0; i < lse.size(); ++i) {
+  for (size_t i = 0; i < got.lse.size(); ++i) {
     if (std::isinf(want_lse[i])) {
-      EXPECT_EQ(lse[i], want_lse[i]) << i;
+      EXPECT_EQ(got.lse[i], want_lse[i]) << i;
     } else {
-      EXPECT_NEAR(lse[i], want_lse[i], 2e-3 * (1 + std::fabs(want_lse[i]))) << i;
+      EXPECT_NEAR(got.lse[i], want_lse[i], 2e-3 * (1 + std::fabs(want_lse[i]))) << i;
     }
   }
-  const double worst = test::worst_row(merged.output<float>(0), want, p.dim);
-  std::printf("worst %g\n", worst);
-  return worst;
+  return test::worst_row(got.out, want, p.dim);
 }
 
 double error_of(const RaggedProblem& p) { return error_of(p, {p, p.keys}, {p, p.values}); }
@@ -203,6 +209,21 @@ TEST(RaggedMetal, CodesInFragmentOrder) {
   }
 }
 
+TEST(RaggedMetal, QueryThatIsNotFiniteGivesNaN) {
+  RaggedCase c;
+  c.n_queries = 2;
+  RaggedProblem p = problem(c, "turboquant", "2", "turboquant", "2");
+  p.q[5] = std::numeric_limits<float>::infinity();            // the first head's first query
+  p.q[64 * 3 + 9] = std::numeric_limits<float>::quiet_NaN();  // the second head's second
+  const Attended got = attended(p, {p, p.keys}, {p, p.values});
+  for (size_t i = 0; i < got.out.size(); ++i) {
+    EXPECT_EQ(std::isnan(got.out[i]), i / 64 == 0 || i / 64 == 3) << i;
+  }
+  for (size_t i = 0; i < got.lse.size(); ++i) {
+    EXPECT_EQ(std::isnan(got.lse[i]), i == 0 || i == 3) << i;
+  }
+}
+
 TEST(RaggedMetal, OnlyOneOfTheTwoForms) {
   RaggedCase c;
   c.n_packed = {0, 0};
@@ -233,14 +254,54 @@ TEST(RaggedMetal, ManyQueriesShareATile) {
   EXPECT_LE(error_of(problem(c, "vecinfer", "2x16 dense", "turboquant_rvq", "1", 32)), kTolerance);
 }
 
+// Where the codes of a lane lie differs with head_dim and width: every form of it.
+TEST(RaggedMetal, HeadsOfEveryKind) {
+  struct One {
+    const char *key_method, *key, *value_method, *value;
+    int dim;
+  };
+  RaggedCase c;
+  c.n_packed = {100};
+  c.n_exact = {9};
+  for (const One& one :
+       {One{"turboquant", "1", "turboquant", "3", 128},
+        One{"turboquant", "3", "turboquant_rvq", "1", 128},
+        One{"turboquant_rvq", "1", "turboquant", "1", 128},
+        One{"turboquant_rvq", "2", "turboquant_rvq", "2", 128},
+        One{"turboquant_rvq", "3", "turboquant_rvq", "4", 64},
+        One{"rabitq", "1", "rabitq", "3 mean", 128}, One{"rabitq", "4 mean", "rabitq", "1", 72},
+        One{"vecinfer", "1x16 none", "vecinfer", "16x256 none head", 128},
+        One{"vecinfer", "8x1000 dense", "vecinfer", "3x64 hadamard head", 96},
+        One{"turboquant", "4", "turboquant", "2", 192},
+        One{"turboquant", "2", "turboquant", "4", 256},
+        One{"turboquant", "3", "turboquant", "3", 256}}) {
+    const auto text = std::string(one.key_method) + " " + one.key + " | " + one.value_method + " " +
+                      one.value + " " + std::to_string(one.dim);
+    EXPECT_LE(error_of(problem(c, one.key_method, one.key, one.value_method, one.value, one.dim)),
+              kTolerance)
+        << text;
+  }
+  c.n_queries = 40;  // by all simdgroups together
+  c.n_exact = {70};
+  for (const One& one :
+       {One{"turboquant", "2", "turboquant", "3", 128},
+        One{"turboquant_rvq", "1", "turboquant_rvq", "1", 128},
+        One{"rabitq", "2", "turboquant", "4", 128}, One{"turboquant", "4", "rabitq", "2", 256}}) {
+    EXPECT_LE(error_of(problem(c, one.key_method, one.key, one.value_method, one.value, one.dim)),
+              kTolerance)
+        << one.key_method << " " << one.key << " " << one.dim;
+  }
+}
+
 TEST(RaggedMetal, ItemsFillTheCoresAndNoMore) {
   RaggedShape s;
   s.decode.head_dim = 128, s.decode.group = 4, s.decode.n_kv_heads = 8;
   s.decode.n_spans = s.decode.n_exact = 1;
   s.most_packed = 131072, s.most_exact = 132, s.sinks = 4;
   RaggedItems items = ragged_items(s, 132);
-  EXPECT_EQ(items.packed, 49);  // three at once
+  EXPECT_EQ(items.packed, 48);  // three at once
   EXPECT_EQ(items.exact, 1);
+  EXPECT_TRUE(items.apart);
   s.decode.batch = 8;
   EXPECT_EQ(ragged_items(s, 132).packed, 6);
   s.most_packed = 500;
@@ -249,7 +310,7 @@ TEST(RaggedMetal, ItemsFillTheCoresAndNoMore) {
   s.most_packed = 131072, s.most_exact = 600;
   EXPECT_FALSE(ragged_cut(s).together);
   EXPECT_EQ(ragged_cut(s).row_tiles(), 2);
-  EXPECT_EQ(ragged_items(s, 132).packed, 33);
+  EXPECT_EQ(ragged_items(s, 132).packed, 30);
   EXPECT_EQ(ragged_items(s, 132).exact, 3);
   s.decode.n_queries = 512;  // eight threadgroups of 256 rows a head
   EXPECT_TRUE(ragged_cut(s).together);
@@ -258,6 +319,15 @@ TEST(RaggedMetal, ItemsFillTheCoresAndNoMore) {
   EXPECT_EQ(items.packed, 2);
   EXPECT_EQ(items.exact, 2);
   EXPECT_EQ(items.exact_tokens, 320);
+  s.decode.key_transform = 3;
+  s.shared_bytes = 99 << 10;  // of GPUs that have less
+  EXPECT_TRUE(ragged_cut(s).together);
+  EXPECT_EQ(ragged_cut(s).row_tiles(), 8);
+  s.decode.keys.n_rows = 1024, s.decode.key_transform = 2;
+  EXPECT_FALSE(ragged_cut(s).together);
+  EXPECT_EQ(ragged_cut(s).parts, 1);
+  s.shared_bytes = 48 << 10;
+  EXPECT_THROW(ragged_cut(s), Error);
 }
 
 TEST(DeviceCodecTest, RefusesWhatHasNoKernels) {

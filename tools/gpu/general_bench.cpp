@@ -7,9 +7,11 @@
 // tokens. Bytes are those of blocks. Outputs are checked by general_check; here they must be finite
 // and equal before and after.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <exception>
+#include <thread>
 
 #include "tools/gpu/general_device.h"
 
@@ -45,7 +47,7 @@ constexpr Format kFormats[] = {
     {"rabitq 2 bits", "rabitq", "2", "rabitq", "2 reconstruction", false},
     {"qjl m128 | turboquant 2", "qjl", "1", "turboquant", "2", false},
 };
-constexpr int kExact = 100, kHeads = 8, kQueryHeads = 32, kDim = 128;
+constexpr int kExact = 100, kHeads = 8, kQueryHeads = 32, kDim = 128, kThreads = 14;
 
 struct Event {
   cudaEvent_t event;
@@ -83,29 +85,51 @@ double graph_us(cudaStream_t stream, int calls, const Call& call, double* host_u
   return times[times.size() / 2];
 }
 
-void time_row(const Row& row, const Format& format, cudaStream_t stream) {
-  test::RaggedCase c;
-  c.n_q_heads = kQueryHeads;
-  c.n_queries = row.n_queries;
-  c.causal = row.n_queries < 64;  // as sdpa.py: the same products for every query
-  c.n_packed.assign(row.batch, 64 * 4);
-  c.n_exact.assign(row.batch, kExact);
-  const test::RaggedProblem p(
-      c, ragged_codec(format.key_method, format.key, Side::keys, kDim, kHeads),
-      ragged_codec(format.value_method, format.value, Side::values, kDim, kHeads));
-  DeviceProblem device(p, DType::float16, format.fragments);
+// A row of a format, compiled.
+struct Work {
+  const Row& row;
+  const Format& format;
+  test::RaggedProblem problem;
+  DeviceProblem device;
+  DeviceBuffer n_packed;
+  cuda::AttendArgs args;
+
+  static test::RaggedCase case_of(const Row& row) {
+    test::RaggedCase c;
+    c.n_q_heads = kQueryHeads;
+    c.n_queries = row.n_queries;
+    c.causal = row.n_queries < 64;  // as sdpa.py: the same products for every query
+    c.n_packed.assign(row.batch, 64 * 4);
+    c.n_exact.assign(row.batch, kExact);
+    return c;
+  }
+  Work(const Row& r, const Format& f)
+      : row(r),
+        format(f),
+        problem(case_of(r), ragged_codec(f.key_method, f.key, Side::keys, kDim, kHeads),
+                ragged_codec(f.value_method, f.value, Side::values, kDim, kHeads)),
+        device(problem, DType::float16, f.fragments),
+        n_packed(std::vector<int32_t>(r.batch, r.context - kExact)),
+        args(device.args) {
+    args.n_packed = reinterpret_cast<const int32_t*>(n_packed.get());
+    args.max_packed = r.context - kExact;
+    cuda::prepare_attend(args);
+  }
+};
+
+void time_row(Work& work, cudaStream_t stream) {
+  const Row& row = work.row;
+  const Format& format = work.format;
+  DeviceProblem& device = work.device;
+  cuda::AttendArgs args = work.args;
   const int n_blocks = (row.context - kExact + 63) / 64;
-  cuda::AttendArgs args = device.args;
-  const std::vector<int32_t> lengths(row.batch, row.context - kExact);
-  DeviceBuffer n_packed(lengths);
-  args.n_packed = reinterpret_cast<const int32_t*>(n_packed.get());
-  args.max_packed = row.context - kExact;
   int64_t bytes = 0;
   std::vector<std::vector<std::unique_ptr<DeviceBuffer>>> copies;
   for (cuda::BlockSide* side : {&args.keys, &args.values}) {
     bytes += int64_t{row.batch} * kHeads * n_blocks * side->codec.block_bytes();
   }
-  const int n_copies = c.causal ? std::max<int>(2, static_cast<int>((300ll << 20) / bytes + 1)) : 2;
+  const int n_copies =
+      args.causal ? std::max<int>(2, static_cast<int>((300ll << 20) / bytes + 1)) : 2;
   for (cuda::BlockSide* side : {&args.keys, &args.values}) {
     const int64_t block = side->codec.block_bytes(), head = n_blocks * block;
     auto& buffers = copies.emplace_back();
@@ -140,7 +164,6 @@ void time_row(const Row& row, const Format& format, cudaStream_t stream) {
     cuda_ok(cudaStreamSynchronize(stream), "attend");
     return device.output();
   };
-  cuda::prepare_attend(args);
   const std::vector<float> before = output();
   for (float x : before) {
     if (!std::isfinite(x)) throw std::runtime_error("an output is not finite");
@@ -189,10 +212,32 @@ int main(int argc, char** argv) {
     std::printf("%s\n", cuda::device_name().c_str());
     cudaStream_t stream;
     cuda_ok(cudaStreamCreate(&stream), "stream");
+    std::vector<std::pair<const Row*, const Format*>> rows;
     for (const Row& row : kRows) {
       for (const Format& format : kFormats) {
-        if (wanted(std::string(row.name) + " " + format.name)) time_row(row, format, stream);
+        if (wanted(std::string(row.name) + " " + format.name)) rows.emplace_back(&row, &format);
       }
+    }
+    // Most of the time would be NVRTC's: side by side.
+    std::vector<std::unique_ptr<Work>> works(rows.size());
+    std::atomic<size_t> next = 0;
+    std::vector<std::thread> threads;
+    for (int i = 0; i < kThreads; ++i) {
+      threads.emplace_back([&] {
+        for (size_t n; (n = next++) < rows.size();) {
+          try {
+            works[n] = std::make_unique<Work>(*rows[n].first, *rows[n].second);
+          } catch (const std::exception& error) {
+            std::printf("%s %s: %s\n", rows[n].first->name, rows[n].second->name, error.what());
+          }
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    for (std::unique_ptr<Work>& work : works) {
+      if (work == nullptr) return 2;
+      time_row(*work, stream);
+      work.reset();
     }
     for (const Format& format : kFormats) {
       if (wanted(std::string("encode ") + format.name)) time_encode(format, stream);

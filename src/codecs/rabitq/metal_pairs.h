@@ -13,14 +13,23 @@ struct PlanePairs {
   enum { DIM = DIM_, WORDS = 2 * DIM_ * BITS + 32, FACTORED = 1 };
   float factor_of_all;
   Words words;
+  uint32_t raw[4][BITS];
   uint32_t planes[4][BITS];  // bits of the first and second number of a pair from bits 0, 16 on
+  uint shift;
+  int first;
 
   void open(Words block, int) { words = block; }
-  float factor(int t) const { return factor_of_all * near_half_at(words + 2 * DIM_ * BITS, t); }
+  uint32_t factor_word(int t) const { return words[2 * DIM_ * BITS + t / 2]; }
+  float factor(uint32_t word, int t) const { return factor_of_all * half_of_pair(word, t % 2); }
 
-  uint32_t plane_bits(int d, int p, int token) const {
-    const uint at = (uint)token;
-    return words[(d * BITS + p) * 2 + (int)(at / 32u)] >> (at % 32u);
+  // Planes of four dimensions from a token on.
+  void ask(int quad, uint token) {
+    shift = token % 32u;
+    VQ_UNROLL for (int i = 0; i < 4; ++i) {
+      VQ_UNROLL for (int p = 0; p < BITS; ++p) {
+        raw[i][p] = words[((4 * quad + i) * BITS + p) * 2 + (int)(token / 32u)];
+      }
+    }
   }
   // 2 code - (2^BITS - 1) of bits i and 16 + i.
   uint32_t levels(int from, int i) const {
@@ -33,11 +42,12 @@ struct PlanePairs {
     return half_differences(numbers, 0x64006400u + ((1u << BITS) - 1u) * 0x00010001u);
   }
 
-  void load_keys(int quad, uint g) {
+  void load_keys(int quad, uint g) { ask(quad, 8 * g); }
+  void arrive_keys() {
     VQ_UNROLL for (int h = 0; h < 2; ++h) {
       VQ_UNROLL for (int p = 0; p < BITS; ++p) {
-        planes[h][p] = (plane_bits(4 * quad + 2 * h, p, 8 * (int)g) & 0xffu) |
-                       ((plane_bits(4 * quad + 2 * h + 1, p, 8 * (int)g) & 0xffu) << 16);
+        planes[h][p] =
+            ((raw[2 * h][p] >> shift) & 0xffu) | (((raw[2 * h + 1][p] >> shift) & 0xffu) << 16);
       }
     }
   }
@@ -48,18 +58,22 @@ struct PlanePairs {
       w[j][1] = levels(1, from + j);
     }
   }
-  void load_values(int quad, int s, uint c) {
+  void load_values(int quads, int u, int s, uint g, uint c) {
+    ask(value_quad<DIM_>(quads, u, g), 16 * c);
+    first = 2 * s;
+  }
+  void arrive_values() {
     VQ_UNROLL for (int i = 0; i < 4; ++i) {
       VQ_UNROLL for (int p = 0; p < BITS; ++p) {
-        const uint32_t bits = plane_bits(4 * quad + i, p, 16 * (int)c) >> (2 * s);
-        planes[i][p] = (bits & 3u) | ((bits << 8) & 0x00030000u);
+        const uint32_t bits = raw[i][p] >> shift;
+        planes[i][p] = (bits & 0xffu) | ((bits & 0xff00u) << 8);
       }
     }
   }
   void value_pairs(VQ_THREAD uint32_t (*w)[2]) const {
     VQ_UNROLL for (int i = 0; i < 4; ++i) {
-      w[i][0] = levels(i, 0);
-      w[i][1] = levels(i, 1);
+      w[i][0] = levels(i, first);
+      w[i][1] = levels(i, first + 1);
     }
   }
 };

@@ -58,25 +58,57 @@ struct ScalarPairs {
   };
   Pairs pairs;
   Words words;
+  uint32_t raw[4][STAGES], next[4][BITS == 3 ? STAGES : 1];
+  uint shift[4];
+  int skipped;
   uint32_t codes[4][HELD];  // of four dimensions eight tokens each, of four tokens four dimensions
 
   void open(Words block, int) { words = block; }
-  float factor(int t) const { return near_half_at(words + STAGES * PLANE, t); }
+  uint32_t factor_word(int t) const { return words[STAGES * PLANE + t / 2]; }
+  float factor(uint32_t word, int t) const { return half_of_pair(word, t % 2); }
 
-  // n fields from number `first` of the planes on.
-  void load(int to, int first, int n) {
+  // Fields from number `first` of the planes on, n of them: the words alone. `later`: bits from
+  // there on, within the words of the n.
+  void ask(int to, int first, int n, int later) {
+    const uint at = (uint)(first * BITS);
+    shift[to] = at % 32u;
+    skipped = later % 32;
+    if (BITS == 3) skipped = later;
     VQ_UNROLL for (int s = 0; s < STAGES; ++s) {
-      const uint at = (uint)(first * BITS);
-      const uint32_t fields = BITS == 3 ? bits_at(words + s * PLANE, (int)at, n * BITS)
-                                        : words[s * PLANE + (int)(at / 32u)] >> (at % 32u);
-      if (!FUSED || STAGES == 1) {
-        codes[to][s % HELD] = fields;
-      } else {
-        const uint32_t apart = fields_apart<BITS>(fields);
-        codes[to][0] = s == 0 ? apart : codes[to][0] | (apart << BITS);
+      Words from = words + (s * PLANE + (int)(at / 32u));
+      raw[to][s] = from[BITS == 3 ? 0 : later / 32];
+      if (BITS == 3) {
+        next[to][s % (BITS == 3 ? STAGES : 1)] = from[(shift[to] + (uint)(n * BITS - 1)) / 32u];
       }
     }
   }
+  void arrive() {
+    VQ_UNROLL for (int to = 0; to < 4; ++to) {
+      VQ_UNROLL for (int s = 0; s < STAGES; ++s) {
+        uint32_t fields = raw[to][s] >> shift[to];
+        if (BITS == 3) {  // 64 bits from `shift` on
+          const uint32_t more = next[to][s % (BITS == 3 ? STAGES : 1)];
+          fields |= (more << 1) << (31u - shift[to]);
+          const uint32_t rest = more >> shift[to];
+          if (skipped > 0) {
+            fields = skipped < 32 ? (fields >> (skipped & 31)) | (rest << ((32 - skipped) & 31))
+                                  : rest >> ((skipped - 32) & 31);
+          }
+        } else {
+          fields >>= skipped;
+        }
+        if (!FUSED || STAGES == 1) {
+          codes[to][s % HELD] = fields;
+        } else {  // of 16 bits, which neighbours share
+          const uint32_t apart = fields_apart<BITS>(raw[to][s] >> (shift[to] & 16u));
+          const uint32_t own = apart >> (2u * ((shift[to] & 15u) + (uint)skipped));
+          codes[to][0] = s == 0 ? own : codes[to][0] | (own << BITS);
+        }
+      }
+    }
+  }
+  void arrive_keys() { arrive(); }
+  void arrive_values() { arrive(); }
   // Look-up number `bits` of x from bit `at` on, by its place in bytes: one operation less.
   static uint32_t place(uint32_t x, int at, int bits) {
     return (at >= 2 ? x >> ((at - 2) & 31) : x << ((2 - at) & 31)) & (((1u << bits) - 1u) << 2);
@@ -101,7 +133,7 @@ struct ScalarPairs {
   }
 
   void load_keys(int quad, uint g) {
-    VQ_UNROLL for (int i = 0; i < 4; ++i) load(i, (4 * quad + i) * 64 + 8 * (int)g, 8);
+    VQ_UNROLL for (int i = 0; i < 4; ++i) ask(i, (4 * quad + i) * 64 + 8 * (int)g, 8, 0);
   }
   template <int N>
   void key_pairs(int from, VQ_THREAD uint32_t (*w)[2]) const {
@@ -110,12 +142,16 @@ struct ScalarPairs {
       w[j][1] = pair_of(2, 3, from + j);
     }
   }
-  void load_values(int quad, int s, uint c) {
-    const int t = 16 * (int)c + 2 * s;
-    load(0, t * DIM_ + 4 * quad, 4);
-    load(1, (t + 8) * DIM_ + 4 * quad, 4);
-    load(2, (t + 1) * DIM_ + 4 * quad, 4);
-    load(3, (t + 9) * DIM_ + 4 * quad, 4);
+  // Quad u of the lane's `quads`: where these lie in few words, asked for by all of them alike.
+  void load_values(int quads, int u, int s, uint g, uint c) {
+    const int run = 4 * quads * BITS, most = DIM_ / 4 - 1;
+    const bool alike = DIM_ % 32 == 0 && (run <= 32 ? 32 % run == 0 : run % 32 == 0 || BITS == 3) &&
+                       (BITS != 3 || run == 48) && (!FUSED || STAGES == 1 || run == 16);
+    const int first = alike ? 4 * quads * (int)g : 4 * min(quads * (int)g + u, most);
+    VQ_UNROLL for (int i = 0; i < 4; ++i) {
+      const int t = 16 * (int)c + 2 * s + i / 2 + 8 * (i % 2);
+      ask(i, t * DIM_ + first, alike ? 4 * quads : 4, alike ? 4 * u * BITS : 0);
+    }
   }
   void value_pairs(VQ_THREAD uint32_t (*w)[2]) const {
     VQ_UNROLL for (int i = 0; i < 4; ++i) {

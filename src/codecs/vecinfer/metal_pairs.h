@@ -39,7 +39,10 @@ struct VecInferPairs {
   int dim, odd;
 
   void open(Words block, int) { words = block; }
-  float factor(int) const { return 1.0f; }
+  uint32_t factor_word(int) const { return 0u; }
+  float factor(uint32_t, int) const { return 1.0f; }
+  void arrive_keys() {}
+  void arrive_values() {}
 
   void load_words(int quad, uint first, uint second) {
     dim = 4 * quad;
@@ -78,8 +81,8 @@ struct VecInferPairs {
       w[j][1] = four.y;
     }
   }
-  void load_values(int quad, int s, uint c) {
-    load_words(quad, 4 * c + (uint)s / 2, 4 * c + 2 + (uint)s / 2);
+  void load_values(int quads, int u, int s, uint g, uint c) {
+    load_words(value_quad<DIM_>(quads, u, g), 4 * c + (uint)s / 2, 4 * c + 2 + (uint)s / 2);
     odd = s % 2;
   }
   void value_pairs(VQ_THREAD uint32_t (*w)[2]) const {
