@@ -13,5 +13,6 @@ void dequantize(Backend backend, const KeyValueSource& source, Side side,
                 const MutableTensorView& out);
 
 int64_t dequantize_calls();
+void count_dequantize_call();  // one that a GPU makes
 
 }  // namespace veloxquant

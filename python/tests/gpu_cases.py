@@ -186,6 +186,13 @@ def cache_cases():
         "rabitq, values of vecinfer": {"kind": "rabitq", "values": "dense"},
         "qjl": {"kind": "qjl 1", "values": "turboquant"},
         "qjl, two blocks": {"kind": "qjl 2", "values": "rabitq"},
+        "qjl, outliers of each block": {"kind": "qjl 2 outliers", "values": "turboquant"},
+        "qjl, outliers of a head": {"kind": "qjl 1 fixed", "values": "turboquant"},
+        "prod": {"kind": "prod"},
+        "commvq": {"kind": "commvq", "values": "none"},
+        "vecinfer_rope": {"kind": "vecinfer_rope", "values": "rabitq"},
+        "fp16": {"kind": "exact"},
+        "bf16": {"kind": "exact", "dtype": mx.bfloat16},
     }
 
 
@@ -213,7 +220,7 @@ def rvq_call(options, tokens=150):
 
 
 def make_cache(kind, dtype=mx.float16, window=64, sinks=4, **codecs):
-    return _ext.ArrayCache(*make_codecs(kind, **codecs), window, sinks, dtype)
+    return _ext.ArrayCache(*make_codecs(kind, dtype=dtype, **codecs), window, sinks, dtype)
 
 
 def make_codecs(kind, values=None, **options):
@@ -221,15 +228,34 @@ def make_codecs(kind, values=None, **options):
     return [_codec(side, kind if side == "keys" or not values else values, **options) for side in ("keys", "values")]
 
 
-def _codec(side, kind, tables=1, centroids=256, heads=2, dim=64):
-    from veloxquant_mlx.cache.codecs import vecinfer
+def _codec(side, kind, dtype=mx.float16, tables=1, centroids=256, heads=2, dim=64):
+    from veloxquant_mlx.cache.codecs import exact, vecinfer
 
     r = np.random.default_rng(23 + (side == "values"))
+    pairs = dim // 2
+    turning = {
+        "inv_freq": mx.array(10000.0 ** (-np.arange(pairs) / pairs).astype(np.float32)),
+        "weight": mx.array(0.5 + r.random((heads, pairs), dtype=np.float32)),
+    }
+    if kind == "exact":
+        return exact.codec(side, heads, dim, dtype)
+    if kind == "prod":
+        return _ext.codec(side, "turboquant", heads, dim, {"bits": 2, "seed": 7, "prod": 1}, {})
+    if kind == "commvq":
+        book = mx.array(r.standard_normal((heads, 3, 40, 2, pairs), dtype=np.float32)).astype(mx.float16)
+        return _ext.codec(side, kind, heads, dim, {}, {"codebook": book, **turning})
+    if kind == "vecinfer_rope":
+        table = mx.array(r.standard_normal((heads, 1, centroids, 4), dtype=np.float32)).astype(mx.float16)
+        order = mx.array(np.stack([r.permutation(pairs) for _ in range(heads)]).astype(np.int32))
+        given = {"tables": table, "order": order, **turning}
+        return _ext.codec(side, kind, heads, dim, {"n_subvectors": dim // 4, "position_scale": 0.5}, given)
     if kind in BITS:
         given = {"mean": mx.array(r.standard_normal((heads, dim), dtype=np.float32))} if kind == "rabitq" else {}
         return _ext.codec(side, kind, heads, dim, {"bits": BITS[kind][side == "values"], "seed": 7}, given)
     if kind.startswith("qjl"):
-        return _ext.codec(side, "qjl", heads, dim, {"sketch_bits": int(kind[4:]) * dim, "seed": 7})
+        options = {"sketch_bits": int(kind[4]) * dim, "seed": 7, **({"outliers": 3} if len(kind) > 5 else {})}
+        fixed = {"outlier_channels": mx.array([[7, 0, 40], [1, 2, 3]], mx.int32)} if "fixed" in kind else {}
+        return _ext.codec(side, "qjl", heads, dim, options, fixed)
     table = mx.array(r.standard_normal((heads, tables, centroids, 4), dtype=np.float32))
     options = {"hadamard": kind == "hadamard"}
     if kind == "hadamard" and side == "keys":
@@ -262,6 +288,16 @@ def drive(cache, steps, group=3, dtype=mx.float16, seed=29, bad=False, dim=64, *
         outs += [out.astype(mx.float32), lse]
         mx.eval(outs[-2:], cache.arrays())
     return [np.array(a) for a in outs], [np.array(a.view(mx.uint8)) for a in cache.arrays()], cache.positions()
+
+
+def dequantized(cache, steps, dtype, seed=29, dim=64):
+    """Appends steps[i] tokens -> dense keys and values, as bits, behind each."""
+    r = np.random.default_rng(seed)
+    dense = []
+    for n in steps:
+        k, v = (mx.array(r.standard_normal((2, 2, n, dim), dtype=np.float32)).astype(dtype) for _ in range(2))
+        dense += outputs([side.dequantize() for side in cache.update(k, v)])
+    return dense
 
 
 # Tokens at a time: from inside the sinks on, seals while decoding and while prefilling, trims the tail and into blocks.

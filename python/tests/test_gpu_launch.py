@@ -5,7 +5,7 @@ import contextlib
 import mlx.core as mx
 import numpy as np
 import pytest
-from gpu_cases import STEPS, cache_cases, cases, drive, make_cache, make_codecs, outputs, ready, rvq_call
+from gpu_cases import STEPS, cache_cases, cases, dequantized, drive, make_cache, make_codecs, outputs, ready, rvq_call
 from msl import Machine, on_machine
 
 from veloxquant_mlx import _ext
@@ -144,6 +144,18 @@ def test_decode_steps_keep_the_bytes_and_attend_within_tolerance(name):
     assert sum(n.endswith("encode_blocks") for n in names) == 2 * names.count("vq_append_seal") > 0
 
 
+@pytest.mark.parametrize("name", cache_cases())
+def test_dequantize_gives_the_bits(name):
+    arguments, steps = cache_cases()[name], [3, 150, 2]  # blocks are codes to what comes behind them
+    dtype = arguments.get("dtype", mx.float32)
+    expected = dequantized(make_cache(**arguments), steps, dtype)
+    with on_machine() as machine:
+        got = dequantized(make_cache(**arguments), steps, dtype)
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape and np.array_equal(a, b)
+    assert machine.names.count("vq_inverse_rows") == 2
+
+
 def test_prefill_attends_some_hundred_queries_at_a_time():
     steps = [70, 300]
     expected, arrays, _ = drive(make_cache("turboquant", dim=16), steps, group=1, dim=16)
@@ -205,13 +217,11 @@ def test_a_long_history_is_few_spans():
     assert errors(got, expected) < 2e-3
 
 
-def test_other_methods_stay_on_the_cpu(record):
-    from veloxquant_mlx.cache.codecs import exact
-
-    sides = [exact.codec(side, 2, 64, mx.float16) for side in ("keys", "values")]
-    expected, _, _ = drive(_ext.ArrayCache(*sides, 64, 4, mx.float16), [150, 1])
+def test_caches_that_no_kernel_takes_stay_on_the_cpu(record):
+    arguments = {"kind": "qjl 9", "values": "turboquant", "dim": 256}  # queries of 2,304 numbers
+    expected, _, _ = drive(make_cache(**arguments), [150, 1], dim=256)
     recorder = record("cuda")
-    got, _, _ = drive(_ext.ArrayCache(*sides, 64, 4, mx.float16), [150, 1])
+    got, _, _ = drive(make_cache(**arguments), [150, 1], dim=256)
     assert all(map(np.array_equal, got, expected)) and recorder.launches == []
 
 
@@ -229,7 +239,7 @@ def test_devices_names_what_runs_where(record):
     # Every function that is named has a case above, and those that are not launch nothing (test_what_no_kernel_takes).
     kernels = {k for _, _, ks in CASES for k in ks} | {"vq_rvq_items"}
     tested = {name for names in map(FUNCTIONS.get, kernels) for name in names}
-    assert tested | {"append", "attend"} == {operation["name"] for operation in on_gpu["operations"]}
+    assert tested | {"append", "attend", "dequantize"} == {operation["name"] for operation in on_gpu["operations"]}
 
 
 def test_selftest_passes_on_the_machine_and_sees_a_wrong_kernel(capsys):

@@ -12,7 +12,8 @@ namespace {
 
 using metal::Kernel;
 
-constexpr int kMaxRows = 8;  // of a tile: registers
+constexpr int kMaxRows = 8;               // of a tile: registers
+constexpr int kQueryBytes = 23 * 1024;  // of threadgroup memory; the rest is for two tables
 
 }  // namespace
 
@@ -22,7 +23,16 @@ int values_a_lane(int n_subvectors) {
   return (n_subvectors + lanes - 1) / lanes;
 }
 
-int tile_rows(const DecodeShape& s) { return std::min(kMaxRows, s.n_rows()); }
+int query_numbers(const DecodeShape& s) {
+  return s.n_spans > 0 ? std::max(s.key_rows(), s.value_rows()) : s.head_dim;
+}
+
+int tile_rows(const DecodeShape& s) {
+  // Long queries (of a sketch) leave room for fewer: their numbers, 64 weights a simdgroup.
+  const int width = query_numbers(s);
+  const int fit = kQueryBytes / (4 * (width + 64 * kMaxSimdgroups + 2));
+  return std::min({kMaxRows, s.n_rows(), fit});
+}
 
 std::string exact_call_text(int array, const std::string& first, const std::string& count,
                             const std::string& position) {
@@ -147,17 +157,20 @@ std::string exact_text(const std::string& calls) {
 )";
 }
 
-std::string store_text(const std::string& dims) {
+std::string store_text(const std::string& dims, const std::string& own) {
   return replaced(
-      R"(  const int64_t at = ((int64_t)(batch * n_heads + head) * n_items + item) * n_rows + first_row;
+      replaced(
+          R"(  const int64_t at = ((int64_t)(batch * n_heads + head) * n_items + item) * n_rows + first_row;
   for (uint i = self; i < ROWS * OUT_DIM; i += n_threads) {
-    if (first_row + (int)(i / OUT_DIM) < n_rows) parts[at * OUT_DIM + i] = query[i];
+    const int row = (int)i / (OUT_DIM), d = (int)i % (OUT_DIM), width = OWN_DIM;
+    if (first_row + row < n_rows) parts[at * OUT_DIM + i] = d < width ? query[row * width + d] : 0.0f;
   }
   for (uint i = self; i < ROWS * 2; i += n_threads) {
     if (first_row + (int)(i / 2) < n_rows) sums[at * 2 + i] = merged[i];
   }
 )",
-      "OUT_DIM", dims);
+          "OUT_DIM", dims),
+      "OWN_DIM", own);
 }
 
 // Bodies differ in which arrays there are: one kernel for each, built once.
@@ -185,11 +198,12 @@ std::vector<metal::TemplateArgument> first_pass_arguments(const DecodeShape& s) 
       {"SOFTCAP", s.softcap ? 1 : 0},
       {"MASK", s.mask ? 1 : 0},
       {"NE", (s.head_dim + 31) / 32},
-      {"QUERY_DIM", s.n_spans > 0 ? std::max(s.head_dim, s.key_rows()) : s.head_dim}};
+      {"QUERY_DIM", query_numbers(s)},
+      {"VALUES", s.value_rows()}};
   if (s.n_spans > 0) {
-    const int piece = piece_dims(s.values), n_values = s.head_dim / piece;
+    const int piece = piece_dims(s.values), n_values = s.value_rows() / piece;
     add_tile_arguments("K", s.keys, s.key_rows(), arguments);
-    add_tile_arguments("V", s.values, s.head_dim, arguments);
+    add_tile_arguments("V", s.values, s.value_rows(), arguments);
     arguments.push_back({"VPIECE", piece});
     arguments.push_back({"NP", values_a_lane(n_values) * piece});
   }

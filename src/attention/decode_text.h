@@ -9,6 +9,8 @@
 
 namespace veloxquant::attention {
 
+// Numbers of a query in threadgroup memory, and of a row's sums.
+int query_numbers(const DecodeShape& s);
 // Query rows of a tile; value sub-vectors of a lane, at most; simdgroups of a threadgroup.
 int tile_rows(const DecodeShape& s);
 int values_a_lane(int n_subvectors);
@@ -34,8 +36,8 @@ std::string exact_text(const std::string& calls);
 // Attends to tokens first .. of an array.
 std::string exact_call_text(int array, const std::string& first, const std::string& count,
                             const std::string& position);
-// The outputs parts and sums.
-std::string store_text(const std::string& dims);
+// The outputs parts and sums. own: numbers of this item's rows, the others are zeros.
+std::string store_text(const std::string& dims, const std::string& own);
 
 std::vector<metal::TemplateArgument> first_pass_arguments(const DecodeShape& s);
 

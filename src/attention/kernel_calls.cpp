@@ -39,14 +39,17 @@ std::string first_pass_body(const DecodeShape& s) {
     const std::string block =
         "    const int64_t block = (int64_t)(batch * n_heads + head) * plan[6 * item + 5] + "
         "first;\n";
-    const auto blocks_of = [&](const std::string& name, const std::string& side) {
-      return "    const device uint32_t* " + name + " = (" +
-             choice(side, s.n_spans, "(const device uint32_t*)") + ") + block * decltype(" + side +
-             "_tile)::WORDS;\n";
+    const auto blocks_of = [&](const std::string& name, const std::string& side,
+                               const CodeFormat& format) {
+      const std::string type = std::string("const device ") + word_type(format) + "*";
+      return "    " + type + " " + name + " = (" + choice(side, s.n_spans, "(" + type + ")") +
+             ") + block * decltype(" + side + "_tile)::WORDS;\n" +
+             (format.turned() ? "    " + side + "_tile.first = " + name + ";\n" : "");
     };
     text += "  if (is_packed) {\n" +
-            sides_text(s, block + blocks_of("keys", "k") + blocks_of("values", "v")) +
-            packed_text("DIM") + "  } else {\n";
+            sides_text(s, block + blocks_of("keys", "k", s.keys) +
+                              blocks_of("values", "v", s.values)) +
+            packed_text("VALUES") + "  } else {\n";
   } else {
     text += "  {\n";
   }
@@ -55,7 +58,7 @@ std::string first_pass_body(const DecodeShape& s) {
     calls += "      if (source == " + std::to_string(i) + ")\n" +
              exact_call_text(i, "first", "count", "position");
   }
-  text += (calls.empty() ? calls : exact_text(calls)) + "  }\n" + store_text("DIM");
+  text += (calls.empty() ? calls : exact_text(calls)) + "  }\n" + store_text("VALUES", "is_packed ? VALUES : DIM");
   // Without a mask the parameter is any pointer.
   return replaced(text, "mask_text", s.mask ? "mask" : "params");
 }
@@ -88,12 +91,14 @@ std::optional<std::string> no_decode_kernel_because(const DecodeShape& s) {
   }
   for (const CodeFormat* f : {&s.keys, &s.values}) {
     if (s.n_spans == 0) continue;
-    if (f->kind == TileKind::vecinfer && f->sub_dim > kMaxDecodeSubDim) {
+    if (f->sub_dim > kMaxDecodeSubDim) {
       return "sub-vectors of more than " + std::to_string(kMaxDecodeSubDim) + " dimensions";
     }
     if (f->n_rows > 0 && (f->mean || f == &s.values)) return "a sketch of values, or with a mean";
   }
-  if (s.key_rows() > 1024) return "a sketch of more than 1024 signs";
+  if (s.key_rows() > kMaxKeyRows) {
+    return "queries of more than " + std::to_string(kMaxKeyRows) + " numbers (signs of a sketch)";
+  }
   if (s.key_rows() != s.head_dim && s.key_transform != 2) return "a sketch without its queries";
   // Each exact array brings its strides as buffers of their own, a span two arrays.
   const int buffers =
@@ -185,7 +190,7 @@ Call first_pass_call(const DecodeShape& s, int n_items) {
   const int threads = 32 * kMaxSimdgroups;
   call.launch.grid = {n_items * tiles * threads, s.n_kv_heads, s.batch};
   call.launch.threadgroup = {threads, 1, 1};
-  call.launch.outputs = {{Type::float32, {s.batch, s.n_kv_heads, n_items, s.n_rows(), s.head_dim}},
+  call.launch.outputs = {{Type::float32, {s.batch, s.n_kv_heads, n_items, s.n_rows(), s.value_rows()}},
                          {Type::float32, {s.batch, s.n_kv_heads, n_items, s.n_rows(), 2}}};
   return call;
 }
@@ -194,8 +199,8 @@ Call second_pass_call(const DecodeShape& s) {
   Call call;
   call.kernel = kernel_once("vq_decode_merge", {"parts", "sums", "counts", "sinks", "inverse"},
                             {"out", "lse"}, kHeader, R"(
-  threadgroup float packed[SLICES * DIM];
-  threadgroup float exact[SLICES * DIM];
+  threadgroup float packed[SLICES * VALUES];
+  threadgroup float exact[SLICES * VALUES];
   threadgroup float weights[SLICES * STRIDE];
   threadgroup float moved[DIM];
   threadgroup float partial[32];
@@ -205,12 +210,17 @@ Call second_pass_call(const DecodeShape& s) {
   const int n_items = counts[0], group_size = counts[2], head = (int)(plane % HEADS);
   const int in_group = row % group_size, query = row / group_size;
   float maximum, total;
-  veloxquant::merge_items<DIM, STRIDE, SLICES>(
-                               parts + plane * n_items * n_rows * DIM, sums + plane * n_items * n_rows * 2,
+  veloxquant::merge_items<VALUES, STRIDE, SLICES>(
+                               parts + plane * n_items * n_rows * VALUES, sums + plane * n_items * n_rows * 2,
                                n_items, counts[1], n_rows, row,
                                SINKS ? (float)sinks[head * group_size + in_group] * M_LOG2E_F : -INFINITY,
                                packed, exact, weights, partial, &maximum, &total, self, n_threads);
   if (TRANSFORM == 1) veloxquant::hadamard_rows<DIM>(packed, 1, self, n_threads);
+  if (VALUES > DIM) {  // sums of signs, through the sketch behind the rotation
+    veloxquant::multiply_row_transposed<DIM>(inverse + 2 * DIM, packed + DIM, moved, self, n_threads);
+    for (uint d = self; d < DIM; d += n_threads) packed[d] += moved[d];
+    veloxquant::barrier_of_group();
+  }
   if (TRANSFORM == 3) {
     veloxquant::rotate_rows_back<DIM>(inverse, packed, moved, 1, self, n_threads);
   }
@@ -230,10 +240,12 @@ Call second_pass_call(const DecodeShape& s) {
   if (self == 0) lse[out_row] = total > 0.0f ? (maximum + log2(total)) * M_LN2_F : -INFINITY;
 )",
                             true);
-  const int stride = (s.head_dim + 31) / 32 * 32, threads = kMergeSlices * stride;
+  const int stride = (s.value_rows() + 31) / 32 * 32;
+  const int slices = std::min(kMergeSlices, 1024 / stride), threads = slices * stride;
   call.launch.arguments = {{"DIM", s.head_dim},
+                           {"VALUES", s.value_rows()},
                            {"STRIDE", stride},
-                           {"SLICES", kMergeSlices},
+                           {"SLICES", slices},
                            {"HEADS", s.n_kv_heads},
                            {"SINKS", s.sinks ? 1 : 0},
                            {"TRANSFORM", s.n_spans > 0 ? s.value_transform : 0},

@@ -15,7 +15,12 @@ namespace veloxquant::attention {
 enum class TileKind : uint8_t {
   vecinfer,  // look-ups of sub-vectors
   scalar,    // turboquant and rvq: streams of codes
-  planes     // rabitq and qjl: bit planes
+  planes,    // rabitq and qjl: bit planes
+  halves,    // exact: 16 bits
+  sketched,  // turboquant's `prod` form
+  outliers,  // keys of qjl with outlier channels
+  pairs,     // vecinfer_rope: keys turned to their positions
+  commvq     // likewise
 };
 
 // One side's packed format.
@@ -26,8 +31,13 @@ struct CodeFormat {
   int stages = 1;         // scalar
   bool by_token = false;  // scalar: streams of tokens (values), not of dimensions (keys)
   bool mean = false;      // planes: the table is a mean, [heads, D]
-  int n_rows = 0;         // planes of keys: signs of a sketch; 0: head_dim
+  int n_rows = 0;         // of keys, what a query comes as: signs of a sketch ...; 0: head_dim
   int chunks = 0;         // vecinfer in fragment order: chunks of 8 sub-vectors; 0: portable blocks
+  bool bfloat = false;    // halves
+  int m_out = 0, outliers = 0;  // outliers: signs of their sketch, channels
+  bool fixed = false;           // outliers: the head's, not each block's
+
+  bool turned() const { return kind == TileKind::pairs || kind == TileKind::commvq; }
 };
 
 struct DecodeShape {
@@ -43,11 +53,15 @@ struct DecodeShape {
 
   int n_rows() const { return group * n_queries; }
   int key_rows() const { return keys.n_rows > 0 ? keys.n_rows : head_dim; }
+  // Numbers that a row's sums of packed values are; those of exact ones are head_dim.
+  int value_rows() const {
+    return n_spans > 0 && values.kind == TileKind::sketched ? 2 * head_dim : head_dim;
+  }
 };
 
 constexpr int kMaxDecodeQueries = 256;  // of a launch: what it writes between its passes grows so
 
-constexpr int kMaxDecodeDim = 256, kMaxDecodeSubDim = 16;
+constexpr int kMaxDecodeDim = 256, kMaxDecodeSubDim = 16, kMaxKeyRows = 1280;
 
 // Why there is no kernel for the shape; nothing where there is.
 std::optional<std::string> no_decode_kernel_because(const DecodeShape& shape);
@@ -77,16 +91,18 @@ metal::Call turn_queries_call(const DecodeShape& shape, int matrices);
 
 // inputs: q [B, Hq, Lq, D]; q_codes fp32 [B, Hq, Lq, key_rows] (key_transform 2 only); plan int32
 // [n, 6] (at least 2 rows), seen int32 [Lq, 4], params fp32 [2]: scale, softcap; smooth fp32 [H, D]
-// (ones where a codec has none; key_transform 3: the rotation's signs [2, D]); k_tables, v_tables:
-// vecinfer fp16 [S, H, M or 1, C, d], scalar fp32 [stages, 16] levels by code, planes fp32
-// [1 + H D]: what the stored scalars are multiplied with, the means (one number without); k0, v0,
+// (ones where a codec has none; key_transform 3: the rotation's signs [2, D]; pairs and commvq:
+// rope::turn_numbers); k_tables, v_tables: vecinfer and pairs fp16 [S, H, M or 1, C, d], scalar and
+// sketched fp32 [stages, 16] levels by code, planes fp32 [1 + H D]: what the stored scalars are
+// multiplied with, the means (one number without), outliers qjl::outlier_numbers, commvq its
+// codebook, halves any array; k0, v0,
 // k1, ...: u8 spans [B, H, capacity, block bytes]; ek0, ev0, ...: exact arrays [B, H, n, D], last
 // stride 1; mask (float, broadcast to [B, Hq, Lq, length] by strides). q, plan, spans and tables
-// row-major. outputs: parts fp32 [B, H, items, rows, D], sums fp32 [B, H, items, rows, 2].
+// row-major. outputs: parts fp32 [B, H, items, rows, value_rows], sums fp32 [B, H, items, rows, 2].
 metal::Call first_pass_call(const DecodeShape& shape, int n_items);
 // inputs: parts, sums, counts int32 [3]: items, packed items, query heads of a KV head; sinks fp32
 // [Hq] (-inf: none; without `sinks` any array); inverse: smooth [H, D], matrices [H, D, D],
-// signs [2, D], or one number. outputs: out [B, Hq, Lq, D], lse fp32 [B, Hq, Lq].
+// signs [2, D] (values of `prod`: then its S [D, D]), or one number. outputs: out [B, Hq, Lq, D], lse fp32 [B, Hq, Lq].
 metal::Call second_pass_call(const DecodeShape& shape);
 
 }  // namespace veloxquant::attention

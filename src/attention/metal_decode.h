@@ -8,8 +8,13 @@
 // Second pass: merges the items, inverts the codec's transform once per row.
 #pragma once
 
+#include "src/codecs/commvq/metal_tile.h"
+#include "src/codecs/exact/metal_tile.h"
 #include "src/codecs/metal_rows.h"
+#include "src/codecs/qjl/metal_outlier_tile.h"
 #include "src/codecs/rabitq/metal_tile.h"
+#include "src/codecs/rope/metal_tile.h"
+#include "src/codecs/turboquant/metal_sketch_tile.h"
 #include "src/codecs/turboquant/metal_tile.h"
 #include "src/codecs/vecinfer/metal_tile.h"
 
@@ -118,10 +123,10 @@ VQ_FN Blocks block_at(Blocks blocks, int n) {
 // Packed blocks first .. of one head, every n_simdgroups-th by this simdgroup.
 // keys, values: tiles (src/attention/README.md, "Tiles on a GPU") without their blocks.
 // q: [ROWS][KeyTile::DIM], transformed, times scale log2(e). p: [ROWS][64] of this simdgroup.
-template <int ROWS, int SOFTCAP, int MASK, int N, class KeyTile, class ValueTile, class Blocks,
-          class Q, class P, class Seen, class Mask>
-VQ_FN void attend_blocks(KeyTile keys, Blocks key_blocks, ValueTile values, Blocks value_blocks,
-                         int n_tokens, int position, Q q, P p, float cap, Seen seen,
+template <int ROWS, int SOFTCAP, int MASK, int N, class KeyTile, class ValueTile, class KeyBlocks,
+          class ValueBlocks, class Q, class P, class Seen, class Mask>
+VQ_FN void attend_blocks(KeyTile keys, KeyBlocks key_blocks, ValueTile values,
+                         ValueBlocks value_blocks, int n_tokens, int position, Q q, P p, float cap, Seen seen,
                          VQ_THREAD const int* query, Mask mask, VQ_THREAD const int64_t* mask_row,
                          int64_t mask_step, VQ_THREAD float (*own)[N], VQ_THREAD float* maximum,
                          VQ_THREAD float* sum, uint simdgroup, uint n_simdgroups, uint lane) {

@@ -46,7 +46,7 @@ std::string body_text(bool mask) {
   decltype(keys1 + 0) keys = k_tile.stage1 + (int64_t)first * 64 * DIM;
   decltype(keys1 + 0) values = v_tile.values + (int64_t)first * 64 * M;
 )" + packed_text("M * VPIECE") +
-                           store_text("(M * VPIECE)");
+                           store_text("(M * VPIECE)", "M * VPIECE");
   return replaced(text, "mask_text", mask ? "mask" : "params");
 }
 

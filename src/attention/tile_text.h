@@ -18,6 +18,9 @@ std::string tile_text(const char* side, const CodeFormat& f);
 void add_tile_arguments(const std::string& side, const CodeFormat& f, int rows,
                         std::vector<metal::TemplateArgument>& arguments);
 
+// What its blocks are read as.
+const char* word_type(const CodeFormat& f);
+
 // Dimensions of a piece, as the tile has them.
 int piece_dims(const CodeFormat& f);
 

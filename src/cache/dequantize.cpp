@@ -29,10 +29,11 @@ void store(const float* from, int64_t n, DType dtype, void* to) {
 }  // namespace
 
 int64_t dequantize_calls() { return counter(); }
+void count_dequantize_call() { ++counter(); }
 
 void dequantize(Backend backend, const KeyValueSource& source, Side side,
                 const MutableTensorView& out) {
-  ++counter();
+  count_dequantize_call();
   require(out.ndim == 4 && out.shape[2] == source.length, "[dequantize] out: got ", out.shape[2],
           " tokens, wanted ", source.length);
   const int64_t batch = out.shape[0], heads = out.shape[1], dim = out.shape[3];

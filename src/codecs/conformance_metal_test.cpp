@@ -130,7 +130,7 @@ TEST_P(MetalConformance, RandomShapes) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Codecs, MetalConformance,
-                         ::testing::Values("commvq", "qjl", "rabitq", "turboquant",
+                         ::testing::Values("commvq", "exact", "qjl", "rabitq", "turboquant",
                                            "turboquant_rvq", "vecinfer", "vecinfer_rope"),
                          [](const auto& info) { return info.param; });
 

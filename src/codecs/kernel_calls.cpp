@@ -50,6 +50,26 @@ Call hamming_score_call(int n, int n_dims) {
   return call;
 }
 
+Call inverse_rows_call(int batch, int heads, int n, int dim, int transform, Type out) {
+  static const Kernel kernel =
+      make_kernel("vq_inverse_rows", {"y", "numbers"}, {"out"}, "src/codecs/metal_inverse.h", R"(
+  threadgroup float rows[8 * DIM];
+  threadgroup float moved[8 * DIM];
+  const int64_t plane = threadgroup_position_in_grid.y, n = y_shape[2];
+  const int64_t head = plane % y_shape[1];
+  veloxquant::inverse_rows<DIM, 8, TRANSFORM, OUT>(
+      y + plane * n * DIM, (int)n,
+      numbers + (TRANSFORM == 1 ? head * DIM : TRANSFORM == 2 ? head * DIM * DIM : 0),
+      out + plane * n * DIM, rows, moved, threadgroup_position_in_grid.x,
+      thread_index_in_threadgroup, threads_per_threadgroup.x);)");
+  Call call{&kernel, {}};
+  call.launch.arguments = {{"DIM", dim}, {"TRANSFORM", transform}, {"OUT", out}};
+  call.launch.grid = {(n + 7) / 8 * kThreads, batch * heads, 1};
+  call.launch.threadgroup = {kThreads, 1, 1};
+  call.launch.outputs = {{out, {batch, heads, n, dim}}};
+  return call;
+}
+
 void set_encode_grid(Call& call, int batch, int heads, int n_blocks, int64_t block_bytes) {
   call.launch.grid = {8 * kThreads, n_blocks, batch * heads};
   call.launch.threadgroup = {kThreads, 1, 1};

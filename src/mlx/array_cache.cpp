@@ -210,7 +210,8 @@ int64_t ArrayCache::trim(int64_t n, mx::StreamOrDevice s) {
     const int kept = geometry_.packed.back().n_blocks;
     if (last.shape(2) == kept) continue;
     // A copy, not a view: the dropped blocks are to leave memory too.
-    const mx::Stream stream = cpu_stream(s);
+    const std::optional<GpuStream> gpu = gpu_stream(s);
+    const mx::Stream stream = gpu ? gpu->stream : cpu_stream(s);
     last = mx::contiguous(
         mx::slice(last, {0, 0, 0, 0}, {last.shape(0), last.shape(1), kept, last.shape(3)}, stream),
         false, stream);

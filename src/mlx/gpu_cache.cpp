@@ -172,10 +172,7 @@ GpuAppend append_on_gpu(const mx::array& keys, const mx::array& values, const mx
   GpuAppend append{{out[0], out[1]}, out[2]};
   for (int side = 0; side < 2 && plan.n_sealed > 0; ++side) {
     const auto& codec = std::get<GpuCodec>(gpu_codec(side == 0 ? key_codec : value_codec));
-    std::vector<mx::array> inputs = codec.encode_inputs;
-    inputs.insert(inputs.begin(), out[3 + side]);
-    append.outputs.push_back(
-        launch(codec.encode(batch, kBlockTokens * plan.n_sealed), inputs, gpu)[0]);
+    append.outputs.push_back(codec.encode(out[3 + side], plan.tail_start, gpu));
   }
   return append;
 }

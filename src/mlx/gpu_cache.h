@@ -45,4 +45,9 @@ std::optional<std::pair<mlx::core::array, mlx::core::array>> attend_on_gpu(
     const AttendOptions& options, const std::optional<mlx::core::array>& mask,
     mlx::core::StreamOrDevice s);
 
+// [B, H, length, D] in the original coordinates and the snapshot's dtype; nothing, and why in the
+// debug log, as above.
+std::optional<mlx::core::array> dequantize_on_gpu(const Snapshot& snapshot,
+                                                  mlx::core::StreamOrDevice s);
+
 }  // namespace veloxquant

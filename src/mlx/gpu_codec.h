@@ -1,6 +1,6 @@
-// A codec as the GPU kernels see it: its packed format, the launch that encodes its blocks, and the
-// arrays that both are given. Made once for a codec, from memory: a step of a cache adds no
-// operation for them.
+// A codec as the GPU kernels see it: its packed format, the launches that encode and decode its
+// blocks, and the arrays that all are given. Made once for a codec, from memory: a step of a cache
+// adds no operation for them.
 #pragma once
 
 #include <mlx/array.h>
@@ -9,10 +9,10 @@
 #include <optional>
 #include <string>
 #include <variant>
-#include <vector>
 
 #include "src/attention/kernel_calls.h"
 #include "src/mlx/codec_arrays.h"
+#include "src/mlx/gpu_launch.h"
 
 namespace veloxquant {
 
@@ -24,8 +24,12 @@ struct GpuCodec {
   // Transform 2: queries times it are q_codes. fp32 [1 or H, D, rows].
   std::optional<mlx::core::array> query_matrix;
 
-  std::function<metal::Call(int batch, int n_tokens)> encode;
-  std::vector<mlx::core::array> encode_inputs;  // behind the tokens
+  // Tokens of whole blocks [B, H, 64 n, D] to u8 blocks [B, H, n, bytes], and back to fp32; the
+  // first token is at `position`.
+  using Step = std::function<mlx::core::array(const mlx::core::array& of, int64_t position,
+                                              const GpuStream& gpu)>;
+  Step encode, decode;
+  int inverse_transform = 0;  // out of the decoded coordinates: inverse_rows_call, by `inverse`
 };
 
 // Or why there are no kernels of the codec.

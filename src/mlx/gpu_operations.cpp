@@ -16,10 +16,10 @@ std::vector<GpuOperation> operations() {
   const std::string rows = up_to("head_dim", vecinfer::kMaxKernelDim) +
                            up_to(", sub-vectors of", vecinfer::kMaxKernelSubDim);
   const std::string values = up_to("rows of", turboquant::kMaxKernelDim);
-  const std::string caches =
-      "methods vecinfer, turboquant without prod, turboquant_rvq, rabitq, qjl without outliers; " +
-      up_to("head_dim a multiple of 8", attention::kMaxDecodeDim) +
-      up_to(", sub-vectors of", attention::kMaxDecodeSubDim);
+  const std::string caches = "caches of " +
+                             up_to("head_dim a multiple of 8", attention::kMaxDecodeDim) +
+                             up_to(", sub-vectors of", attention::kMaxDecodeSubDim) +
+                             up_to(", sketches of qjl with head_dim", attention::kMaxKeyRows);
   return {
       {"vecinfer_quantize_metal", rows},
       {"vecinfer_dequant_metal", rows},
@@ -39,8 +39,9 @@ std::vector<GpuOperation> operations() {
       {"comm_vq_decode_metal", "any; cosines and sines by the CPU, in double precision"},
       {"turboquant_fused_rvq_decode_attend", up_to("D a multiple of 4", attention::kMaxDecodeDim) +
                                                  up_to(", queries", attention::kMaxDecodeQueries)},
-      {"append", "caches of " + caches},
-      {"attend", "caches of " + caches + ", few spans"}};
+      {"append", caches},
+      {"attend", caches + ", few spans"},
+      {"dequantize", caches}};
 }
 
 }  // namespace

@@ -98,7 +98,7 @@ std::pair<mx::array, mx::array> attend_op(const mx::array& q, const Snapshot& ke
 mx::array dequantize_op(const Snapshot& snapshot, mx::StreamOrDevice s) {
   const mx::Shape shape{snapshot.batch, snapshot.codec->spec.n_kv_heads,
                         static_cast<int>(snapshot.layout.length), snapshot.codec->spec.head_dim};
-  note_cpu("dequantize", s, "no GPU kernel for it yet");
+  if (auto out = dequantize_on_gpu(snapshot, s)) return *out;
   return mx::array(
       shape, snapshot.dtype,
       std::make_shared<CacheDequantize>(cpu_stream(s), snapshot.layout, snapshot.codec,
@@ -114,7 +114,8 @@ Snapshot exact_like(const Snapshot& like, const mx::array& x, mx::StreamOrDevice
               x.shape() == mx::Shape{like.batch, heads, length, dim},
           "[attention] values: got ", shape_text(x), ", wanted floats [", like.batch, ", ", heads,
           ", ", length, ", ", dim, "]");
-  const mx::Stream stream = cpu_stream(s);
+  const std::optional<GpuStream> gpu = gpu_stream(s);
+  const mx::Stream stream = gpu ? gpu->stream : cpu_stream(s);
   Snapshot exact;
   exact.codec = exact_codec_arrays(Side::values, heads, dim, layout.exact_dtype);
   exact.layout = layout;

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "src/codecs/commvq/kernel_calls.h"
+#include "src/codecs/exact/kernel_calls.h"
 #include "src/codecs/qjl/kernel_calls.h"
 #include "src/codecs/rabitq/kernel_calls.h"
 #include "src/codecs/rope/kernel_calls.h"
@@ -41,6 +42,8 @@ class EmulatedCodec {
       qjl(one, head);
     } else if (method == "turboquant" || method == "turboquant_rvq") {
       scalar(one);
+    } else if (method == "exact") {
+      exact_blocks(one);
     } else {
       throw Fault("no Metal kernels of " + method);
     }
@@ -93,6 +96,13 @@ class EmulatedCodec {
       ++i;
     }
     return 0;
+  }
+
+  void exact_blocks(const test::CodecCase& one) {
+    exact::BlockKernelShape s;
+    s.dim = dim_;
+    s.bfloat = choice(one, "dtype", {"float16", "bfloat16"}) == 1;
+    set_calls(s, exact::encode_blocks_call, exact::decode_blocks_call);
   }
 
   void scalar(const test::CodecCase& one) {

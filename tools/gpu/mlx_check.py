@@ -1,6 +1,6 @@
 """On a GPU machine, run by tools/gpu/mlx.sh: every operation on the GPU against the CPU, then what is asked for.
 
-mlx_check.py OUT [PART...]     functions, cache, selftest, speed, generate; all but the last where none is named
+mlx_check.py OUT PART[:i/n]...     functions, cache, selftest, speed, launches, generate; the i-th of n shares of it
 
 generate wants SmolLM2 as MODEL (a .gguf) and a calibrated ARTIFACTS directory in the environment.
 """
@@ -17,6 +17,11 @@ from gpu_cases import STEPS, cache_cases, cases, drive, make_cache, outputs, rea
 from veloxquant_mlx import _ext
 
 failures = []
+share = 0, 1  # PART:i/n: the i-th of n shares, for processes side by side
+
+
+def shared_out(all_of_them):
+    return [one for i, one in enumerate(all_of_them) if i % share[1] == share[0]]
 
 
 def check(name, ok, note=""):
@@ -38,7 +43,7 @@ def equal(a, b):
 
 def functions():
     """Bits equal to the CPU's: as they are, under mx.compile, on a stream of their own."""
-    for name, call, kernels in cases():
+    for name, call, kernels in shared_out(cases()):
         expected = on(mx.cpu, call)
         before = _ext.gpu_launches()
         start = time.perf_counter()
@@ -66,7 +71,7 @@ def row_error(got, expected):
 
 def cache():
     """Bytes equal to the CPU's, attention within tolerance: every transform, options, long histories."""
-    for name, arguments in cache_cases().items():
+    for name, arguments in shared_out(cache_cases().items()):
         dtype = arguments.get("dtype", mx.float32)
         steps = STEPS if name == "Hadamard" else STEPS[:7]
         mx.set_default_device(mx.cpu)
@@ -81,6 +86,8 @@ def cache():
         check(f"kernels: {name}", launched["vq_decode_items"] == launched["vq_decode_merge"] == appends)
         error = row_error(got, expected)
         check(f"attention: {name}", error < (1e-2 if dtype == mx.bfloat16 else 2e-3), f"row error {error:.1e}")
+    if share[0] > 0:
+        return
     for options in (["sliding_window"], ["mask", "sinks", "logit_softcap"]):
         steps = [150, 1, 5]
         mx.set_default_device(mx.cpu)
@@ -158,6 +165,40 @@ def speed():
         print(f"speed: {kind}, prefill of 2048 behind {cache.length}: {_each(prefill, 2) / 1000:.1f} ms a layer")
 
 
+def launches():
+    """What launches cost: steps of 24 layers by their parts, beside as many trivial kernels and operations of MLX."""
+    r = np.random.default_rng(1)
+    k = mx.array(r.standard_normal((1, 8, 4096, 128), dtype=np.float32)).astype(mx.float16)
+    one, q = mx.array(k[:, :, :1]), mx.repeat(k[:, :, :1], 4, 1)
+    caches = [make_cache("hadamard", heads=8, dim=128) for _ in range(LAYERS)]
+    held = [cache.update(k, k) for cache in caches]
+    held = [cache.update(one, one) for cache in caches]
+    codes, x = mx.zeros((8, 64), mx.int32), mx.zeros((8, 64))
+    mx.eval(one, q, codes, x, [cache.arrays() for cache in caches])
+
+    def chain(call, x, n):
+        for _ in range(n):
+            x = call(x)
+        return [x]
+
+    calls = {
+        "append": lambda: [cache.update(one, one) and a for cache in caches for a in cache.arrays()],
+        "attend": lambda: [_ext.attend(q, *sides, scale=0.1, causal=True)[0] for sides in held],
+        "pack_words": lambda: [_ext.pack_words(codes, 3) for _ in range(LAYERS)],
+        "pack_words, in a chain": lambda: chain(lambda c: _ext.pack_words(c, 16).view(mx.int32)[:, :4], codes, LAYERS),
+        "one addition": lambda: [x + float(i) for i in range(LAYERS)],
+        "one addition, in a chain": lambda: chain(lambda y: y + 1.0, x, LAYERS),
+    }
+    for name, call in calls.items():
+        for _ in range(4):
+            mx.eval(call())
+        start = time.perf_counter()
+        for _ in range(30):
+            call()
+        built = 1e6 * (time.perf_counter() - start) / 30 / LAYERS
+        print(f"speed: {name}: {_each(call) / LAYERS:.1f} us a layer, of them {built:.1f} us building the graph")
+
+
 def generate():
     """SmolLM2 through mlx_lm with a calibrated cache, GPU and CPU as default device."""
     from mlx_lm.models.cache import make_prompt_cache
@@ -215,15 +256,19 @@ def selftest():
     check("devices --selftest", fields["passed"])
 
 
-PARTS = {"functions": functions, "cache": cache, "selftest": selftest, "speed": speed, "generate": generate}
+PARTS = {"functions": functions, "cache": cache, "selftest": selftest, "speed": speed, "launches": launches,
+         "generate": generate}
 
 
 def main():
-    wanted = sys.argv[2:] or ["functions", "cache", "selftest", "speed"]
+    global share
+    wanted = sys.argv[2:]
     mx.set_default_device(mx.gpu)
     print("MLX", mx.__version__, mx.default_device(), mx.device_info().get("device_name", ""))
     for part in wanted:
         start = time.perf_counter()
+        part, _, given = part.partition(":")
+        share = tuple(int(n) for n in given.split("/")) if given else (0, 1)
         PARTS[part]()
         print(f"{part}: {time.perf_counter() - start:.1f} s")
     print("launches:", _ext.gpu_launches())

@@ -9,7 +9,9 @@ import numpy as np
 from veloxquant_mlx import _ext
 
 TOLERANCE = 2e-3  # of a row of attention, relative
-METHODS = ("vecinfer", "turboquant", "turboquant_rvq", "rabitq", "qjl")
+METHODS = (
+    "vecinfer", "turboquant", "prod", "turboquant_rvq", "rabitq", "qjl", "outliers", "commvq", "vecinfer_rope", "fp16",
+)  # fmt: skip
 
 
 def run(on_cpu=lambda: mx.stream(mx.cpu), rows=2048):
@@ -108,14 +110,32 @@ def _functions(on_cpu, rows):
 def _codecs(method, r, heads, dim):
     from veloxquant_mlx.cache.codecs import vecinfer
 
-    if method == "qjl":
-        keys = _ext.codec("keys", "qjl", heads, dim, {"sketch_bits": 2 * dim, "seed": 3})
-        return [keys, _ext.codec("values", "turboquant", heads, dim, {"bits": 2, "seed": 3})]
-    if method != "vecinfer":
-        return [_ext.codec(side, method, heads, dim, {"bits": 2, "seed": 3}) for side in ("keys", "values")]
-    tables = [mx.array(r.standard_normal((heads, 1, 256, 4), dtype=np.float32)) for _ in range(2)]
-    scale = mx.array(0.5 + r.random((heads, dim), dtype=np.float32))
-    return [vecinfer.codec("keys", tables[0], dim // 4, scale=scale), vecinfer.codec("values", tables[1], dim // 4)]
+    def normal(*shape):
+        return mx.array(r.standard_normal(shape, dtype=np.float32))
+
+    def both(method, options):
+        return [_ext.codec(side, method, heads, dim, options) for side in ("keys", "values")]
+
+    if method == "vecinfer":
+        keys = vecinfer.codec("keys", normal(heads, 1, 256, 4), dim // 4, scale=mx.abs(normal(heads, dim)) + 0.5)
+        return [keys, vecinfer.codec("values", normal(heads, 1, 256, 4), dim // 4)]
+    if method == "fp16":
+        return both("exact", {"dtype": "float16"})
+    if method in ("turboquant", "prod", "turboquant_rvq", "rabitq"):
+        options = {"bits": 2, "seed": 3, **({"prod": 1} if method == "prod" else {})}
+        return both("turboquant" if method == "prod" else method, options)
+    values = _ext.codec("values", "turboquant", heads, dim, {"bits": 2, "seed": 3})
+    if method in ("qjl", "outliers"):
+        options = {"sketch_bits": 2 * dim, "seed": 3, **({"outliers": 4} if method == "outliers" else {})}
+        return [_ext.codec("keys", "qjl", heads, dim, options), values]
+    tables = {"inv_freq": mx.array(10000.0 ** (-np.arange(dim // 2) / (dim // 2)).astype(np.float32))}
+    if method == "commvq":
+        tables["codebook"] = normal(heads, 3, 40, 2, dim // 2).astype(mx.float16)
+        return [_ext.codec("keys", "commvq", heads, dim, {}, tables), values]
+    tables["tables"] = normal(heads, 1, 256, 4).astype(mx.float16)
+    tables["order"] = mx.array(np.tile(np.arange(dim // 2, dtype=np.int32)[::-1], (heads, 1)))
+    tables["weight"] = mx.abs(normal(heads, dim // 2)) + 0.5
+    return [_ext.codec("keys", "vecinfer_rope", heads, dim, {"n_subvectors": dim // 4}, tables), values]
 
 
 def _cache(on_cpu, heads=2, dim=64):
@@ -132,26 +152,30 @@ def _cache(on_cpu, heads=2, dim=64):
             outs.append(_ext.attend(query, *held, scale=0.125, causal=True)[0])
             mx.eval(outs[-1], cache.arrays())
             start += n
-        return _bits(cache.arrays()), [np.array(out) for out in outs]
+        dense = _bits([side.dequantize() for side in held])
+        return _bits(cache.arrays()), [np.array(out) for out in outs], dense
 
-    differ, errors, launched = {}, {}, True
+    differ, dense_differ, errors, launched, decoded = {}, {}, {}, True, True
     for method in METHODS:
         codecs = _codecs(method, r, heads, dim)
         before = _ext.gpu_launches()
-        arrays, outs = steps(codecs)
+        arrays, outs, dense = steps(codecs)
         ran = {name for name, n in _ext.gpu_launches().items() if n > before.get(name, 0)}
         launched = launched and {"vq_append", "vq_append_seal", "vq_decode_items", "vq_decode_merge"} <= ran
         launched = launched and any(name.endswith("_encode_blocks") for name in ran)
+        decoded = decoded and "vq_inverse_rows" in ran
         with on_cpu():
-            expected_arrays, expected = steps(codecs)
+            expected_arrays, expected, expected_dense = steps(codecs)
         differ[method] = sum(int(np.sum(a != b)) for a, b in zip(arrays, expected_arrays, strict=True))
+        dense_differ[method] = sum(int(np.sum(a != b)) for a, b in zip(dense, expected_dense, strict=True))
         errors[method] = max(
             float(np.max(np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)))
             for a, b in zip(outs, expected, strict=True)
         )
-    note = "elements of the caches that differ from the CPU's: " + ", ".join(f"{m} {n}" for m, n in differ.items())
     yield _rvq(on_cpu, r)
-    yield _check("append", not any(differ.values()) and launched, note if launched else "ran on the CPU")
+    for name, counts, ran in (("append", differ, launched), ("dequantize", dense_differ, decoded)):
+        note = "elements that differ from the CPU's: " + ", ".join(f"{m} {n}" for m, n in counts.items())
+        yield _check(name, not any(counts.values()) and ran, note if ran else "ran on the CPU")
     note = "row errors " + ", ".join(f"{m} {e:.1e}" for m, e in errors.items()) + f", wanted below {TOLERANCE:g}"
     yield _check("attend", max(errors.values()) < TOLERANCE and launched, note)
 

@@ -67,6 +67,47 @@ std::vector<float> score_constants(const BlockKernelShape& s) {
   return constants;
 }
 
+namespace {
+
+// [dim][rows] of the main sketch, or of the outliers'.
+std::vector<float> columns_of(const BlockKernelShape& s, const float* given, uint64_t seed,
+                              bool outliers) {
+  const int rows = outliers ? s.layout.m_out : s.layout.m, first = outliers ? s.layout.m / s.dim : 0;
+  const Sketch sketch = s.dense ? Sketch::dense(s.dim, rows, given)
+                                : Sketch::structured(s.dim, rows, seed, first);
+  const size_t dim = s.dim;
+  std::vector<float> units(dim * dim, 0.0f), columns(dim * rows);
+  for (size_t d = 0; d < dim; ++d) units[d * dim + d] = 1.0f;
+  sketch.project(units.data(), s.dim, columns.data());
+  return columns;
+}
+
+}  // namespace
+
+std::vector<float> query_matrix(const BlockKernelShape& s, const float* sketch, uint64_t seed) {
+  std::vector<float> columns = columns_of(s, sketch, seed, false);
+  if (s.outliers == 0) return columns;
+  std::vector<float> matrix;
+  for (int d = 0; d < s.dim; ++d) {
+    const auto row = columns.begin() + int64_t{d} * s.layout.m;
+    matrix.insert(matrix.end(), row, row + s.layout.m);
+    matrix.resize(matrix.size() + s.dim, 0.0f);
+    matrix[matrix.size() - s.dim + d] = 1.0f;
+  }
+  return matrix;
+}
+
+std::vector<float> outlier_numbers(const BlockKernelShape& s, const float* sketch, uint64_t seed,
+                                   const std::vector<int32_t>& channels) {
+  std::vector<float> numbers = score_constants(s);
+  for (bool outliers : {false, true}) {
+    const std::vector<float> columns = columns_of(s, sketch, seed, outliers);
+    numbers.insert(numbers.end(), columns.begin(), columns.end());
+  }
+  numbers.insert(numbers.end(), channels.begin(), channels.end());
+  return numbers;
+}
+
 float score_constant(int m) { return static_cast<float>(kRootHalfPi / m); }
 
 std::optional<std::string> no_kernel_because(const BlockKernelShape& s) {

@@ -30,6 +30,13 @@ std::vector<float> sketch_signs(const BlockKernelShape& shape, uint64_t seed);
 // The input `constants`, fp32 [2].
 std::vector<float> score_constants(const BlockKernelShape& shape);
 
+// What attention has queries times: fp32 [dim, m], the sketch's rows; with outliers [dim, m + dim],
+// behind them the query itself. sketch: the given one, or null.
+std::vector<float> query_matrix(const BlockKernelShape& shape, const float* sketch, uint64_t seed);
+// The numbers of OutlierTile. channels: fixed ones, [heads][outliers], or empty.
+std::vector<float> outlier_numbers(const BlockKernelShape& shape, const float* sketch,
+                                   uint64_t seed, const std::vector<int32_t>& channels);
+
 std::optional<std::string> no_kernel_because(const BlockKernelShape& shape);
 // inputs: x [batch, heads, n_tokens, dim]; sketch: signs, or fp32 [m, dim]; channels int32 [heads,
 // outliers], ascending, or one number. outputs: u8 [batch, heads, n_blocks, block bytes].

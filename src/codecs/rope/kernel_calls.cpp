@@ -48,6 +48,30 @@ BlockTables block_tables(const Rope& rope, RopeDirection direction, int64_t firs
   return tables;
 }
 
+std::vector<float> turn_numbers(const Rope& rope, const std::vector<int32_t>& order) {
+  const RopeSpec& spec = rope.spec();
+  std::vector<float> numbers = {spec.position_scale};
+  for (int32_t pair : order) {
+    const bool rotates = pair < static_cast<int32_t>(spec.inv_freq.size());
+    numbers.push_back(rotates ? spec.inv_freq[pair] : 0.0f);
+    numbers.push_back(rotates ? spec.attention_factor : 1.0f);
+  }
+  return numbers;
+}
+
+std::vector<float> slot_queries(const Rope& rope, const std::vector<int32_t>& order,
+                                const std::vector<float>& inverse_weights) {
+  const size_t dim = rope.spec().head_dim, pairs = dim / 2;
+  std::vector<float> matrix(order.size() / pairs * dim * dim, 0.0f);
+  for (size_t i = 0; i < order.size(); ++i) {
+    const RopePair& dims = rope.pairs()[order[i]];
+    float* head = matrix.data() + i / pairs * dim * dim;
+    head[dims.first * dim + 2 * (i % pairs)] = inverse_weights[i];
+    head[dims.second * dim + 2 * (i % pairs) + 1] = inverse_weights[i];
+  }
+  return matrix;
+}
+
 Call to_slots_call(const SlotShape& s) {
   static const Kernel kernel = make_kernel(
       "vq_rope_to_slots", {"x", "slots", "weights", "cosines", "sines"}, {"z"}, kHeader, R"(

@@ -23,6 +23,13 @@ struct BlockTables {
 };
 BlockTables block_tables(const Rope& rope, RopeDirection direction, int64_t first, int n_blocks);
 
+// What attention turns keys by (Turning in metal_tile.h), fp32 [1 + heads dim]: the scale of
+// positions, then of each head's slots the frequency and the factor.
+std::vector<float> turn_numbers(const Rope& rope, const std::vector<int32_t>& order);
+// Queries in the order of the slots, times the inverse weights of these: fp32 [heads, dim, dim].
+std::vector<float> slot_queries(const Rope& rope, const std::vector<int32_t>& order,
+                                const std::vector<float>& inverse_weights);
+
 // inputs: x [batch, heads, n_tokens, dim] of any float; slots; weights fp32 [heads, dim / 2];
 // cosines, sines (one number where nothing rotates). outputs: fp32 like x.
 metal::Call to_slots_call(const SlotShape& shape);

@@ -7,6 +7,7 @@
 #include "src/codecs/registry.h"
 #include "src/codecs/rotation.h"
 #include "src/codecs/turboquant/math.h"
+#include "src/codecs/turboquant/sketch.h"
 #include "veloxquant/words.h"
 
 namespace veloxquant::turboquant {
@@ -67,9 +68,26 @@ std::vector<float> level_numbers(int dim, int bits, int stages) {
   std::vector<float> numbers(16 * stages, 0.0f);
   for (int s = 0; s < stages; ++s) {
     const ScalarQuantizer quantizer = quantizer_of(dim, bits, s);
-    for (uint32_t c = 0; c < 1u << bits; ++c) numbers[16 * s + c] = scalar_level(quantizer, c);
+    for (uint32_t c = 0; bits > 0 && c < 1u << bits; ++c) numbers[16 * s + c] = scalar_level(quantizer, c);
   }
   return numbers;
+}
+
+std::vector<float> sketched_queries(int dim, uint64_t seed) {
+  const size_t n = dim;
+  std::vector<float> moved(n * n, 0.0f), matrix(2 * n * n);  // row i of moved: R times unit vector i
+  for (size_t i = 0; i < n; ++i) moved[i * n + i] = 1.0f;
+  Rotation(dim, seed).forward(Backend::reference, moved.data(), dim);
+  const auto sketch = gaussian_sketch(dim, seed);
+  for (size_t i = 0; i < n; ++i) {
+    std::copy_n(&moved[i * n], n, &matrix[i * 2 * n]);
+    for (size_t j = 0; j < n; ++j) {
+      double sum = 0;
+      for (size_t d = 0; d < n; ++d) sum += double(sketch->rows[j * n + d]) * moved[i * n + d];
+      matrix[i * 2 * n + n + j] = static_cast<float>(sum);
+    }
+  }
+  return matrix;
 }
 
 std::vector<float> rotation_signs(int dim, uint64_t seed) {

@@ -17,6 +17,8 @@ namespace veloxquant::turboquant {
 std::vector<float> quantizer_numbers(int dim, int bits, int stages);
 // Levels by code, fp32 [stages, 16]: what attention's kernels look up.
 std::vector<float> level_numbers(int dim, int bits, int stages);
+// Queries of the `prod` form are q times this matrix, fp32 [dim, 2 dim]: R q, then S R q.
+std::vector<float> sketched_queries(int dim, uint64_t seed);
 // The input `signs`, fp32 [2, dim], of a codec's seed.
 std::vector<float> rotation_signs(int dim, uint64_t seed);
 
