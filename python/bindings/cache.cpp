@@ -11,6 +11,7 @@
 
 #include "python/bindings/module.h"
 #include "src/mlx/array_cache.h"
+#include "src/mlx/codec_ops.h"
 #include "src/mlx/gpu_cache.h"
 #include "src/mlx/views.h"
 
@@ -57,7 +58,20 @@ void bind_codec(nb::module_& m) {
       .def_prop_ro("nbytes", [](const CodecHandle& self) { return self.codec->nbytes(); })
       .def_prop_ro("kept_nbytes", [](const CodecHandle& self) { return self.core().kept_bytes(); })
       .def_prop_ro("bits_per_element",
-                   [](const CodecHandle& self) { return self.core().bits_per_element(); });
+                   [](const CodecHandle& self) { return self.core().bits_per_element(); })
+      .def(
+          "encode_blocks",
+          [](const CodecHandle& self, const mx::array& x, int64_t position, mx::StreamOrDevice s) {
+            return encode_blocks_op(self.codec, x, position, s);
+          },
+          "x"_a, "position"_a = 0, "stream"_a = nb::none(),
+          "x [B, H_kv, n, D] as packed blocks, u8 [B, H_kv, ceil(n / 64), block_bytes].")
+      .def(
+          "decode_blocks",
+          [](const CodecHandle& self, const mx::array& blocks, int64_t position,
+             mx::StreamOrDevice s) { return decode_blocks_op(self.codec, blocks, position, s); },
+          "blocks"_a, "position"_a = 0, "stream"_a = nb::none(),
+          "Blocks as fp32 [B, H_kv, 64 n, D] in the codec's coordinates.");
   m.def("codec", &codec, "side"_a, "method"_a, "n_kv_heads"_a, "head_dim"_a,
         "options"_a = std::map<std::string, CodecOption>(),
         "arrays"_a = std::map<std::string, mx::array>(), WithoutGil(),

@@ -1,5 +1,6 @@
 """Every Python snippet of the README and of the system's description runs as written, on a tiny model."""
 
+import os
 import re
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-SEED = ROOT.parent / "shared" / "seeds" / "vecinfer.txt"  # beside the checkout here and in CI only
+# Beside the checkout here and in CI only.
+SEED = Path(os.environ.get("VELOXQUANT_SEEDS") or ROOT.parent / "shared" / "seeds") / "vecinfer.txt"
 
 # The seed is a page of text: each snippet starts and ends at these lines.
 SEED_SNIPPETS = [

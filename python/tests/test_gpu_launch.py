@@ -5,6 +5,7 @@ import contextlib
 import mlx.core as mx
 import numpy as np
 import pytest
+from codec_conformance import answers, conformance_cases, probes
 from gpu_cases import STEPS, cache_cases, cases, dequantized, drive, make_cache, make_codecs, outputs, ready, rvq_call
 from msl import Machine, on_machine
 
@@ -139,7 +140,8 @@ def test_decode_steps_keep_the_bytes_and_attend_within_tolerance(name):
     assert len(arrays) == len(gpu_arrays) and all(map(np.array_equal, arrays, gpu_arrays))
     assert errors(got, expected) < (1e-2 if dtype == mx.bfloat16 else 2e-3)
     names, appends = machine.names, sum(0 < n for n in steps)
-    assert names.count("vq_decode_items") == names.count("vq_decode_merge") == appends
+    assert names.count("vq_decode_items") + names.count("vq_prefill_items") == names.count("vq_decode_merge") == appends
+    assert names.count("vq_prefill_items") == sum(16 < n for n in steps)
     assert names.count("vq_append") + names.count("vq_append_seal") == appends
     assert sum(n.endswith("encode_blocks") for n in names) == 2 * names.count("vq_append_seal") > 0
 
@@ -156,13 +158,28 @@ def test_dequantize_gives_the_bits(name):
     assert machine.names.count("vq_inverse_rows") == 2
 
 
+@pytest.mark.parametrize("case", conformance_cases()[:8], ids=lambda case: case[0])
+def test_blocks_of_a_codec_are_the_cpus(case):
+    codec = case[1]()
+    given = probes(codec)
+    expected = answers(codec, given)
+    with on_machine() as machine:
+        got = answers(codec, given)
+    assert sum("encode_blocks" in n for n in machine.names) == 5 and sum("decode_blocks" in n for n in machine.names) == 2
+    for a, b in zip(got, expected, strict=True):
+        assert np.array_equal(a, b)
+    for wrong, error in ((mx.zeros((1, 2, 3, 15)), r"\[codec\] x: got float32 \[1, 2, 3, 15\], wanted"), (mx.zeros((1, 2, 3, 16), mx.int32), "wanted a float")):
+        with pytest.raises(ValueError, match=error):
+            codec.encode_blocks(wrong)
+
+
 def test_prefill_attends_some_hundred_queries_at_a_time():
     steps = [70, 300]
     expected, arrays, _ = drive(make_cache("turboquant", dim=16), steps, group=1, dim=16)
     with on_machine() as machine:
         got, gpu_arrays, _ = drive(make_cache("turboquant", dim=16), steps, group=1, dim=16)
     assert all(map(np.array_equal, arrays, gpu_arrays)) and errors(got, expected) < 2e-3
-    assert machine.names.count("vq_decode_items") == 1 + 2
+    assert machine.names.count("vq_prefill_items") == 1 + 2
     # What no query of a launch sees is in none of its items.
     options = ready(("sliding_window", "mask"), steps)
     expected, _, _ = drive(make_cache("turboquant", dim=16), steps, group=1, dim=16, **options)
@@ -177,7 +194,7 @@ def test_masks_sinks_windows_and_soft_caps(options):
     expected, _, _ = drive(make_cache("hadamard"), steps, **ready(options, steps))
     with on_machine() as machine:
         got, _, _ = drive(make_cache("hadamard"), steps, **ready(options, steps))
-    assert machine.names.count("vq_decode_items") == 3
+    assert (machine.names.count("vq_decode_items"), machine.names.count("vq_prefill_items")) == (2, 1)
     assert errors(got, expected) < 2e-3
 
 

@@ -1,11 +1,13 @@
 """The snippets of the kernels' description that concern scalar quantisation and bit packing, as written."""
 
+import os
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-SEED = Path(__file__).resolve().parents[3] / "shared" / "seeds" / "metal-kernels.txt"  # here and in CI only
+# Beside the checkout here and in CI only.
+SEED = Path(os.environ.get("VELOXQUANT_SEEDS") or Path(__file__).resolve().parents[3] / "shared" / "seeds") / "metal-kernels.txt"
 
 
 @pytest.fixture

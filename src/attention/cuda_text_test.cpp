@@ -9,6 +9,7 @@
 #include "src/backends/metal/cuda_text.h"
 #include "src/cache/kernel_calls.h"
 #include "src/codecs/commvq/kernel_calls.h"
+#include "src/codecs/exact/kernel_calls.h"
 #include "src/codecs/kernel_calls.h"
 #include "src/codecs/qjl/kernel_calls.h"
 #include "src/codecs/rabitq/kernel_calls.h"
@@ -266,6 +267,68 @@ TEST_F(CudaText, TilesOfOtherCodecsCompile) {
                                                      signs});
     s.keys.n_rows = 128;
     expect_compiles(attention::turn_queries_call(s, 1), {q, {Type::float32, {1, 64, 128}}});
+  }
+}
+
+// Tiles that do more than look up, for few queries and for a chunk.
+TEST_F(CudaText, TilesOfTheRestAndPrefillCompile) {
+  using attention::TileKind;
+  for (int n_queries : {2, 20}) {
+    for (TileKind kind :
+         {TileKind::vecinfer, TileKind::scalar, TileKind::halves, TileKind::sketched,
+          TileKind::outliers, TileKind::pairs, TileKind::commvq}) {
+      attention::DecodeShape s;
+      s.batch = 1, s.n_kv_heads = 2, s.group = 3, s.n_queries = n_queries, s.head_dim = 64;
+      s.keys = {4, 256, 8, 1};
+      s.keys.kind = kind;
+      if (kind == TileKind::commvq) s.keys.stages = 3, s.keys.n_centroids = 64;
+      if (kind == TileKind::sketched || kind == TileKind::scalar) s.keys.bits = 2;
+      if (kind == TileKind::outliers) {
+        s.keys.bits = 64, s.keys.m_out = 64, s.keys.outliers = 3, s.keys.n_rows = 128;
+      }
+      if (kind == TileKind::sketched) s.keys.n_rows = 128;
+      const bool turned = s.keys.turned() || s.keys.n_rows > 0,
+                 same = kind == TileKind::sketched || kind == TileKind::halves;
+      s.values = same ? s.keys : attention::CodeFormat{4, 256, 8, 1};
+      s.values.n_rows = 0, s.values.by_token = true;
+      s.n_spans = 2, s.n_exact = 2;
+      s.key_transform = turned ? 2 : kind == TileKind::scalar ? 3 : 1;
+      s.value_transform = kind == TileKind::sketched ? 3 : 1;
+      const bool half_keys = kind == TileKind::vecinfer || s.keys.turned();
+      const ArrayShape q{Type::float16, {1, 6, n_queries, 64}};
+      const ArrayShape span{Type::uint8, {1, 2, 4, 9999}}, numbers{Type::float32, {9999}};
+      const ArrayShape halves{Type::float16, {1, 2, 1, 256, 4}};
+      std::vector<ArrayShape> inputs{q};
+      if (turned) inputs.push_back({Type::float32, {1, 6, n_queries, s.key_rows()}});
+      inputs.insert(inputs.end(), {{Type::int32, {4, 6}},
+                                   {Type::int32, {n_queries, 4}},
+                                   {Type::float32, {2}},
+                                   numbers,
+                                   half_keys ? halves : numbers,
+                                   same ? numbers : halves,
+                                   span,
+                                   span,
+                                   span,
+                                   span,
+                                   q,
+                                   q,
+                                   q,
+                                   q});
+      expect_compiles(attention::first_pass_call(s, 4), inputs);
+      expect_compiles(attention::second_pass_call(s),
+                      {numbers, numbers, {Type::int32, {3}}, {Type::float32, {6}}, numbers});
+    }
+  }
+  const ArrayShape rows{Type::float32, {1, 2, 64, 80}}, numbers{Type::float32, {2, 80, 80}};
+  for (int transform = 0; transform < 4; ++transform) {
+    expect_compiles(inverse_rows_call(1, 2, 64, 80, transform, Type::bfloat16), {rows, numbers});
+  }
+  exact::BlockKernelShape blocks;
+  blocks.heads = 2, blocks.n_tokens = 64, blocks.dim = 80;
+  for (bool bfloat : {false, true}) {
+    blocks.bfloat = bfloat;
+    expect_compiles(exact::encode_blocks_call(blocks), {rows});
+    expect_compiles(exact::decode_blocks_call(blocks), {{Type::uint8, {1, 2, 1, 128 * 80}}});
   }
 }
 

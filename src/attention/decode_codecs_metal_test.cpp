@@ -35,9 +35,8 @@ MetalSide prod_side(Side side, const Case& c, int bits) {
   CodeFormat format;
   format.kind = TileKind::sketched;
   format.bits = bits - 1, format.by_token = side == Side::values;
-  MetalSide s =
-      rotated(make_turboquant_codec(side, c.n_kv_heads, c.head_dim, options), format,
-              turboquant::level_numbers(c.head_dim, bits - 1, 1), {1, 16});
+  MetalSide s = rotated(make_turboquant_codec(side, c.n_kv_heads, c.head_dim, options), format,
+                        turboquant::level_numbers(c.head_dim, bits - 1, 1), {1, 16});
   if (side == Side::keys) {
     s.format.n_rows = 2 * c.head_dim;
     s.transform = 2;
@@ -178,6 +177,21 @@ TEST(MetalDecodeCodecs, KeysBeforeRope) {
     }
   }
   EXPECT_EQ(tested, 12);
+}
+
+// Chunks of queries, by the kernel of metal_prefill.h.
+TEST(MetalDecodeCodecs, Prefill) {
+  Case c = decode_case(64, 2, 280);
+  c.n_queries = 20;
+  c.cut = 17;
+  check(c, exact_side(Side::keys, c, DType::float16), exact_side(Side::values, c, DType::float16));
+  check(c, prod_side(Side::keys, c, 3), prod_side(Side::values, c, 2));
+  for (const char* method : {"qjl", "commvq", "vecinfer_rope"}) {
+    const test::CasePtr one = test::codec_cases(method, 64).back();  // qjl: chosen outliers
+    SCOPED_TRACE(one->label());
+    const bool turned = std::string(method) != "qjl";
+    check(c, turned ? turned_side(*one) : outlier_side(*one), scalar_side(Side::values, c, 2, 1));
+  }
 }
 
 }  // namespace

@@ -77,7 +77,7 @@ inline MetalSide vecinfer_side(test::Random& random, Side side, const Case& c, c
 constexpr uint64_t kSeed = 5;
 
 inline MetalSide rotated(CodecPtr codec, CodeFormat format, std::vector<float> numbers,
-                  std::vector<int64_t> shape) {
+                         std::vector<int64_t> shape) {
   MetalSide s;
   s.codec = std::move(codec);
   s.format = format;
@@ -309,7 +309,7 @@ struct MetalDecode {
 };
 
 inline std::vector<msl::Report> check(const Case& c, const MetalSide& keys, const MetalSide& values,
-                               int cores = 4) {
+                                      int cores = 4) {
   const Scenario p(c, keys.codec, values.codec);
   MetalDecode metal(p, keys, values);
   const Result got = metal.run(cores);
@@ -317,7 +317,8 @@ inline std::vector<msl::Report> check(const Case& c, const MetalSide& keys, cons
                           : c.out_dtype == DType::bfloat16 ? 0x1p-8
                                                            : 0;
   const double error = worst_error(got, oracle(p));
-  EXPECT_LE(error, 2e-5 + rounding);  // fp32 throughout; 2e-3 would be allowed
+  // fp32 throughout; 2e-3 would be allowed. One chain of sums for all tokens where queries are many.
+  EXPECT_LE(error, (c.n_queries > 16 ? 4e-5 : 2e-5) + rounding);
   const Result want = oracle(p);
   for (size_t i = 0; i < want.lse.size(); ++i) {
     if (std::isinf(want.lse[i])) {

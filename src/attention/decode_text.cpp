@@ -12,8 +12,18 @@ namespace {
 
 using metal::Kernel;
 
-constexpr int kMaxRows = 8;               // of a tile: registers
+constexpr int kMaxRows = 8;             // of a tile: registers
 constexpr int kQueryBytes = 23 * 1024;  // of threadgroup memory; the rest is for two tables
+
+// Picks the array of an item among those of its kind.
+std::string choice(const std::string& name, int n, const std::string& cast) {
+  std::string text = cast + name + "0";
+  for (int i = 1; i < n; ++i) {
+    text = "source == " + std::to_string(i) + " ? " + cast + name + std::to_string(i) + " : (" +
+           text + ")";
+  }
+  return text;
+}
 
 }  // namespace
 
@@ -64,7 +74,6 @@ std::string group_text() {
   const int item = (int)threadgroup_position_in_grid.x % n_items;
   const int first_row = (int)threadgroup_position_in_grid.x / n_items * ROWS;
   const uint self = thread_index_in_threadgroup, n_threads = threads_per_threadgroup.x;
-  const uint lane = self % 32, simdgroup = self / 32, n_simdgroups = n_threads / 32;
   const int64_t head_queries = (int64_t)(batch * n_heads + head) * n_rows * DIM;
   const float factor = params[0] * M_LOG2E_F, cap = params[1];
 )";
@@ -77,7 +86,9 @@ std::string plan_text() {
 }
 
 std::string rows_text(bool mask) {
-  std::string text = R"(  float maximum[ROWS], sum[ROWS];
+  std::string text =
+      R"(  const uint lane = self % 32, simdgroup = self / 32, n_simdgroups = n_threads / 32;
+  float maximum[ROWS], sum[ROWS];
   int query_of[ROWS];
   int64_t mask_row[ROWS];
   int seen_end = 0;
@@ -115,11 +126,28 @@ std::string sides_text(const DecodeShape& s, const std::string& blocks) {
       text += "    veloxquant::hadamard_rows<DIM>(query, ROWS, self, n_threads);\n";
     }
     if (s.key_transform == 3) {
-      text += "    veloxquant::rotate_rows<DIM>(smooth, query, power, ROWS, self, n_threads);\n";
+      text +=
+          "    for (uint r = 0; r < ROWS; r += TURNED) veloxquant::rotate_rows<DIM>(smooth, query "
+          "+ r * "
+          "DIM, power, TURNED, self, n_threads);\n";
     }
   }
   return text + "    veloxquant::barrier_of_group();\n" + tile_text("k", s.keys) +
          tile_text("v", s.values) + blocks;
+}
+
+std::string span_blocks_text(const DecodeShape& s) {
+  const std::string block =
+      "  const int64_t block = (int64_t)(batch * n_heads + head) * plan[6 * item + 5] + "
+      "first;\n";
+  const auto blocks_of = [&](const std::string& name, const std::string& side,
+                             const CodeFormat& format) {
+    const std::string type = std::string("const device ") + word_type(format) + "*";
+    return "    " + type + " " + name + " = (" + choice(side, s.n_spans, "(" + type + ")") +
+           ") + block * decltype(" + side + "_tile)::WORDS;\n" +
+           (format.turned() ? "    " + side + "_tile.first = " + name + ";\n" : "");
+  };
+  return block + blocks_of("keys", "k", s.keys) + blocks_of("values", "v", s.values);
 }
 
 std::string packed_text(const std::string& dims) {
@@ -189,21 +217,25 @@ const Kernel* kernel_once(const std::string& name, const std::vector<std::string
   return &it->second;
 }
 
-std::vector<metal::TemplateArgument> first_pass_arguments(const DecodeShape& s) {
+std::vector<metal::TemplateArgument> side_arguments(const DecodeShape& s) {
   std::vector<metal::TemplateArgument> arguments = {
-      {"DIM", s.head_dim},
-      {"ROWS", tile_rows(s)},
-      {"GROUPS", kMaxSimdgroups},
-      {"BFLOAT", s.bfloat_cache ? 1 : 0},
-      {"SOFTCAP", s.softcap ? 1 : 0},
-      {"MASK", s.mask ? 1 : 0},
-      {"NE", (s.head_dim + 31) / 32},
-      {"QUERY_DIM", query_numbers(s)},
-      {"VALUES", s.value_rows()}};
+      {"DIM", s.head_dim},      {"BFLOAT", s.bfloat_cache ? 1 : 0}, {"SOFTCAP", s.softcap ? 1 : 0},
+      {"MASK", s.mask ? 1 : 0}, {"QUERY_DIM", query_numbers(s)},    {"VALUES", s.value_rows()}};
   if (s.n_spans > 0) {
-    const int piece = piece_dims(s.values), n_values = s.value_rows() / piece;
     add_tile_arguments("K", s.keys, s.key_rows(), arguments);
     add_tile_arguments("V", s.values, s.value_rows(), arguments);
+  }
+  return arguments;
+}
+
+std::vector<metal::TemplateArgument> first_pass_arguments(const DecodeShape& s) {
+  std::vector<metal::TemplateArgument> arguments = side_arguments(s);
+  arguments.insert(arguments.end(), {{"ROWS", tile_rows(s)},
+                                     {"TURNED", tile_rows(s)},
+                                     {"GROUPS", kMaxSimdgroups},
+                                     {"NE", (s.head_dim + 31) / 32}});
+  if (s.n_spans > 0) {
+    const int piece = piece_dims(s.values), n_values = s.value_rows() / piece;
     arguments.push_back({"VPIECE", piece});
     arguments.push_back({"NP", values_a_lane(n_values) * piece});
   }

@@ -28,6 +28,8 @@ std::string rows_text(bool mask);
 // Before packed blocks: queries, k_tile, v_tile, then `blocks`, which makes the variables keys and
 // values, block 0 being the item's first.
 std::string sides_text(const DecodeShape& s, const std::string& blocks);
+// Those variables, of an item of a span.
+std::string span_blocks_text(const DecodeShape& s);
 // Packed blocks `keys`, `values` by k_tile and v_tile, merged: NP values a lane, pieces of VPIECE.
 // dims: the argument that says how many a value has.
 std::string packed_text(const std::string& dims);
@@ -39,6 +41,8 @@ std::string exact_call_text(int array, const std::string& first, const std::stri
 // The outputs parts and sums. own: numbers of this item's rows, the others are zeros.
 std::string store_text(const std::string& dims, const std::string& own);
 
+// Of both sides' tiles and queries; with what the decode kernel has beside them.
+std::vector<metal::TemplateArgument> side_arguments(const DecodeShape& s);
 std::vector<metal::TemplateArgument> first_pass_arguments(const DecodeShape& s);
 
 // Bodies differ in which arrays there are: one kernel for each, built once.

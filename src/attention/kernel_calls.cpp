@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "src/attention/decode_text.h"
+#include "src/attention/prefill_text.h"
 #include "src/attention/tile_text.h"
 #include "src/backends/metal/source.h"
 
@@ -13,6 +14,7 @@ using metal::Call;
 using metal::Type;
 
 const char* const kHeader = "src/attention/metal_decode.h";
+const char* const kPrefillHeader = "src/attention/metal_prefill.h";
 constexpr int kThreadgroupsACore = 8;
 constexpr int kMaxItemBlocks = 64;
 constexpr int kMergeSlices = 4;  // of the items of a row, merged side by side
@@ -20,36 +22,14 @@ constexpr int kMaxBuffers = 31;  // that a Metal function takes
 
 std::string numbered(const char* name, int i) { return name + std::to_string(i); }
 
-// Picks the array of an item among those of its kind.
-std::string choice(const std::string& name, int n, const std::string& cast) {
-  std::string text = cast + name + "0";
-  for (int i = 1; i < n; ++i) {
-    text = "source == " + std::to_string(i) + " ? " + cast + numbered(name.c_str(), i) + " : (" +
-           text + ")";
-  }
-  return text;
-}
-
 std::string first_pass_body(const DecodeShape& s) {
   std::string text = memory_text();
   if (s.n_spans > 0) text += stage_text("k", s.keys) + stage_text("v", s.values);
   text += group_text() + plan_text() + rows_text(s.mask);
   if (s.n_exact > 0) text += "  const int source = plan[6 * item + 1];\n";
   if (s.n_spans > 0) {
-    const std::string block =
-        "    const int64_t block = (int64_t)(batch * n_heads + head) * plan[6 * item + 5] + "
-        "first;\n";
-    const auto blocks_of = [&](const std::string& name, const std::string& side,
-                               const CodeFormat& format) {
-      const std::string type = std::string("const device ") + word_type(format) + "*";
-      return "    " + type + " " + name + " = (" + choice(side, s.n_spans, "(" + type + ")") +
-             ") + block * decltype(" + side + "_tile)::WORDS;\n" +
-             (format.turned() ? "    " + side + "_tile.first = " + name + ";\n" : "");
-    };
-    text += "  if (is_packed) {\n" +
-            sides_text(s, block + blocks_of("keys", "k", s.keys) +
-                              blocks_of("values", "v", s.values)) +
-            packed_text("VALUES") + "  } else {\n";
+    text += "  if (is_packed) {\n" + sides_text(s, span_blocks_text(s)) + packed_text("VALUES") +
+            "  } else {\n";
   } else {
     text += "  {\n";
   }
@@ -58,7 +38,8 @@ std::string first_pass_body(const DecodeShape& s) {
     calls += "      if (source == " + std::to_string(i) + ")\n" +
              exact_call_text(i, "first", "count", "position");
   }
-  text += (calls.empty() ? calls : exact_text(calls)) + "  }\n" + store_text("VALUES", "is_packed ? VALUES : DIM");
+  text += (calls.empty() ? calls : exact_text(calls)) + "  }\n" +
+          store_text("VALUES", "is_packed ? VALUES : DIM");
   // Without a mask the parameter is any pointer.
   return replaced(text, "mask_text", s.mask ? "mask" : "params");
 }
@@ -78,6 +59,12 @@ std::vector<std::string> first_pass_inputs(const DecodeShape& s) {
   }
   if (s.mask) inputs.push_back("mask");
   return inputs;
+}
+
+// Query rows of a threadgroup of the first pass.
+int shared_rows(const DecodeShape& s) {
+  const int rows = prefill_shape(s).rows;
+  return rows > 0 ? rows : tile_rows(s);
 }
 
 }  // namespace
@@ -143,7 +130,7 @@ std::vector<Item> plan_items(const DecodeShape& s, const std::vector<Stretch>& s
   for (const Stretch& stretch : stretches) {
     if (stretch.packed) blocks += (stretch.count + kBlockTokens - 1) / kBlockTokens;
   }
-  const int64_t tiles = (s.n_rows() + tile_rows(s) - 1) / tile_rows(s);
+  const int64_t tiles = (s.n_rows() + shared_rows(s) - 1) / shared_rows(s);
   const int64_t groups = static_cast<int64_t>(s.batch) * s.n_kv_heads * tiles;
   const int64_t wanted = (int64_t{kThreadgroupsACore} * cores + groups - 1) / groups;
   const int64_t each =
@@ -183,15 +170,19 @@ Call turn_queries_call(const DecodeShape& s, int matrices) {
 
 Call first_pass_call(const DecodeShape& s, int n_items) {
   Call call;
-  call.kernel = kernel_once("vq_decode_items", first_pass_inputs(s), {"parts", "sums"}, kHeader,
-                            first_pass_body(s), false);
-  const int rows = tile_rows(s), tiles = (s.n_rows() + rows - 1) / rows;
-  call.launch.arguments = first_pass_arguments(s);
+  const bool prefill = prefill_shape(s).rows > 0;
+  call.kernel = prefill ? kernel_once("vq_prefill_items", first_pass_inputs(s), {"parts", "sums"},
+                                      kPrefillHeader, prefill_body(s), false)
+                        : kernel_once("vq_decode_items", first_pass_inputs(s), {"parts", "sums"},
+                                      kHeader, first_pass_body(s), false);
+  const int rows = shared_rows(s), tiles = (s.n_rows() + rows - 1) / rows;
+  call.launch.arguments = prefill ? prefill_arguments(s) : first_pass_arguments(s);
   const int threads = 32 * kMaxSimdgroups;
   call.launch.grid = {n_items * tiles * threads, s.n_kv_heads, s.batch};
   call.launch.threadgroup = {threads, 1, 1};
-  call.launch.outputs = {{Type::float32, {s.batch, s.n_kv_heads, n_items, s.n_rows(), s.value_rows()}},
-                         {Type::float32, {s.batch, s.n_kv_heads, n_items, s.n_rows(), 2}}};
+  call.launch.outputs = {
+      {Type::float32, {s.batch, s.n_kv_heads, n_items, s.n_rows(), s.value_rows()}},
+      {Type::float32, {s.batch, s.n_kv_heads, n_items, s.n_rows(), 2}}};
   return call;
 }
 

@@ -102,7 +102,8 @@ metal::Call turn_queries_call(const DecodeShape& shape, int matrices);
 metal::Call first_pass_call(const DecodeShape& shape, int n_items);
 // inputs: parts, sums, counts int32 [3]: items, packed items, query heads of a KV head; sinks fp32
 // [Hq] (-inf: none; without `sinks` any array); inverse: smooth [H, D], matrices [H, D, D],
-// signs [2, D] (values of `prod`: then its S [D, D]), or one number. outputs: out [B, Hq, Lq, D], lse fp32 [B, Hq, Lq].
+// signs [2, D] (values of `prod`: then its S [D, D]), or one number. outputs: out [B, Hq, Lq, D],
+// lse fp32 [B, Hq, Lq].
 metal::Call second_pass_call(const DecodeShape& shape);
 
 }  // namespace veloxquant::attention

@@ -126,10 +126,11 @@ VQ_FN Blocks block_at(Blocks blocks, int n) {
 template <int ROWS, int SOFTCAP, int MASK, int N, class KeyTile, class ValueTile, class KeyBlocks,
           class ValueBlocks, class Q, class P, class Seen, class Mask>
 VQ_FN void attend_blocks(KeyTile keys, KeyBlocks key_blocks, ValueTile values,
-                         ValueBlocks value_blocks, int n_tokens, int position, Q q, P p, float cap, Seen seen,
-                         VQ_THREAD const int* query, Mask mask, VQ_THREAD const int64_t* mask_row,
-                         int64_t mask_step, VQ_THREAD float (*own)[N], VQ_THREAD float* maximum,
-                         VQ_THREAD float* sum, uint simdgroup, uint n_simdgroups, uint lane) {
+                         ValueBlocks value_blocks, int n_tokens, int position, Q q, P p, float cap,
+                         Seen seen, VQ_THREAD const int* query, Mask mask,
+                         VQ_THREAD const int64_t* mask_row, int64_t mask_step,
+                         VQ_THREAD float (*own)[N], VQ_THREAD float* maximum, VQ_THREAD float* sum,
+                         uint simdgroup, uint n_simdgroups, uint lane) {
   const int KSUB = KeyTile::SUB, KDIM = KeyTile::DIM, VSUB = ValueTile::SUB;
   const int VM = ValueTile::DIM / VSUB;
   const uint word = lane % 16, side = lane / 16;

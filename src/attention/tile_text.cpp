@@ -64,6 +64,11 @@ std::string stage_text(const char* side, const CodeFormat& f) {
                                      : "  threadgroup half $_stage[@C * @SUB];\n");
 }
 
+int stage_bytes(const CodeFormat& f) {
+  if (!staged(f)) return 0;
+  return has_levels(f) ? 64 * f.stages : 2 * f.n_centroids * f.sub_dim;
+}
+
 std::string table_text(const char* side, const CodeFormat& f) {
   std::string text;
   if (f.kind == TileKind::vecinfer || f.kind == TileKind::pairs) {
@@ -121,7 +126,8 @@ std::string tile_text(const char* side, const CodeFormat& f) {
 )";
       break;
     case TileKind::pairs:
-      text = R"(PairsTile<@ROWS, @SUB, @C, @BITS, @TABLES, const device uint32_t*, const device half*,
+      text =
+          R"(PairsTile<@ROWS, @SUB, @C, @BITS, @TABLES, const device uint32_t*, const device half*,
                           const device float*> $_tile;
     $_tile.codes.table = $_given;
 )" + turning_text();

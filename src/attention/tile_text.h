@@ -10,6 +10,7 @@ namespace veloxquant::attention {
 
 // Threadgroup memory for the table, if it is copied there.
 std::string stage_text(const char* side, const CodeFormat& f);
+int stage_bytes(const CodeFormat& f);
 // The copy, by all threads; a barrier must follow.
 std::string table_text(const char* side, const CodeFormat& f);
 // The variable k_tile or v_tile.

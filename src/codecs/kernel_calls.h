@@ -14,9 +14,9 @@ Call unpack_words_call(int rows, int n_codes, int bits);
 // [n].
 Call hamming_score_call(int n, int n_dims);
 
-// Decoded rows out of a codec's coordinates (metal_inverse.h). inputs: y fp32 [batch, heads, n, dim];
-// numbers fp32: factors [heads, dim], matrices [heads, dim, dim], signs [2, dim] or one. outputs:
-// like y, of `out`.
+// Decoded rows out of a codec's coordinates (metal_inverse.h). inputs: y fp32 [batch, heads, n,
+// dim]; numbers fp32: factors [heads, dim], matrices [heads, dim, dim], signs [2, dim] or one.
+// outputs: like y, of `out`.
 Call inverse_rows_call(int batch, int heads, int n, int dim, int transform, Type out);
 
 // Blocks of x [batch, heads, n, dim] to u8 [batch, heads, n_blocks, block_bytes], eight

@@ -5,10 +5,11 @@
 
 namespace veloxquant {
 
-// y [n_rows][DIM] of a head -> out, rounded to OUT. TRANSFORM as in DecodeShape: 0 none, 1 Hadamard,
-// then the head's factors [DIM], 2 times its matrix [DIM][DIM], 3 the seeded rotation of signs
-// [2][DIM]. tile: which rows.
-template <int DIM, int ROWS, int TRANSFORM, class OUT, class Y, class Numbers, class Out, class Rows>
+// y [n_rows][DIM] of a head -> out, rounded to OUT. TRANSFORM as in DecodeShape: 0 none, 1
+// Hadamard, then the head's factors [DIM], 2 times its matrix [DIM][DIM], 3 the seeded rotation of
+// signs [2][DIM]. tile: which rows.
+template <int DIM, int ROWS, int TRANSFORM, class OUT, class Y, class Numbers, class Out,
+          class Rows>
 VQ_FN void inverse_rows(Y y, int n_rows, Numbers numbers, Out out, Rows rows, Rows moved, uint tile,
                         uint self, uint n_threads) {
   const int first = (int)tile * ROWS;

@@ -24,8 +24,8 @@ struct GpuCodec {
   // Transform 2: queries times it are q_codes. fp32 [1 or H, D, rows].
   std::optional<mlx::core::array> query_matrix;
 
-  // Tokens of whole blocks [B, H, 64 n, D] to u8 blocks [B, H, n, bytes], and back to fp32; the
-  // first token is at `position`.
+  // Tokens [B, H, n, D] to u8 blocks [B, H, ceil(n / 64), bytes], and those back to fp32, all 64;
+  // the first token is at `position`.
   using Step = std::function<mlx::core::array(const mlx::core::array& of, int64_t position,
                                               const GpuStream& gpu)>;
   Step encode, decode;

@@ -48,19 +48,21 @@ inline uint64_t seed_of(const CodecSpec& spec) {
 }
 
 template <class Shape>
-void set_blocks(Shape& shape, int n_blocks) {
-  shape.n_tokens = kBlockTokens * n_blocks;
+void set_tokens(Shape& shape, int n_tokens) {
+  shape.n_tokens = n_tokens;
 }
-inline void set_blocks(vecinfer::BlockShape& shape, int n_blocks) { shape.n_blocks = n_blocks; }
+inline void set_tokens(vecinfer::BlockShape& shape, int n_tokens) {
+  shape.n_blocks = (n_tokens + kBlockTokens - 1) / kBlockTokens;
+}
 
-// One launch, of what is given and `inputs`; per_block: its third dimension for a block.
+// One launch, of what is given and `inputs`; tokens: those of its third dimension's unit.
 template <class Shape>
 GpuCodec::Step step_of(const Shape& blocks, metal::Call (*call)(const Shape&),
-                       std::vector<mlx::core::array> inputs, int per_block) {
+                       std::vector<mlx::core::array> inputs, int tokens) {
   return [=](const mlx::core::array& of, int64_t, const GpuStream& gpu) {
     Shape shape = blocks;
     shape.batch = of.shape(0);
-    set_blocks(shape, of.shape(2) / per_block);
+    set_tokens(shape, of.shape(2) * tokens);
     std::vector<mlx::core::array> all = inputs;
     all.insert(all.begin(), of);
     return launch(call(shape), std::move(all), gpu)[0];
@@ -70,8 +72,8 @@ template <class Shape>
 void set_steps(GpuCodec& gpu, const Shape& blocks, metal::Call (*encode)(const Shape&),
                std::vector<mlx::core::array> encode_inputs, metal::Call (*decode)(const Shape&),
                std::vector<mlx::core::array> decode_inputs) {
-  gpu.encode = step_of(blocks, encode, std::move(encode_inputs), kBlockTokens);
-  gpu.decode = step_of(blocks, decode, std::move(decode_inputs), 1);
+  gpu.encode = step_of(blocks, encode, std::move(encode_inputs), 1);
+  gpu.decode = step_of(blocks, decode, std::move(decode_inputs), kBlockTokens);
 }
 
 }  // namespace veloxquant

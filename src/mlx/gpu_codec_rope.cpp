@@ -58,7 +58,7 @@ struct Slots {
     shape.n_tokens = x.shape(2), shape.dim = x.shape(3);
     shape.rotating = rope->spec().rotary_dims() / 2, shape.planes = planes;
     const auto [cosines, sines] =
-        block_tables(*rope, direction, position, x.shape(2) / kBlockTokens);
+        block_tables(*rope, direction, position, (x.shape(2) + kBlockTokens - 1) / kBlockTokens);
     return launch(back ? rope::from_slots_call(shape) : rope::to_slots_call(shape),
                   {x, numbers, back ? inverse_weights : weights, cosines, sines}, gpu)[0];
   }

@@ -75,8 +75,7 @@ MaybeGpuCodec rabitq_gpu_codec(const CodecArrays& codec) {
     means = floats_of(moved, {heads, dim});
     numbers.insert(numbers.end(), moved.begin(), moved.end());
   }
-  const mx::array signs =
-      floats_of(turboquant::rotation_signs(dim, seed_of(codec.spec)), {2, dim});
+  const mx::array signs = floats_of(turboquant::rotation_signs(dim, seed_of(codec.spec)), {2, dim});
   GpuCodec gpu = rotated(format, signs, floats_of(numbers));
   set_steps(gpu, blocks, rabitq::encode_blocks_call, {signs, means}, rabitq::decode_blocks_call,
             {means});
@@ -101,7 +100,8 @@ MaybeGpuCodec qjl_gpu_codec(const CodecArrays& codec) {
   // Signs of the rotations, or the matrix; queries meet the keys' signs behind the same.
   const std::vector<float> rotations =
       blocks.dense ? std::vector<float>{} : qjl::sketch_signs(blocks, seed);
-  const mx::array sketch = blocks.dense ? *given : floats_of(rotations, {(m + m_out) / dim, 2, dim});
+  const mx::array sketch =
+      blocks.dense ? *given : floats_of(rotations, {(m + m_out) / dim, 2, dim});
   std::vector<int32_t> channels = {0};  // of a head, ascending
   if (chosen != nullptr) {
     channels.assign(chosen->data<int32_t>(), chosen->data<int32_t>() + chosen->size());
@@ -116,7 +116,8 @@ MaybeGpuCodec qjl_gpu_codec(const CodecArrays& codec) {
   GpuCodec gpu{format, 0, one_number(), floats_of({constants[0]}), one_number(), {}, {}, {}, 0};
   if (blocks.sketched()) {
     gpu.transform = gpu.inverse_transform = 3;
-    gpu.smooth = gpu.inverse = floats_of({rotations.begin(), rotations.begin() + 2 * dim}, {2, dim});
+    gpu.smooth = gpu.inverse =
+        floats_of({rotations.begin(), rotations.begin() + 2 * dim}, {2, dim});
   } else {
     gpu.transform = 2;
     gpu.query_matrix = floats_of(qjl::query_matrix(blocks, matrix, seed), {1, dim, format.n_rows});

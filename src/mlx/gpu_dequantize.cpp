@@ -55,20 +55,19 @@ std::optional<mx::array> dequantize_on_gpu(const Snapshot& snapshot, mx::StreamO
     // Of tokens in both forms the codes count.
     const int64_t from = position >= tail ? std::max(position, code_end) : position;
     if (from >= end) return;
-    const mx::array tokens =
-        tokens_of(a, slot + from - position, slot + end - position, stream);
-    parts.push_back(mx::astype(as_given ? as_kept(tokens, layout.exact_dtype, stream) : tokens,
-                               dtype, stream));
+    const mx::array tokens = tokens_of(a, slot + from - position, slot + end - position, stream);
+    parts.push_back(
+        mx::astype(as_given ? as_kept(tokens, layout.exact_dtype, stream) : tokens, dtype, stream));
   };
   const int64_t sinks = std::min<int64_t>(layout.exact_length, layout.sinks);
   if (snapshot.exact) exact(*snapshot.exact, 0, 0, sinks, false);
   // A chunk from the first token on holds the sinks as well.
   if (snapshot.chunk && layout.chunk_start < tail) {
     const int64_t end = std::min<int64_t>(tail, layout.length);
-    parts.push_back(mx::astype(
-        as_kept(tokens_of(*snapshot.chunk, 0, end - layout.chunk_start, stream), layout.exact_dtype,
-                stream),
-        dtype, stream));
+    parts.push_back(
+        mx::astype(as_kept(tokens_of(*snapshot.chunk, 0, end - layout.chunk_start, stream),
+                           layout.exact_dtype, stream),
+                   dtype, stream));
   }
   for (size_t i = 0; i < layout.packed.size(); ++i) {
     const PackedSpan& span = layout.packed[i];
@@ -91,8 +90,8 @@ std::optional<mx::array> dequantize_on_gpu(const Snapshot& snapshot, mx::StreamO
   count_dequantize_call();
   if (debug_enabled()) log_once("dequantize: on the GPU, caches of " + spec.method);
   const mx::array whole = parts.size() == 1 ? parts[0] : mx::concatenate(parts, 2, stream);
-  require(whole.shape(2) == layout.length, "[dequantize] tokens: got ", whole.shape(2),
-          ", wanted ", layout.length);
+  require(whole.shape(2) == layout.length, "[dequantize] tokens: got ", whole.shape(2), ", wanted ",
+          layout.length);
   return dtype == snapshot.dtype ? whole : mx::astype(whole, snapshot.dtype, stream);
 }
 

@@ -4,8 +4,8 @@
 #   tools/gpu/mlx.sh pack BUILD MLX.tar.xz FOLDER    BUILD: has libveloxquant.a; MLX.tar.xz: site-packages of mlx[cuda13];
 #                                                    $PYTHON312: a directory with Python.h of 3.12
 #   FOLDER/tools/gpu/mlx.sh run OUT PART...          mlx_check.py by parts: those that time something one after the other
-#                                                    at the end, all others at once; OUT/mlx_check.log
-# Kernels that MLX has compiled (2 s each) come back as OUT/ptx.tar.gz, and are taken from FOLDER/ptx.tar.gz where that is.
+#                                                    at the end, all others at once (MLX compiles a kernel in 2 to 3 s, in
+#                                                    every process again: PART:0/4 ... are shares); OUT/mlx_check.log
 set -euo pipefail
 mode=$1
 shift
@@ -14,11 +14,12 @@ if [ "$mode" = pack ]; then
   include=${PYTHON312:?a directory with Python.h of 3.12}
   cd "$(dirname "$0")/../.."
   mkdir -p "$folder" "$objects/site"
-  find "$folder" -mindepth 1 -maxdepth 1 ! -name ptx.tar.gz -exec rm -r {} +
+  find "$folder" -mindepth 1 -delete
   mkdir -p "$folder/site" "$folder/tools"
   cp -r tools/gpu "$folder/tools"
   cp -r python "$folder/python"
   cp README.md "$folder"
+  [ ! -d ../shared/seeds ] || cp -r ../shared/seeds "$folder"
   cp "$mlx" "$folder/mlx.tar.xz"
   # Pure Python; nanobind as MLX has it.
   site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -49,24 +50,21 @@ cd "$(dirname "$0")/../.."
 out=$(realpath -m "$1")
 shift
 build=/tmp/veloxquant_mlx python=${PYTHON:-python3}
-mkdir -p "$out" "$build/site" "$build/ptx"
+mkdir -p "$out" "$build/site"
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 [ -d "$build/site/mlx" ] || tar -xJf mlx.tar.xz -C "$build/site"
 cp -r site/. "$build/site"
 ln -sfn "$($python -c 'import nvidia; print(list(nvidia.__path__)[0])')" "$build/site/nvidia"
-[ ! -f ptx.tar.gz ] || tar -xzf ptx.tar.gz -C "$build/ptx"
 export LD_LIBRARY_PATH=$PWD:$build/site/mlx/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export PYTHONPATH=$PWD/python:$PWD/python/tests:$build/site PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # Products of a model in fp32, as the CPU has them: what differs then is ours.
-export MLX_ENABLE_TF32=${MLX_ENABLE_TF32:-0}
-trap 'cp -rn "$build"/ptx_*/. "$build/ptx"; rm -f "$build"/ptx/*.cu; tar -czf "$out/ptx.tar.gz" -C "$build/ptx" .' EXIT
-timed() { [ "$1" = speed ] || [ "$1" = launches ]; }
+export MLX_ENABLE_TF32=${MLX_ENABLE_TF32:-0} VELOXQUANT_SEEDS=$PWD/seeds
+timed() { [ "${1%%:*}" = speed ] || [ "$1" = launches ]; }
 part() {  # its own kernels: MLX writes them without a lock
-  local name=${1//[:\/]/_}
-  local log=$build/$name.log own=$build/ptx_$name
-  cp -rT "$build/ptx" "$own"
-  MLX_PTX_CACHE_DIR=$own $python tools/gpu/mlx_check.py "$out" "$1" > "$log" 2>&1 || echo "exit status $?" >> "$log"
-  echo "$1 after $SECONDS s: $(tail -n 2 "$log" | tr '\n' ' ')"
+  local log=$build/${1//[:\/]/_}.log
+  MLX_PTX_CACHE_DIR=${log%.log} timeout "${LIMIT:-100}" $python tools/gpu/mlx_check.py "$out" "$1" > "$log" 2>&1 || echo "exit status $?" >> "$log"
+  cat "$log" >> "$out/mlx_check.log"
+  echo "$1 after $SECONDS s: $(tail -n 1 "$log" | cut -c1-300)"
 }
 for name in "$@"; do
   timed "$name" || part "$name" &
@@ -75,5 +73,4 @@ wait
 for name in "$@"; do
   ! timed "$name" || part "$name"
 done
-tail -n +1 "$build"/*.log > "$out/mlx_check.log"
 grep -h -E '^(FAILED|speed:|Traceback|[A-Za-z.]*Error)' "$out/mlx_check.log" || true

@@ -1,6 +1,7 @@
 """On a GPU machine, run by tools/gpu/mlx.sh: every operation on the GPU against the CPU, then what is asked for.
 
-mlx_check.py OUT PART[:i/n]...     functions, cache, selftest, speed, launches, generate; the i-th of n shares of it
+mlx_check.py OUT PART[:i/n]...     functions, conformance, cache, selftest, snippets, generate, speed, launches; the
+                                   i-th of n shares of it
 
 generate wants SmolLM2 as MODEL (a .gguf) and a calibrated ARTIFACTS directory in the environment.
 """
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from gpu_cases import STEPS, cache_cases, cases, drive, make_cache, outputs, ready
+from codec_conformance import answers, conformance_cases, probes
+from gpu_cases import STEPS, cache_cases, cases, dequantized, drive, make_cache, outputs, ready
 
 from veloxquant_mlx import _ext
 
@@ -57,6 +59,32 @@ def functions():
             check(name + ", own stream", equal(outputs(call()), expected))
 
 
+def conformance():
+    """Blocks and decoded bits of every codec, equal to the CPU's: whole ones, tails, borders of codes, garbage."""
+    for name, make in shared_out(conformance_cases()):
+        codec = make()
+        mx.set_default_device(mx.cpu)
+        given = probes(codec)
+        expected = answers(codec, given)
+        mx.set_default_device(mx.gpu)
+        before = _ext.gpu_launches()
+        got = answers(codec, given)
+        launched = launched_since(before)
+        kernels = {k.split("_")[-2] for k in launched if k.endswith("_blocks")}
+        check(f"conformance: {name}", equal(got, expected) and kernels == {"encode", "decode"}, launched)
+
+
+def snippets():
+    """The seeds' and README's snippets as the tests run them, with the GPU as default device."""
+    import pytest
+
+    tests = Path(__file__).resolve().parents[2] / "python" / "tests"
+    files = [str(tests / f"test_{name}_snippets.py") for name in ("documented", "metal")]
+    result = pytest.main(["-q", "-rs", "-p", "no:cacheprovider", *files])
+    launched = _ext.gpu_launches()
+    check("snippets", result == 0 and "vq_decode_items" in launched and "vq_scalar_quantize" in launched, launched)
+
+
 def launched_since(before):
     return {k: n - before.get(k, 0) for k, n in _ext.gpu_launches().items() if n > before.get(k, 0)}
 
@@ -83,7 +111,11 @@ def cache():
         seconds, launched = time.perf_counter() - start, launched_since(before)
         appends = sum(0 < n for n in steps)
         check(f"bytes: {name}", positions == gpu_positions and equal(gpu_arrays, arrays), f"{seconds:.1f} s {launched}")
-        check(f"kernels: {name}", launched["vq_decode_items"] == launched["vq_decode_merge"] == appends)
+        check(f"kernels: {name}", launched["vq_decode_items"] + launched["vq_prefill_items"] == launched["vq_decode_merge"] == appends)
+        mx.set_default_device(mx.cpu)
+        dense = dequantized(make_cache(**arguments), [150, 2], dtype)
+        mx.set_default_device(mx.gpu)
+        check(f"dequantize: {name}", equal(dequantized(make_cache(**arguments), [150, 2], dtype), dense))
         error = row_error(got, expected)
         check(f"attention: {name}", error < (1e-2 if dtype == mx.bfloat16 else 2e-3), f"row error {error:.1e}")
     if share[0] > 0:
@@ -185,7 +217,7 @@ def launches():
         "append": lambda: [cache.update(one, one) and a for cache in caches for a in cache.arrays()],
         "attend": lambda: [_ext.attend(q, *sides, scale=0.1, causal=True)[0] for sides in held],
         "pack_words": lambda: [_ext.pack_words(codes, 3) for _ in range(LAYERS)],
-        "pack_words, in a chain": lambda: chain(lambda c: _ext.pack_words(c, 16).view(mx.int32)[:, :4], codes, LAYERS),
+        "pack_words and unpack_words in turn": lambda: chain(lambda c: _ext.unpack_words(_ext.pack_words(c, 8), 8, 64), codes, LAYERS // 2),
         "one addition": lambda: [x + float(i) for i in range(LAYERS)],
         "one addition, in a chain": lambda: chain(lambda y: y + 1.0, x, LAYERS),
     }
@@ -257,7 +289,7 @@ def selftest():
 
 
 PARTS = {"functions": functions, "cache": cache, "selftest": selftest, "speed": speed, "launches": launches,
-         "generate": generate}
+         "generate": generate, "conformance": conformance, "snippets": snippets}
 
 
 def main():

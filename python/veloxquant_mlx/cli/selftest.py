@@ -9,6 +9,7 @@ import numpy as np
 from veloxquant_mlx import _ext
 
 TOLERANCE = 2e-3  # of a row of attention, relative
+ATTEND = {"vq_append", "vq_append_seal", "vq_decode_items", "vq_prefill_items", "vq_decode_merge"}
 METHODS = (
     "vecinfer", "turboquant", "prod", "turboquant_rvq", "rabitq", "qjl", "outliers", "commvq", "vecinfer_rope", "fp16",
 )  # fmt: skip
@@ -161,7 +162,7 @@ def _cache(on_cpu, heads=2, dim=64):
         before = _ext.gpu_launches()
         arrays, outs, dense = steps(codecs)
         ran = {name for name, n in _ext.gpu_launches().items() if n > before.get(name, 0)}
-        launched = launched and {"vq_append", "vq_append_seal", "vq_decode_items", "vq_decode_merge"} <= ran
+        launched = launched and ATTEND <= ran
         launched = launched and any(name.endswith("_encode_blocks") for name in ran)
         decoded = decoded and "vq_inverse_rows" in ran
         with on_cpu():

@@ -16,8 +16,7 @@ const char* const kHeader = "src/codecs/exact/metal.h";
 }  // namespace
 
 Call encode_blocks_call(const BlockKernelShape& s) {
-  static const Kernel kernel =
-      make_kernel("vq_exact_encode_blocks", {"x"}, {"blocks"}, kHeader, R"(
+  static const Kernel kernel = make_kernel("vq_exact_encode_blocks", {"x"}, {"blocks"}, kHeader, R"(
   veloxquant::exact_encode_blocks<DIM, T>(x, x_shape[2], (x_shape[2] + 63) / 64, blocks,
                                           thread_position_in_grid);)");
   Call call{&kernel, {}};

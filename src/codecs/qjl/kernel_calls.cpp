@@ -72,9 +72,10 @@ namespace {
 // [dim][rows] of the main sketch, or of the outliers'.
 std::vector<float> columns_of(const BlockKernelShape& s, const float* given, uint64_t seed,
                               bool outliers) {
-  const int rows = outliers ? s.layout.m_out : s.layout.m, first = outliers ? s.layout.m / s.dim : 0;
-  const Sketch sketch = s.dense ? Sketch::dense(s.dim, rows, given)
-                                : Sketch::structured(s.dim, rows, seed, first);
+  const int rows = outliers ? s.layout.m_out : s.layout.m,
+            first = outliers ? s.layout.m / s.dim : 0;
+  const Sketch sketch =
+      s.dense ? Sketch::dense(s.dim, rows, given) : Sketch::structured(s.dim, rows, seed, first);
   const size_t dim = s.dim;
   std::vector<float> units(dim * dim, 0.0f), columns(dim * rows);
   for (size_t d = 0; d < dim; ++d) units[d * dim + d] = 1.0f;
@@ -169,8 +170,8 @@ Call encode_rows_call(int n, int dim, int m) {
 }
 
 Call inner_product_call(int batches, int q_heads, int heads, int n) {
-  static const Kernel kernel = make_kernel(
-      "vq_qjl_inner_product", {"q", "signs", "norms", "factor"}, {"scores"}, kRows, R"(
+  static const Kernel kernel =
+      make_kernel("vq_qjl_inner_product", {"q", "signs", "norms", "factor"}, {"scores"}, kRows, R"(
   threadgroup float table[16 * 256];
   veloxquant::qjl_scores(q, q_shape[2], q_shape[1], HEADS, signs, norms, signs_shape[1],
                          (float)factor[0], scores, table, threadgroup_position_in_grid,

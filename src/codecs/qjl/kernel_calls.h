@@ -16,9 +16,9 @@ constexpr int kMaxKernelDim = 1024;  // of the functions' rows
 
 struct BlockKernelShape {
   int batch = 1, heads = 1, n_tokens = 0, dim = 0;
-  BlockLayout layout;           // its channels: those that a block names
+  BlockLayout layout;  // its channels: those that a block names
   int outliers = 0;
-  bool dense = false;           // a matrix instead of rotations
+  bool dense = false;  // a matrix instead of rotations
 
   int n_blocks() const { return (n_tokens + kBlockTokens - 1) / kBlockTokens; }
   bool sketched() const { return !dense && outliers == 0 && layout.m == dim; }

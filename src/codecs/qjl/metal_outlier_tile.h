@@ -30,8 +30,8 @@ struct OutlierTile {
     held = -1;
   }
   float norm(int place, int t) const {
-    const uint32_t bits = (uint32_t)bytes[NORMS + place + 2 * t] |
-                          ((uint32_t)bytes[NORMS + place + 2 * t + 1] << 8);
+    const uint32_t bits =
+        (uint32_t)bytes[NORMS + place + 2 * t] | ((uint32_t)bytes[NORMS + place + 2 * t + 1] << 8);
     return (float)as_type<half>((ushort)bits);
   }
   uint32_t signs_of(int j) const { return (uint32_t)bytes[8 * j + held / 2] >> (4 * (held % 2)); }

@@ -14,9 +14,11 @@ VQ_FN void circle_at(float angle, VQ_THREAD float* c, VQ_THREAD float* s) {
   const int n = (int)(quarter_turns < 0.0f ? quarter_turns - 0.5f : quarter_turns + 0.5f);
   const float k = -(float)n;
   const float r = fma(k, -4.37113883e-08f, fma(k, 1.57079637f, angle)), r2 = r * r;
-  const float sine = fma(r * r2, fma(r2, fma(r2, -1.94865643e-04f, 8.33190233e-03f), -0.166666493f), r);
+  const float sine =
+      fma(r * r2, fma(r2, fma(r2, -1.94865643e-04f, 8.33190233e-03f), -0.166666493f), r);
   const float cosine =
-      fma(r2 * r2, fma(r2, fma(r2, 2.44285529e-05f, -1.38872792e-03f), 4.16666456e-02f), fma(r2, -0.5f, 1.0f));
+      fma(r2 * r2, fma(r2, fma(r2, 2.44285529e-05f, -1.38872792e-03f), 4.16666456e-02f),
+          fma(r2, -0.5f, 1.0f));
   const bool swapped = (n & 1) != 0;
   const float x = swapped ? sine : cosine, y = swapped ? cosine : sine;
   *c = ((n + 1) & 2) != 0 ? -x : x;

@@ -68,14 +68,16 @@ std::vector<float> level_numbers(int dim, int bits, int stages) {
   std::vector<float> numbers(16 * stages, 0.0f);
   for (int s = 0; s < stages; ++s) {
     const ScalarQuantizer quantizer = quantizer_of(dim, bits, s);
-    for (uint32_t c = 0; bits > 0 && c < 1u << bits; ++c) numbers[16 * s + c] = scalar_level(quantizer, c);
+    for (uint32_t c = 0; bits > 0 && c < 1u << bits; ++c)
+      numbers[16 * s + c] = scalar_level(quantizer, c);
   }
   return numbers;
 }
 
 std::vector<float> sketched_queries(int dim, uint64_t seed) {
   const size_t n = dim;
-  std::vector<float> moved(n * n, 0.0f), matrix(2 * n * n);  // row i of moved: R times unit vector i
+  std::vector<float> moved(n * n, 0.0f),
+      matrix(2 * n * n);  // row i of moved: R times unit vector i
   for (size_t i = 0; i < n; ++i) moved[i * n + i] = 1.0f;
   Rotation(dim, seed).forward(Backend::reference, moved.data(), dim);
   const auto sketch = gaussian_sketch(dim, seed);
