@@ -19,7 +19,8 @@ if [ "$mode" = pack ]; then
   cp -r tools/gpu "$folder/tools"
   cp -r python "$folder/python"
   cp README.md "$folder"
-  [ ! -d ../shared/seeds ] || cp -r ../shared/seeds "$folder"
+  seeds=${VELOXQUANT_SEEDS:-../shared/seeds}
+  [ ! -d "$seeds" ] || cp -r "$seeds" "$folder/seeds"
   cp "$mlx" "$folder/mlx.tar.xz"
   # Pure Python; nanobind as MLX has it.
   site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -59,7 +60,8 @@ export LD_LIBRARY_PATH=$PWD:$build/site/mlx/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_P
 export PYTHONPATH=$PWD/python:$PWD/python/tests:$build/site PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # Products of a model in fp32, as the CPU has them: what differs then is ours.
 export MLX_ENABLE_TF32=${MLX_ENABLE_TF32:-0} VELOXQUANT_SEEDS=$PWD/seeds
-timed() { [ "${1%%:*}" = speed ] || [ "$1" = launches ]; }
+# ALONE=0: figures are not the point of this run.
+timed() { [ "${ALONE:-1}" = 1 ] && { [ "${1%%:*}" = speed ] || [ "$1" = launches ]; }; }
 part() {  # its own kernels: MLX writes them without a lock
   local log=$build/${1//[:\/]/_}.log
   MLX_PTX_CACHE_DIR=${log%.log} timeout "${LIMIT:-100}" $python tools/gpu/mlx_check.py "$out" "$1" > "$log" 2>&1 || echo "exit status $?" >> "$log"

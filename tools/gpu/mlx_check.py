@@ -154,7 +154,7 @@ def speed():
     from mlx_lm.models.cache import KVCache
 
     r = np.random.default_rng(1)
-    for kind in ("hadamard", "dense", "turboquant"):
+    for kind in shared_out(("hadamard", "dense", "turboquant")):
         for length in (4096, 32768):
             k = mx.array(r.standard_normal((1, 8, length, 128), dtype=np.float32)).astype(mx.float16)
             one, q = mx.array(k[:, :, :1]), mx.repeat(k[:, :, :1], 4, 1)

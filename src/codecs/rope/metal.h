@@ -16,24 +16,43 @@ VQ_FN int slot_place(int dim, int slot, int member, bool planes) {
   return planes ? member * (dim / 2) + slot : 2 * slot + member;
 }
 
+// A slot of a token: its number among all heads', its row, and how it turns.
+struct SlotPlace {
+  int64_t own, row;
+  int first, second;
+  bool turns;
+  float c, s;
+};
+template <int DIM, int ROTATING, class Slots, class Table>
+VQ_FN SlotPlace slot_of(Slots slots, Table cosines, Table sines, int n_tokens, int n_heads,
+                        uint3 at) {
+  SlotPlace place;
+  place.own = at.z % n_heads * (DIM / 2) + at.x;
+  place.row = ((int64_t)at.z * n_tokens + at.y) * DIM;
+  place.first = slots[3 * place.own + 1];
+  place.second = slots[3 * place.own + 2];
+  const int pair = slots[3 * place.own];
+  place.turns = pair < ROTATING;
+  const int64_t entry = place.turns ? ((int64_t)(at.y / 64) * ROTATING + pair) * 64 + at.y % 64 : 0;
+  place.c = cosines[entry];
+  place.s = sines[entry];
+  return place;
+}
+
 // x [n_tokens][DIM] of a plane, any float -> z fp32. thread: (slot, token, plane).
 template <int DIM, int ROTATING, int PLANES, class X, class Slots, class Weights, class Table,
           class Z>
 VQ_FN void rope_to_slots(X x, int n_tokens, int n_heads, Slots slots, Weights weights,
                          Table cosines, Table sines, Z z, uint3 at) {
-  const int64_t own = at.z % n_heads * (DIM / 2) + at.x,
-                row = ((int64_t)at.z * n_tokens + at.y) * DIM;
-  const int pair = slots[3 * own];
-  float a = (float)x[row + slots[3 * own + 1]], b = (float)x[row + slots[3 * own + 2]];
-  if (pair < ROTATING) {
-    const int64_t place = ((int64_t)(at.y / 64) * ROTATING + pair) * 64 + at.y % 64;
-    const float c = cosines[place], s = sines[place];
-    const float turned = mul(a, c) + mul(b, s);
-    b = mul(b, c) - mul(a, s);
+  const SlotPlace to = slot_of<DIM, ROTATING>(slots, cosines, sines, n_tokens, n_heads, at);
+  float a = (float)x[to.row + to.first], b = (float)x[to.row + to.second];
+  if (to.turns) {
+    const float turned = mul(a, to.c) + mul(b, to.s);
+    b = mul(b, to.c) - mul(a, to.s);
     a = turned;
   }
-  z[row + slot_place(DIM, (int)at.x, 0, PLANES != 0)] = mul(a, weights[own]);
-  z[row + slot_place(DIM, (int)at.x, 1, PLANES != 0)] = mul(b, weights[own]);
+  z[to.row + slot_place(DIM, (int)at.x, 0, PLANES != 0)] = mul(a, weights[to.own]);
+  z[to.row + slot_place(DIM, (int)at.x, 1, PLANES != 0)] = mul(b, weights[to.own]);
 }
 
 // And back; weights: the inverse ones.
@@ -41,20 +60,16 @@ template <int DIM, int ROTATING, int PLANES, class Z, class Slots, class Weights
           class Y>
 VQ_FN void rope_from_slots(Z z, int n_tokens, int n_heads, Slots slots, Weights weights,
                            Table cosines, Table sines, Y y, uint3 at) {
-  const int64_t own = at.z % n_heads * (DIM / 2) + at.x,
-                row = ((int64_t)at.z * n_tokens + at.y) * DIM;
-  const int pair = slots[3 * own];
-  float a = mul(z[row + slot_place(DIM, (int)at.x, 0, PLANES != 0)], weights[own]);
-  float b = mul(z[row + slot_place(DIM, (int)at.x, 1, PLANES != 0)], weights[own]);
-  if (pair < ROTATING) {
-    const int64_t place = ((int64_t)(at.y / 64) * ROTATING + pair) * 64 + at.y % 64;
-    const float c = cosines[place], s = sines[place];
-    const float turned = mul(a, c) - mul(b, s);
-    b = mul(a, s) + mul(b, c);
+  const SlotPlace of = slot_of<DIM, ROTATING>(slots, cosines, sines, n_tokens, n_heads, at);
+  float a = mul(z[of.row + slot_place(DIM, (int)at.x, 0, PLANES != 0)], weights[of.own]);
+  float b = mul(z[of.row + slot_place(DIM, (int)at.x, 1, PLANES != 0)], weights[of.own]);
+  if (of.turns) {
+    const float turned = mul(a, of.c) - mul(b, of.s);
+    b = mul(a, of.s) + mul(b, of.c);
     a = turned;
   }
-  y[row + slots[3 * own + 1]] = a;
-  y[row + slots[3 * own + 2]] = b;
+  y[of.row + of.first] = a;
+  y[of.row + of.second] = b;
 }
 
 }  // namespace veloxquant

@@ -9,11 +9,15 @@
 namespace veloxquant {
 
 // Rows of DIM values -> codes[row * (DIM / SUB) + m]. rows: complete (a barrier before). table(m):
-// tables + m * stride, C centroids of SUB values. ROWS is small: a lane keeps a distance for each.
+// tables + m * stride, C centroids of SUB values. ROWS is small: a lane keeps a distance for each,
+// and the sub-vectors themselves where they are few numbers.
 template <int DIM, int SUB, int C, int ROWS, class Rows, class Tables, class Codes>
 VQ_FN void nearest_codes(Rows rows, Tables tables, int stride, Codes codes, uint simdgroup,
                          uint n_simdgroups, uint lane) {
+  const bool held = ROWS * SUB <= 32;
   for (int m = (int)simdgroup; m < DIM / SUB; m += (int)n_simdgroups) {
+    float own[ROWS * SUB <= 32 ? ROWS * SUB : 1];
+    for (int i = 0; i < ROWS * SUB && held; ++i) own[i] = rows[i / SUB * DIM + m * SUB + i % SUB];
     uint32_t best[ROWS];
     float distance[ROWS];
     for (int r = 0; r < ROWS; ++r) {
@@ -24,8 +28,13 @@ VQ_FN void nearest_codes(Rows rows, Tables tables, int stride, Codes codes, uint
       float centroid[SUB];
       for (int i = 0; i < SUB; ++i) centroid[i] = (float)tables[m * stride + c * SUB + i];
       for (int r = 0; r < ROWS; ++r) {
-        nearest_of(rows + (r * DIM + m * SUB), 1, centroid, (uint32_t)c, 1, SUB, &best[r],
-                   &distance[r]);
+        if (held) {
+          nearest_of(own + (held ? r * SUB : 0), 1, centroid, (uint32_t)c, 1, SUB, &best[r],
+                     &distance[r]);
+        } else {
+          nearest_of(rows + (r * DIM + m * SUB), 1, centroid, (uint32_t)c, 1, SUB, &best[r],
+                     &distance[r]);
+        }
       }
     }
     for (int r = 0; r < ROWS; ++r) {
