@@ -61,15 +61,15 @@ TEST(Operations, OfEncodeAndDecode) {
   }
 }
 
-// The first pass of decode attention on 16 blocks, of one KV head.
+// The first pass of attention on 16 blocks, of one KV head.
 Operations attention_operations(int group, attention::CodeFormat keys, attention::CodeFormat values,
-                                int transform) {
+                                int transform, int n_queries = 1) {
   const int D = 128, blocks = 16;
   attention::DecodeShape s;
-  s.group = group, s.n_queries = 1, s.head_dim = D, s.n_spans = 1;
+  s.group = group, s.n_queries = n_queries, s.head_dim = D, s.n_spans = 1;
   s.keys = keys, s.values = values, s.key_transform = s.value_transform = transform;
   test::ExactRandom random(5);
-  const std::vector<float> q = random.values(group * D), ones(2 * D, 1.0f);
+  const std::vector<float> q = random.values(group * n_queries * D), ones(2 * D, 1.0f);
   const std::vector<attention::Item> items =
       attention::plan_items(s, {{true, 0, 0, 64 * blocks, 0, blocks}}, 1);
   std::vector<int32_t> plan;
@@ -77,7 +77,10 @@ Operations attention_operations(int group, attention::CodeFormat keys, attention
     plan.insert(plan.end(), {0, 0, item.first, item.count, item.position, item.capacity});
   }
   if (items.size() < 2) plan.resize(12, 0);
-  const std::vector<int32_t> seen = {0, 64 * blocks, INT32_MAX, INT32_MAX};
+  std::vector<int32_t> seen;
+  for (int i = 0; i < n_queries; ++i) {
+    seen.insert(seen.end(), {0, 64 * blocks, INT32_MAX, INT32_MAX});
+  }
   const float params[2] = {0.1f, 0.0f};
   const auto table = [&](const attention::CodeFormat& f) {
     if (f.kind == attention::TileKind::scalar) return floats(ones, {f.stages, 16});
@@ -95,9 +98,10 @@ Operations attention_operations(int group, attention::CodeFormat keys, attention
   const metal::Call call = attention::first_pass_call(s, static_cast<int>(items.size()));
   return count(
       *call.kernel, call.launch,
-      {floats(q, {1, group, 1, D}),
+      {floats(q, {1, group, n_queries, D}),
        Input(metal::Type::int32, {static_cast<int64_t>(plan.size()) / 6, 6}, plan.data()),
-       Input(metal::Type::int32, {1, 4}, seen.data()), Input(metal::Type::float32, {2}, params),
+       Input(metal::Type::int32, {n_queries, 4}, seen.data()),
+       Input(metal::Type::float32, {2}, params),
        floats(ones, transform == 3 ? std::vector<int64_t>{2, D} : std::vector<int64_t>{1, D}),
        table(keys), table(values), span(keys), span(values)});
 }
@@ -119,6 +123,25 @@ TEST(Operations, OfDecodeAttention) {
     print("decode attention, turboquant 2 bits, " + std::to_string(group) + " query heads", b,
           elements);
     EXPECT_LE(b.floating, (4 + 1.5 * group) * elements);
+  }
+}
+
+// By query row: what 32 of them share is one decoding.
+TEST(Operations, OfPrefill) {
+  attention::CodeFormat scalar;
+  scalar.kind = attention::TileKind::scalar, scalar.bits = 2;
+  attention::CodeFormat by_token = scalar;
+  by_token.by_token = true;
+  const attention::CodeFormat vectors{4, 256, 8, 1};
+  const double rows = 4 * 32, elements = 2.0 * 1024 * 128 * rows;
+  for (bool look_ups : {true, false}) {
+    const Operations a = look_ups ? attention_operations(4, vectors, vectors, 1, 32)
+                                  : attention_operations(4, scalar, by_token, 3, 32);
+    print(std::string("prefill, ") + (look_ups ? "vecinfer d4x256" : "turboquant 2 bits") +
+              ", 32 queries of 4 heads, a query row",
+          a, elements);
+    EXPECT_GE(a.floating, elements);
+    EXPECT_LE(a.floating, 1.6 * elements);
   }
 }
 
