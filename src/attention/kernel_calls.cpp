@@ -225,10 +225,10 @@ Call second_pass_call(const DecodeShape& s) {
   for (uint d = self; d < DIM; d += n_threads) {
     float value = TRANSFORM == 2 || TRANSFORM == 4 ? moved[d] : packed[d];
     if (TRANSFORM == 1) value = value * inverse[head * DIM + d];
-    value = total > 0.0f ? (value + exact[d]) / total : 0.0f;
+    value = total > 0.0f ? (value + exact[d]) / total : total;  // 0: nothing seen; NaN
     out[out_row * DIM + d] = veloxquant::Narrow<OUT>::of(value);
   }
-  if (self == 0) lse[out_row] = total > 0.0f ? (maximum + log2(total)) * M_LN2_F : -INFINITY;
+  if (self == 0) lse[out_row] = total > 0.0f ? (maximum + log2(total)) * M_LN2_F : total == total ? -INFINITY : total;
 )",
                             true);
   const int stride = (s.value_rows() + 31) / 32 * 32;

@@ -43,9 +43,9 @@ VQ_FN int end_of_seen(Seen seen, int query, bool packed) {
   return packed ? min(end, seen[kSeenNumbers * query + 2]) : end;
 }
 
-// exp2 of a difference that may be -inf - -inf.
+// exp2 of a difference that may be -inf - -inf. A NaN stays one, though no maximum sees it.
 VQ_FN float power_below(float x, float maximum) {
-  return maximum == -INFINITY ? 0.0f : exp2(x - maximum);
+  return maximum == -INFINITY && x == x ? 0.0f : exp2(x - maximum);
 }
 
 // One row's scores of a block, 4 a lane (both halves of a simdgroup hold the same 64), into
@@ -251,7 +251,8 @@ VQ_FN void attend_exact(Keys keys, int64_t key_step, Values values, int64_t valu
   }
 }
 
-// Query rows of a tile into threadgroup memory, times factor (and the codec's smooth factors).
+// Query rows of a tile into threadgroup memory, times factor (and the codec's smooth factors). An
+// infinity becomes a NaN, which every score of the row then is.
 template <int DIM, int ROWS, class Source, class Scale, class Q>
 VQ_FN void load_queries(Source q, int group_size, int n_queries, int first_row, int n_rows,
                         float factor, Scale smooth, bool smoothed, Q to, uint self,
@@ -261,7 +262,8 @@ VQ_FN void load_queries(Source q, int group_size, int n_queries, int first_row, 
     float x = 0.0f;
     // Row = query * group_size + head in the group; q is [head][query][DIM] of this group.
     if (row < n_rows)
-      x = (float)q[((int64_t)(row % group_size) * n_queries + row / group_size) * DIM + d];
+      x = finite_or_nan(
+          (float)q[((int64_t)(row % group_size) * n_queries + row / group_size) * DIM + d]);
     if (smoothed) x = x * smooth[d];
     to[i] = x * factor;
   }

@@ -1,7 +1,7 @@
 // Queries through a codec's matrix before decode attention on Metal: q_codes of metal_decode.h.
 #pragma once
 
-#include "src/math/portable.h"
+#include "src/math/finite.h"
 
 namespace veloxquant {
 
@@ -14,8 +14,8 @@ VQ_FN void turn_query(Q q, Matrix matrix, int matrices, int kv_heads, int group,
   const int head = matrices == 1 ? 0 : (int)at.z / group % kv_heads;
   float sum = 0.0f;
   for (int i = 0; i < DIM; ++i) {
-    sum =
-        fma((float)q[row * DIM + i], (float)matrix[((int64_t)head * DIM + i) * size.x + at.x], sum);
+    sum = fma(finite_or_nan((float)q[row * DIM + i]),
+              (float)matrix[((int64_t)head * DIM + i) * size.x + at.x], sum);
   }
   to[row * size.x + at.x] = sum;
 }

@@ -61,6 +61,33 @@ TEST(MetalPrefill, WithoutPackedBlocks) {
   check(c, vecinfer_side(random, Side::keys, c, {}), vecinfer_side(random, Side::values, c, {}));
 }
 
+// By both kernels, as on the CPU.
+TEST(MetalPrefill, AQueryThatIsNotFiniteGivesARowOfNaNAndTouchesNoOther) {
+  for (int64_t queries : {2, 20}) {
+    Case c = prefill_case(64, 2, 220, queries);
+    const MetalSide values = scalar_side(Side::values, c, 2, 1);
+    for (const MetalSide& keys : {scalar_side(Side::keys, c, 2, 1), qjl_side(c, 2)}) {
+      Scenario p(c, keys.codec, values.codec);
+      const Result want = MetalDecode(p, keys, values).run(4);
+      store_element(p.q.view.at(0, 0, 1), c.q_dtype, 3, std::numeric_limits<float>::quiet_NaN());
+      store_element(p.q.view.at(0, 1, 0), c.q_dtype, 5, -std::numeric_limits<float>::infinity());
+      const Result got = MetalDecode(p, keys, values).run(4);
+      for (int h = 0; h < 2; ++h) {
+        for (int64_t i = 0; i < queries; ++i) {
+          const bool bad = (h == 0 && i == 1) || (h == 1 && i == 0);
+          const float lse = got.lse[h * queries + i];
+          EXPECT_TRUE(bad ? std::isnan(lse) : lse == want.lse[h * queries + i]) << h << " " << i;
+          for (int d = 0; d < 64; ++d) {
+            const float x = load_element(got.out.view.at(0, h, i), c.out_dtype, d);
+            const float y = load_element(want.out.view.at(0, h, i), c.out_dtype, d);
+            ASSERT_TRUE(bad ? std::isnan(x) : x == y) << h << " " << i << " " << d;
+          }
+        }
+      }
+    }
+  }
+}
+
 // Shapes fit into 32 KB whatever the codecs; few queries and very long ones go to the other kernel.
 TEST(MetalPrefill, ShapesFit) {
   for (int dim = 8; dim <= kMaxDecodeDim; dim += 8) {

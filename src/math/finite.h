@@ -13,4 +13,9 @@ VQ_FN float finite_or_clamped(float x) {
   return bits >> 31 ? -65504.0f : 65504.0f;
 }
 
+// An infinity as a NaN.
+VQ_FN float finite_or_nan(float x) {
+  return is_finite_bits(bits_of(x)) ? x : float_of(0x7fc00000u);
+}
+
 }  // namespace veloxquant
