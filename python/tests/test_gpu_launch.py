@@ -165,10 +165,15 @@ def test_blocks_of_a_codec_are_the_cpus(case):
     expected = answers(codec, given)
     with on_machine() as machine:
         got = answers(codec, given)
-    assert sum("encode_blocks" in n for n in machine.names) == 5 and sum("decode_blocks" in n for n in machine.names) == 2
+    assert (
+        sum("encode_blocks" in n for n in machine.names) == 5 and sum("decode_blocks" in n for n in machine.names) == 2
+    )
     for a, b in zip(got, expected, strict=True):
         assert np.array_equal(a, b)
-    for wrong, error in ((mx.zeros((1, 2, 3, 15)), r"\[codec\] x: got float32 \[1, 2, 3, 15\], wanted"), (mx.zeros((1, 2, 3, 16), mx.int32), "wanted a float")):
+    for wrong, error in (
+        (mx.zeros((1, 2, 3, 15)), r"\[codec\] x: got float32 \[1, 2, 3, 15\], wanted"),
+        (mx.zeros((1, 2, 3, 16), mx.int32), "wanted a float"),
+    ):
         with pytest.raises(ValueError, match=error):
             codec.encode_blocks(wrong)
 

@@ -7,7 +7,10 @@ import mlx.core as mx
 import pytest
 
 # Beside the checkout here and in CI only.
-SEED = Path(os.environ.get("VELOXQUANT_SEEDS") or Path(__file__).resolve().parents[3] / "shared" / "seeds") / "metal-kernels.txt"
+SEED = (
+    Path(os.environ.get("VELOXQUANT_SEEDS") or Path(__file__).resolve().parents[3] / "shared" / "seeds")
+    / "metal-kernels.txt"
+)
 
 
 @pytest.fixture

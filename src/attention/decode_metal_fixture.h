@@ -317,7 +317,8 @@ inline std::vector<msl::Report> check(const Case& c, const MetalSide& keys, cons
                           : c.out_dtype == DType::bfloat16 ? 0x1p-8
                                                            : 0;
   const double error = worst_error(got, oracle(p));
-  // fp32 throughout; 2e-3 would be allowed. One chain of sums for all tokens where queries are many.
+  // fp32 throughout; 2e-3 would be allowed. One chain of sums for all tokens where queries are
+  // many.
   EXPECT_LE(error, (c.n_queries > 16 ? 4e-5 : 2e-5) + rounding);
   const Result want = oracle(p);
   for (size_t i = 0; i < want.lse.size(); ++i) {

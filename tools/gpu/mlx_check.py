@@ -111,7 +111,10 @@ def cache():
         seconds, launched = time.perf_counter() - start, launched_since(before)
         appends = sum(0 < n for n in steps)
         check(f"bytes: {name}", positions == gpu_positions and equal(gpu_arrays, arrays), f"{seconds:.1f} s {launched}")
-        check(f"kernels: {name}", launched["vq_decode_items"] + launched["vq_prefill_items"] == launched["vq_decode_merge"] == appends)
+        check(
+            f"kernels: {name}",
+            launched["vq_decode_items"] + launched["vq_prefill_items"] == launched["vq_decode_merge"] == appends,
+        )
         mx.set_default_device(mx.cpu)
         dense = dequantized(make_cache(**arguments), [150, 2], dtype)
         mx.set_default_device(mx.gpu)
@@ -217,7 +220,9 @@ def launches():
         "append": lambda: [cache.update(one, one) and a for cache in caches for a in cache.arrays()],
         "attend": lambda: [_ext.attend(q, *sides, scale=0.1, causal=True)[0] for sides in held],
         "pack_words": lambda: [_ext.pack_words(codes, 3) for _ in range(LAYERS)],
-        "pack_words and unpack_words in turn": lambda: chain(lambda c: _ext.unpack_words(_ext.pack_words(c, 8), 8, 64), codes, LAYERS // 2),
+        "pack_words and unpack_words in turn": lambda: chain(
+            lambda c: _ext.unpack_words(_ext.pack_words(c, 8), 8, 64), codes, LAYERS // 2
+        ),
         "one addition": lambda: [x + float(i) for i in range(LAYERS)],
         "one addition, in a chain": lambda: chain(lambda y: y + 1.0, x, LAYERS),
     }
@@ -288,8 +293,16 @@ def selftest():
     check("devices --selftest", fields["passed"])
 
 
-PARTS = {"functions": functions, "cache": cache, "selftest": selftest, "speed": speed, "launches": launches,
-         "generate": generate, "conformance": conformance, "snippets": snippets}
+PARTS = {
+    "functions": functions,
+    "cache": cache,
+    "selftest": selftest,
+    "speed": speed,
+    "launches": launches,
+    "generate": generate,
+    "conformance": conformance,
+    "snippets": snippets,
+}
 
 
 def main():
