@@ -264,8 +264,12 @@ def test_devices_names_what_runs_where(record):
     assert tested | {"append", "attend", "dequantize"} == {operation["name"] for operation in on_gpu["operations"]}
 
 
-def test_selftest_passes_on_the_machine_and_sees_a_wrong_kernel(capsys):
+def test_selftest_passes_on_the_machine_and_sees_a_wrong_kernel(capsys, monkeypatch):
     from veloxquant_mlx.cli import main, selftest
+
+    # Every method's cache has a test of its own above.
+    assert len(selftest.METHODS) == 10
+    monkeypatch.setattr(selftest, "METHODS", ("vecinfer", "commvq"))
 
     assert main(["devices", "--selftest"]) == 2
     assert "wanted a GPU" in capsys.readouterr().err

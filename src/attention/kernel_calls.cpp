@@ -94,6 +94,12 @@ std::optional<std::string> no_decode_kernel_because(const DecodeShape& s) {
   return std::nullopt;
 }
 
+std::string decode_limits() {
+  return "head_dim a multiple of 8 up to " + std::to_string(kMaxDecodeDim) +
+         ", sub-vectors of up to " + std::to_string(kMaxDecodeSubDim) +
+         ", sketches of qjl (with outliers: and head_dim) up to " + std::to_string(kMaxKeyRows);
+}
+
 std::vector<int32_t> seen_numbers(const Visibility& v, const AttentionMask& mask,
                                   int64_t first_query, int64_t n_queries, int64_t length) {
   std::vector<int32_t> seen;

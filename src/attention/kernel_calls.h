@@ -65,6 +65,7 @@ constexpr int kMaxDecodeDim = 256, kMaxDecodeSubDim = 16, kMaxKeyRows = 1280;
 
 // Why there is no kernel for the shape; nothing where there is.
 std::optional<std::string> no_decode_kernel_because(const DecodeShape& shape);
+std::string decode_limits();  // of codecs and head_dims, in words
 
 // A piece of work of a threadgroup: see kItem* in metal_decode.h.
 struct Item {

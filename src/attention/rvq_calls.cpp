@@ -62,6 +62,9 @@ DecodeShape RvqShape::decode() const {
 
 std::optional<std::string> no_rvq_kernel_because(const RvqShape& s) {
   const int out_dim = s.n_subvectors * s.sub_dim;
+  if (s.n_queries > kMaxDecodeQueries) {
+    return "more than " + std::to_string(kMaxDecodeQueries) + " queries";
+  }
   if (s.dim % 4 != 0 || s.dim > kMaxDecodeDim) {
     return "D must be a multiple of 4 up to " + std::to_string(kMaxDecodeDim);
   }
@@ -75,6 +78,12 @@ std::optional<std::string> no_rvq_kernel_because(const RvqShape& s) {
   const int64_t codes = int64_t{s.batch} * s.n_kv_heads * s.n_tokens;
   if (codes * std::min(s.dim, s.n_subvectors) < 8) return "fewer than 8 codes";
   return std::nullopt;
+}
+
+std::string rvq_limits() {
+  return "D a multiple of 4 up to " + std::to_string(kMaxDecodeDim) + ", up to " +
+         std::to_string(kMaxDecodeQueries) + " queries, value tables of up to " +
+         std::to_string(kMaxTable) + " numbers";
 }
 
 Call rvq_pass_call(const RvqShape& s, int n_items) {

@@ -19,6 +19,7 @@ struct RvqShape {
   DecodeShape decode() const;
 };
 std::optional<std::string> no_rvq_kernel_because(const RvqShape& shape);
+std::string rvq_limits();  // in words
 
 // inputs: q fp32 [B, Hq, Lq, D]; keys1, keys2 u8 [B, H, S, D]; values u8 [B, H, S, M]; centroids1,
 // centroids2, value_table fp32; norms fp32 [B, H, S] or one number; plan, seen, params and outputs

@@ -46,11 +46,7 @@ std::optional<mx::array> rvq_attend_on_gpu(const char* name, const RvqArrays& a,
   s.n_subvectors = a.values.shape(3), s.sub_dim = a.value_table.shape(1);
   s.n_values = a.value_table.shape(0);
   s.norms = a.norms.has_value(), s.mask = a.mask.has_value();
-  std::optional<std::string> reason = attention::no_rvq_kernel_because(s);
-  if (s.n_queries > attention::kMaxDecodeQueries) {
-    reason = "more than " + std::to_string(attention::kMaxDecodeQueries) + " queries";
-  }
-  if (reason) {
+  if (const auto reason = attention::no_rvq_kernel_because(s)) {
     note_cpu(name, stream, *reason);
     return std::nullopt;
   }

@@ -238,9 +238,7 @@ std::pair<mx::array, mx::array> qjl_encode_op(const mx::array& x, const mx::arra
   const mx::Shape lead = leading(x, 1);
   const int64_t n = product(lead);
   std::optional<std::string> reason = too_many(n * std::max(dim, m));
-  if (dim > qjl::kMaxKernelDim) {
-    reason = "rows of more than " + std::to_string(qjl::kMaxKernelDim) + " values";
-  }
+  if (!reason) reason = qjl::no_rows_kernel_because(dim);
   const int rows = static_cast<int>(n);
   if (const auto codes = on_gpu(
           "qjl_encode", s, reason, [&] { return qjl::encode_rows_call(rows, dim, m); },

@@ -152,6 +152,12 @@ Call decode_blocks_call(const BlockKernelShape& s) {
   return call;
 }
 
+std::optional<std::string> no_rows_kernel_because(int dim) {
+  if (dim <= kMaxKernelDim) return std::nullopt;
+  return "rows of more than " + std::to_string(kMaxKernelDim) + " values";
+}
+std::string row_limits() { return "rows of up to " + std::to_string(kMaxKernelDim); }
+
 Call encode_rows_call(int n, int dim, int m) {
   static const Kernel kernel =
       make_kernel("vq_qjl_encode_rows", {"x", "sketch"}, {"signs", "norms"}, kRows, R"(

@@ -44,6 +44,8 @@ metal::Call encode_blocks_call(const BlockKernelShape& shape);
 // inputs: blocks, sketch, channels, constants. outputs: fp32 [batch, heads, 64 n_blocks, dim].
 metal::Call decode_blocks_call(const BlockKernelShape& shape);
 
+std::optional<std::string> no_rows_kernel_because(int dim);  // of the functions
+std::string row_limits();                                    // in words
 // qjl_encode. inputs: x fp32 [n, dim], sketch fp32 [m, dim]. outputs: signs u8 [n, m / 8], norms
 // fp16 [n].
 metal::Call encode_rows_call(int n, int dim, int m);

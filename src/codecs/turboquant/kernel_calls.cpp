@@ -103,6 +103,8 @@ std::optional<std::string> no_kernel_because(const RowShape& s) {
   return std::nullopt;
 }
 
+std::string row_limits() { return "rows of up to " + std::to_string(kMaxKernelDim); }
+
 Call quantize_call(const RowShape& s) {
   static const Kernel kernel = make_kernel("vq_scalar_quantize", {"x", "signs", "quantizers"},
                                            {"words", "scalars"}, kRows, R"(

@@ -30,6 +30,7 @@ struct RowShape {
 };
 constexpr int kMaxKernelDim = 1024;
 std::optional<std::string> no_kernel_because(const RowShape& shape);
+std::string row_limits();  // of such shapes, in words
 
 // inputs: x [n, dim], signs (one number without rotation), quantizers. outputs: words uint32
 // [n, words_per_row], scalars fp16 [n].

@@ -92,6 +92,11 @@ std::optional<std::string> no_kernel_because(const RowShape& s) {
   return above(s.dim, kMaxKernelDim, s.sub_dim);
 }
 
+std::string row_limits() {
+  return "head_dim up to " + std::to_string(kMaxKernelDim) + ", sub-vectors of up to " +
+         std::to_string(kMaxKernelSubDim);
+}
+
 Call quantize_call(const RowShape& s) {
   static const Kernel kernel =
       make_kernel("vq_vecinfer_quantize", {"x", "codebook"}, {"codes"}, kHeader, R"(

@@ -23,6 +23,7 @@ constexpr int kMaxBlockKernelDim = 256;
 
 // Why these kernels do not take the shape; nothing where they do.
 std::optional<std::string> no_kernel_because(const RowShape& shape);
+std::string row_limits();  // of such shapes, in words
 
 // inputs: x, codebook. outputs: codes int32 [planes, rows, M].
 metal::Call quantize_call(const RowShape& shape);
