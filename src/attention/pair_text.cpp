@@ -1,6 +1,7 @@
 #include "src/attention/pair_text.h"
 
 #include "src/attention/tile_text.h"
+#include "veloxquant/error.h"
 
 namespace veloxquant::attention {
 namespace {
@@ -69,6 +70,8 @@ std::string pair_tile_text(const char* side, const CodeFormat& f) {
     $_tile.factor_of_all = $_tables[0];
 )";
       break;
+    default:
+      fail("[cuda] attention: got a codec without tiles of pairs, wanted one of device_codec()");
   }
   return of_side(side, f, text);
 }
@@ -92,7 +95,7 @@ void add_pair_arguments(const std::string& side, const CodeFormat& f, int rows,
       arguments.push_back({side + "STAGES", f.stages});
       arguments.push_back({side + "PAIRS", level_pairs(f)});
       break;
-    case TileKind::planes:
+    default:
       break;
   }
 }
