@@ -17,15 +17,16 @@ namespace veloxquant {
 void smooth_factors(const TensorView& x, const MutableTensorView& lambda, float floor = 1e-4f);
 
 // The learned rotation, per KV head: U' [D, D] is orthogonal, its columns the eigenvectors of
-// W E[x^T x] W dealt out to the sub-vectors so that their volumes balance; W = diag(w) is the
-// metric of the scores, w_i = sqrt(E q_i^2) over its mean, at least 1e-3. Scaling keys or queries
-// by a power of two changes no bit of it. x: [H, N, D], any float dtype, any strides; tokens with
-// NaN or infinity are left out. query_moments: E q_i^2 of the queries of each KV head, fp32 [H, D];
-// empty means w = 1 (values). rotation: fp32 [H, D, D]. weight: fp32 [H, D]. centred: eigenvectors
-// of the covariance, better where every sub-vector has a table, whose centroids carry the mean.
+// W C W dealt out to the sub-vectors so that their volumes balance; C is the covariance, W =
+// diag(w) the metric of the scores, w_i = sqrt(E q_i^2) over its mean, at least 1e-3. Scaling keys
+// or queries by a power of two changes no bit of it. x: [H, N, D], any float dtype, any strides;
+// tokens with NaN or infinity are left out. query_moments: E q_i^2 of the queries of each KV head,
+// fp32 [H, D]; empty means w = 1 (values). n_tables: tables of a head; sub-vector m will use table
+// m % n_tables, and those that share one get directions alike, and the same mean.
+// rotation: fp32 [H, D, D]. weight: fp32 [H, D]. token_weights: as in train_vecinfer_tables.
 void learned_rotation(const TensorView& x, const TensorView& query_moments, int n_subvectors,
-                      const MutableTensorView& rotation, const MutableTensorView& weight,
-                      bool centred = false);
+                      int n_tables, const MutableTensorView& rotation,
+                      const MutableTensorView& weight, const TensorView& token_weights = {});
 
 // The dense Transform of a learned rotation: E = W U', F = W^-1 U'. One rounding an element, so
 // that files keep U' and w alone. rotation, encode_matrix, query_matrix: fp32 [H, D, D];
@@ -56,12 +57,13 @@ struct KMeansResult {
 };
 
 // Seeding, then Lloyd; empty clusters are re-seeded from the vectors that are farthest
-// from their centroid. x: fp32 [d][n] dimension-major. n >= 1; n < C repeats vectors.
+// from their centroid. x: fp32 [d][n] dimension-major. n >= 1; n < C repeats vectors. weights: [n],
+// how much the squared error of each vector counts; null: 1.
 KMeansResult kmeans(const float* x, int64_t x_stride, int64_t n, int sub_dim,
-                    const KMeansParams& params);
+                    const KMeansParams& params, const float* weights = nullptr);
 
 struct TableReport {
-  // Per KV head: sum |y - y^|^2 / sum |y|^2 over the training vectors, with the rounded tables.
+  // Per KV head: sum w |y - y^|^2 / sum w |y|^2 over the training vectors, with the rounded tables.
   std::vector<double> relative_error;
 };
 
@@ -74,13 +76,15 @@ constexpr int64_t kMaxTrainingVectors = 65536;
 enum class TableEntries { fp16, int8 };
 
 // Trains the tables of one side of one layer on x: [H, N, D] (original coordinates; transformed
-// here; tokens with NaN or infinity are left out). per_head: one table for all sub-vectors of a
-// head. tables: fp16 [H, per_head ? 1 : n_subvectors, C, D / n_subvectors]. `progress` (may be
-// empty) is called from any thread with the fraction done.
+// here; tokens with NaN or infinity are left out). n_tables: of a head; sub-vector m uses table
+// m % n_tables. tables: fp16 [H, n_tables, C, D / n_subvectors]. `progress` (may be empty) is
+// called from any thread with the fraction done. token_weights: how much the squared error of each
+// token counts, positive, fp32 [H, N]; empty: 1.
 TableReport train_vecinfer_tables(const TensorView& x, const Transform& transform, int n_subvectors,
-                                  bool per_head, const KMeansParams& params,
+                                  int n_tables, const KMeansParams& params,
                                   const MutableTensorView& tables,
                                   const std::function<void(double)>& progress = {},
-                                  TableEntries entries = TableEntries::fp16);
+                                  TableEntries entries = TableEntries::fp16,
+                                  const TensorView& token_weights = {});
 
 }  // namespace veloxquant

@@ -24,10 +24,12 @@ device_name();  // of the current device, with its compute capability; throws Er
 
 // How a table entry, one code, is kept in shared memory: an operand register.
 enum class Entry : int32_t { int8x4 = 0, half2 = 1 };
-// by_lane: a table for each lane of a warp, free of bank conflicts. Keys may have 4 tables a head
-// (sub-vector m uses table m % 4), values 8 (m % 8); one table a head is the case of equal ones.
+// by_lane: a table for each lane of a warp, free of bank conflicts: sub-vector m uses table
+// m % lane_tables(side) of a head; one table a head is the case of equal ones.
 // by_subvector: any tables, one copy each; look-ups of a warp then meet in the banks.
 enum class Lookup : int32_t { by_lane = 0, by_subvector = 1 };
+
+constexpr int lane_tables(Side side) { return side == Side::keys ? 4 : 8; }
 
 // One side of one layer as the kernels see it. Made by prepare_side.
 struct SideFormat {

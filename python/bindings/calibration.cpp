@@ -10,6 +10,7 @@
 #include "python/bindings/module.h"
 #include "src/mlx/views.h"
 #include "veloxquant/calibration.h"
+#include "veloxquant/cuda.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -41,14 +42,17 @@ mx::array float_rows(const mx::array& a) {
 }
 
 std::pair<mx::array, mx::array> rotation(mx::array x, std::optional<mx::array> query_moments,
-                                         int n_subvectors, bool centred) {
+                                         int n_subvectors, int n_tables,
+                                         std::optional<mx::array> token_weights) {
   mx::eval(x);
   require(x.ndim() == 3, "[learned_rotation] x: got ", x.ndim(), " dimensions, wanted [H, N, D]");
   mx::array rotation = allocate({x.shape(0), x.shape(2), x.shape(2)}, mx::float32);
   mx::array weight = allocate({x.shape(0), x.shape(2)}, mx::float32);
   if (query_moments) query_moments = float_rows(*query_moments);
+  if (token_weights) token_weights = float_rows(*token_weights);
   learned_rotation(view_of(x), query_moments ? view_of(*query_moments) : TensorView(), n_subvectors,
-                   mutable_view_of(rotation), mutable_view_of(weight), centred);
+                   n_tables, mutable_view_of(rotation), mutable_view_of(weight),
+                   token_weights ? view_of(*token_weights) : TensorView());
   return {rotation, weight};
 }
 
@@ -64,8 +68,8 @@ std::pair<mx::array, mx::array> matrices(const mx::array& rotation, const mx::ar
 std::pair<mx::array, std::vector<double>> tables(
     mx::array x, bool hadamard, std::optional<mx::array> scale,
     std::optional<mx::array> encode_matrix, std::optional<mx::array> query_matrix, int n_subvectors,
-    int n_centroids, bool per_head, int max_iterations, uint64_t seed, const std::string& start,
-    const std::string& entries) {
+    int n_centroids, int n_tables, int max_iterations, uint64_t seed, const std::string& start,
+    const std::string& entries, std::optional<mx::array> token_weights) {
   mx::eval(x);
   require(x.ndim() == 3, "[train_tables] x: got ", x.ndim(), " dimensions, wanted [H, N, D]");
   require(n_subvectors >= 1 && x.shape(2) % n_subvectors == 0, "[train_tables] num_subspaces: got ",
@@ -96,12 +100,13 @@ std::pair<mx::array, std::vector<double>> tables(
   params.start = start == "normal" ? KMeansStart::normal : KMeansStart::plus_plus;
   require(entries == "fp16" || entries == "int8", "[train_tables] entries: got '", entries,
           "', wanted fp16 or int8");
+  if (token_weights) token_weights = float_rows(*token_weights);
   mx::array out =
-      allocate({x.shape(0), per_head ? 1 : n_subvectors, n_centroids, x.shape(2) / n_subvectors},
-               mx::float16);
+      allocate({x.shape(0), n_tables, n_centroids, x.shape(2) / n_subvectors}, mx::float16);
   const TableReport report = train_vecinfer_tables(
-      view_of(x), transform, n_subvectors, per_head, params, mutable_view_of(out), {},
-      entries == "int8" ? TableEntries::int8 : TableEntries::fp16);
+      view_of(x), transform, n_subvectors, n_tables, params, mutable_view_of(out), {},
+      entries == "int8" ? TableEntries::int8 : TableEntries::fp16,
+      token_weights ? view_of(*token_weights) : TensorView());
   return {out, report.relative_error};
 }
 
@@ -111,17 +116,22 @@ void bind_calibration(nb::module_& m) {
   m.def("smooth_factors", &smooth, "x"_a, "floor"_a = 1e-4f, WithoutGil(),
         "x: floats [H, N, D] -> lambda fp32 [H, D] = sqrt(max_t |x|) (arXiv 2510.06175, eq. 4).");
   m.def("learned_rotation", &rotation, "x"_a, "query_moments"_a = nb::none(), nb::kw_only(),
-        "n_subvectors"_a, "centred"_a = false, WithoutGil(),
-        "x: floats [H, N, D], query_moments: E q_i^2, [H, D] (none for values) -> (rotation fp32 "
-        "[H, D, D], weight fp32 [H, D]). See calibration.h.");
+        "n_subvectors"_a, "n_tables"_a, "token_weights"_a = nb::none(), WithoutGil(),
+        "x: floats [H, N, D], query_moments: E q_i^2, [H, D] (none for values), token_weights "
+        "[H, N] -> (rotation fp32 [H, D, D], weight fp32 [H, D]). See calibration.h.");
+  nb::dict lanes;  // tables of a head that CUDA looks up by lane
+  lanes["keys"] = cuda::lane_tables(Side::keys);
+  lanes["values"] = cuda::lane_tables(Side::values);
+  m.attr("LANE_TABLES") = lanes;
   m.def("rotation_matrices", &matrices, "rotation"_a, "weight"_a, WithoutGil(),
         "rotation [H, D, D], weight [H, D] -> (encode_matrix, query_matrix), fp32 [H, D, D].");
-  m.def("train_tables", &tables, "x"_a, nb::kw_only(), "hadamard"_a = true, "scale"_a = nb::none(),
-        "encode_matrix"_a = nb::none(), "query_matrix"_a = nb::none(), "n_subvectors"_a,
-        "n_centroids"_a, "per_head"_a = false, "max_iterations"_a = 30, "seed"_a = 0,
-        "start"_a = "plus_plus", "entries"_a = "fp16", WithoutGil(),
-        "x: floats [H, N, D] -> (tables fp16 [H, n_subvectors or 1, C, d], relative squared error "
-        "per head).");
+  m.def(
+      "train_tables", &tables, "x"_a, nb::kw_only(), "hadamard"_a = true, "scale"_a = nb::none(),
+      "encode_matrix"_a = nb::none(), "query_matrix"_a = nb::none(), "n_subvectors"_a,
+      "n_centroids"_a, "n_tables"_a, "max_iterations"_a = 30, "seed"_a = 0, "start"_a = "plus_plus",
+      "entries"_a = "fp16", "token_weights"_a = nb::none(), WithoutGil(),
+      "x: floats [H, N, D] -> (tables fp16 [H, n_tables, C, d], relative squared error per head). "
+      "Sub-vector m uses table m % n_tables.");
 }
 
 }  // namespace veloxquant

@@ -150,6 +150,12 @@ void bind_tables(nb::module_& m) {
                    "Why these tables cannot be used on CUDA; empty where they can.")
       .def_prop_ro("is_general", &SideTables::is_general,
                    "Whether CUDA's general kernels serve it: blocks in the order that files have.")
+      .def_prop_ro(
+          "by_lane",
+          [](const SideTables& s) {
+            return !s.is_general() && s.prepared().format.lookup == cuda::Lookup::by_lane;
+          },
+          "CUDA looks these tables up by lane, the fastest way.")
       .def_prop_ro("cuda_block_bytes", &SideTables::cuda_block_bytes)
       .def(
           "cuda_blob", [](const SideTables& s) { return numpy_bytes(s.cuda_blob()); },

@@ -68,13 +68,13 @@ def test_fits(kind, n, per, entries):
     queries = mx.array((degenerate(kind, 50) ** 2).mean(axis=1))  # not finite where x is not
     if kind == "not finite" and n == 1:
         with pytest.raises(ValueError, match="no token of head [01] is finite"):
-            fit_learned(x, how, queries)
+            fit_learned("keys", x, how, queries)
         return
-    transform, tables, errors = fit_learned(x, how, queries)
+    transform, tables, errors = fit_learned("keys", x, how, queries)
     for array in (tables, *transform, *transform.matrices().values()):
         assert mx.isfinite(array).all().item()
     assert np.isfinite(errors).all()
-    tables, errors = fit_tables(x, how)
+    tables, errors = fit_tables("keys", x, how)
     assert mx.isfinite(tables).all().item() and np.isfinite(errors).all()
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_model import save
 
-from veloxquant_mlx.allocators.vecinfer import calibrate, collect
+from veloxquant_mlx.allocators.recording import collect
+from veloxquant_mlx.allocators.vecinfer import calibrate
 from veloxquant_mlx.generated import built_in_texts, generated_passages
 from veloxquant_mlx.models import load_model
 from veloxquant_mlx.text import calibration_text

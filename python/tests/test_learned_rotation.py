@@ -9,15 +9,17 @@ import tiny_model
 from mlx_lm.models import llama
 
 from veloxquant_mlx import _ext
-from veloxquant_mlx.allocators.vecinfer import (
+from veloxquant_mlx.allocators.recording import (
+    ATTENTION_STEP,
+    CODED_AGE,
     SINK_TOKENS,
-    calibrate,
-    calibrate_smooth_factors,
+    attention_got,
     collect,
-    train_codebook,
+    token_weights,
     undo_rope,
     window_positions,
 )
+from veloxquant_mlx.allocators.vecinfer import calibrate, calibrate_smooth_factors, train_codebook
 from veloxquant_mlx.artifacts.npy_store import NpyArtifactStore
 from veloxquant_mlx.cache import prompt_cache
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
@@ -64,6 +66,56 @@ def test_query_moments_are_those_of_the_queries_that_attention_gets(loaded, text
         per_head = np.square(queries[0]).mean(axis=1)
         wanted = per_head.reshape(-1, groups, tiny_model.HEAD_DIM).mean(axis=1)
         np.testing.assert_allclose(moments[layer], wanted, rtol=1e-4)
+
+
+def test_attention_that_tokens_get_is_that_of_the_queries_that_see_codes():
+    rng, n = np.random.default_rng(4), 100
+    queries, keys = rng.standard_normal((4, n, 16)), rng.standard_normal((2, n, 16))
+    got = np.array(attention_got(mx.array(queries.astype(np.float32)), mx.array(keys.astype(np.float32))))
+    wanted = np.zeros((2, 2, n))
+    for head in range(4):
+        for t in range(n % ATTENTION_STEP, n, ATTENTION_STEP):
+            scores = np.exp(queries[head, t] @ keys[head // 2, : t + 1].T / 4)
+            p = (scores / scores.sum())[: max(0, t + 1 - CODED_AGE)]
+            wanted[0, head // 2, : len(p)] += p
+            wanted[1, head // 2, : len(p)] += p**2
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+    for weights, side, power in zip(token_weights(wanted), wanted, (0.3, 0.5)):
+        shares = np.clip(side / side.mean(axis=1, keepdims=True), 1e-3, 1e3)
+        np.testing.assert_allclose(weights, shares**power, rtol=1e-5)
+    assert (token_weights(np.zeros((2, 2, 5)))[0] > 0).all()
+
+
+def test_recorded_weights_are_of_the_tokens_that_are_trained_on(loaded, texts):
+    data = collect(*loaded, 600, texts)
+    for i, x in enumerate(data.keys):
+        for side in data.token_weights:
+            assert side[i].shape == tuple(x.shape[:2]) and (side[i] > 0).all()
+    # Of the last tokens of a window no query sees codes.
+    last = data.token_weights[0][:, :, -CODED_AGE:]
+    assert (last == last.min()).all() and (data.token_weights[0] > 2 * last.min()).any()
+
+
+def test_tables_by_lane(loaded, texts):
+    """Sub-vectors share tables 4 by 4 (keys) and 8 by 8; more of them are nearer than one for all."""
+    model, tokenizer = loaded
+    errors = {}
+    for per in ("head", "lane", "subvector"):
+        _, codebook = calibrate(
+            model, tokenizer, texts=texts, num_tokens=2048, transform="learned", codebook_per=per, entries="int8"
+        )
+        errors[per] = np.mean([codebook.relative_error[side] for side in ("keys", "values")])
+        if per != "lane":
+            continue
+        for tables, lanes in ((codebook.keys, 4), (codebook.values, 8)):
+            many = tables.shape[2]
+            assert many == tiny_model.HEAD_DIM // 4
+            assert all((tables[:, :, m] == tables[:, :, m % lanes]).all() for m in range(many))
+            assert all((tables[:, :, m] != tables[:, :, 0]).any() for m in range(1, min(lanes, many)))
+        caches = KVCacheBuilder.build(model, KVCacheConfig(codebook=codebook))
+        model(mx.array([list(range(300))]) % 256, cache=caches)
+        assert shared_nbytes(caches) == codebook.nbytes  # what is held: a table for each sub-vector
+    assert errors["subvector"] < errors["lane"] < errors["head"]
 
 
 def test_scores_are_closer_than_with_hadamard(loaded, texts, calibrated):
@@ -169,11 +221,12 @@ def test_refusals(loaded, texts, calibrated, monkeypatch):
     with pytest.raises(ValueError, match="smooth_factors: got an array"):
         KVCacheBuilder.build(model, KVCacheConfig(codebook=codebook, smooth_factors=np.array(factors)))
     with pytest.raises(ValueError, match="one matrix"):
-        _ext.train_tables(mx.zeros((1, 8, 8)), encode_matrix=mx.eye(8)[None], n_subvectors=2, n_centroids=2)
+        _ext.train_tables(mx.zeros((1, 8, 8)), encode_matrix=mx.eye(8)[None], n_subvectors=2, n_centroids=2, n_tables=1)
     # A model that calls MLX's attention directly never shows its queries.
     monkeypatch.setattr(llama, "scaled_dot_product_attention", _direct_attention)
     monkeypatch.setattr(model, "_veloxquant_unrouted", None, raising=False)
-    assert collect(model, tokenizer, 200, texts).query_moments is None
+    data = collect(model, tokenizer, 200, texts)
+    assert data.query_moments is None and data.token_weights is None
     with pytest.raises(ValueError, match="does not show its queries"):
         calibrate(model, tokenizer, texts=texts, num_tokens=200, transform="learned")
 

@@ -20,7 +20,8 @@ def side(rng, name, sub_dim=4, transform="hadamard", per_head=True, int8=True, h
         scale = None
         encode, query = (numpy.empty((H, head_dim, head_dim), numpy.float32) for _ in range(2))
         moments = numpy.abs(rng.standard_normal((H, head_dim))).astype(numpy.float32) + 0.1
-        _core.learned_rotation(x, moments if name == "keys" else None, m, encode, query)
+        n_tables = 1 if per_head else m
+        _core.learned_rotation(x, moments if name == "keys" else None, m, n_tables, encode, query)
     tables = numpy.empty((H, 1 if per_head else m, 256, sub_dim), numpy.float16)
     errors = _core.train_tables(x, transform, scale, encode, query, m, 0, tables, int8)
     assert len(errors) == H and all(0 < e < 0.5 for e in errors)

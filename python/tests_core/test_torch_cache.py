@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -87,7 +88,7 @@ def test_the_model_says_nearly_what_it_says_with_an_exact_cache(device, bits, tr
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("transform", ["learned", "hadamard", "turboquant"])
-@pytest.mark.parametrize("per", ["head", "subvector"])
+@pytest.mark.parametrize("per", ["head", "lane", "subvector"])
 def test_attention_reads_the_codes_and_nothing_else(device, transform, per):
     """Layer by layer against fp64 over what `dequantize` gives: a token, then a chunk over the history."""
     model, tables = on(device, bits=2, transform=transform, per=per)
@@ -145,7 +146,7 @@ def test_chunks_and_single_tokens_leave_the_same_bytes(device, transform):
 @pytest.mark.parametrize(
     "bits,transform,per",
     [
-        (2, "learned", "head"),
+        (2, "learned", "lane"),
         (4, "hadamard", "subvector"),
         (2, "turboquant", ""),
         (3, "turboquant", ""),
@@ -450,3 +451,35 @@ def test_a_captured_step_goes_on_by_itself():
     assert (got - want).norm() <= 1e-3 * want.norm()
     assert cache.lengths.packed == eager.lengths.packed and cache.lengths.exact == eager.lengths.exact
     assert cache.lengths.counts.tolist() == eager.lengths.counts.tolist()
+
+
+def test_tables_by_lane_are_shared_by_every_fourth_and_eighth_subvector():
+    _, tables = model_and_tables(bits=2, per="lane")
+    for layer in tables.layers:
+        for side, lanes in ((layer.keys, 4), (layer.values, 8)):
+            array = side.arrays["tables"]
+            assert array.shape[1] == 16 and side.core.by_lane
+            assert all((array[:, m] == array[:, m % lanes]).all() for m in range(16))
+            assert all((array[:, m] != array[:, 0]).any() for m in range(1, lanes))
+    _, apart = model_and_tables(bits=2, per="subvector")
+    assert not apart.layers[0].keys.core.by_lane
+
+
+def test_attention_that_tokens_get_is_that_of_the_queries_that_see_codes():
+    from veloxquant.torch import calibration
+
+    n = 100
+    query, key = (torch.randn(2, heads, n, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2))
+    got = calibration.attention_got(query, key, 0.5)
+    want = torch.zeros(2, 2, n, 2, dtype=torch.float64)
+    for b in range(2):
+        for head in range(4):
+            for t in range(n % 8, n, 8):
+                p = (0.5 * query[b, head, t].double() @ key[b, head // 2, : t + 1].double().T).softmax(-1)
+                seen = max(0, t + 1 - 64)
+                want[b, head // 2, :seen, 0] += p[:seen]
+                want[b, head // 2, :seen, 1] += p[:seen] ** 2
+    assert (got - want).abs().max() < 1e-6
+    weights = calibration.token_weights("keys", got[0, :, :, 0])
+    mean = want[0, :, :, 0].mean(1, keepdim=True)
+    assert numpy.allclose(weights, (want[0, :, :, 0] / mean).clamp(1e-3, 1e3).sqrt().numpy(), rtol=1e-4)

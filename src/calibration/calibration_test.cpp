@@ -203,6 +203,74 @@ TEST(Lloyd, ReseedingNeverEmptiesAnotherCluster) {
   EXPECT_EQ(result.centroids[2], 0.0f) << "the first of the next farthest";
 }
 
+// Lloyd as plain loops in double, from the same start.
+std::vector<double> plain_lloyd(const std::vector<float>& x, const std::vector<float>& weights,
+                                int64_t n, int d, const std::vector<float>& start, int iterations) {
+  std::vector<double> centroids(start.begin(), start.end());
+  const size_t count = start.size() / d;
+  for (int round = 0; round < iterations; ++round) {
+    std::vector<double> sums(start.size(), 0.0), masses(count, 0.0);
+    for (int64_t t = 0; t < n; ++t) {
+      size_t nearest = 0;
+      double least = INFINITY;
+      for (size_t c = 0; c < count; ++c) {
+        double distance = 0;
+        for (int i = 0; i < d; ++i) {
+          const double difference = x[i * n + t] - centroids[c * d + i];
+          distance += difference * difference;
+        }
+        if (distance < least) least = distance, nearest = c;
+      }
+      masses[nearest] += weights[t];
+      for (int i = 0; i < d; ++i) sums[nearest * d + i] += double{weights[t]} * x[i * n + t];
+    }
+    for (size_t i = 0; i < sums.size(); ++i) centroids[i] = sums[i] / masses[i / d];
+  }
+  return centroids;
+}
+
+TEST(Lloyd, WeightedMeansAreThoseOfPlainLoops) {
+  const int64_t n = 2000;
+  const auto x = gaussian(3 * n, 31);
+  std::vector<float> weights(n);
+  for (int64_t t = 0; t < n; ++t) weights[t] = 0.1f + static_cast<float>(t % 9);
+  const Vectors vectors{x.data(), n, n, 3, weights.data()};
+  const std::vector<float> start = seed_centroids(vectors, 12, 5);
+  KMeansParams params;
+  params.n_centroids = 12;
+  params.max_iterations = 6;
+  params.tolerance = 0.0;
+  int reseeded = 0;
+  const KMeansResult got = lloyd(vectors, start, params, &reseeded);
+  const std::vector<double> wanted = plain_lloyd(x, weights, n, 3, start, 6);
+  ASSERT_EQ(reseeded, 0);
+  for (size_t i = 0; i < wanted.size(); ++i) EXPECT_NEAR(got.centroids[i], wanted[i], 1e-5);
+  params.seed = 5;
+  EXPECT_EQ(kmeans(x.data(), n, n, 3, params, weights.data()).centroids, got.centroids);
+}
+
+TEST(KMeans, EqualWeightsChangeNothingAndALargeOneDrawsACentroid) {
+  const int64_t n = 1000;
+  auto x = gaussian(4 * n, 32);
+  std::vector<float> weights(n, 2.0f);
+  KMeansParams params;
+  params.n_centroids = 16;
+  params.start = KMeansStart::normal;
+  const auto wanted = kmeans(x.data(), n, n, 4, params).centroids;
+  const auto got = kmeans(x.data(), n, n, 4, params, weights.data()).centroids;
+  for (size_t i = 0; i < wanted.size(); ++i) EXPECT_NEAR(got[i], wanted[i], 1e-6f);
+  weights[77] = 1e5f;
+  params.start = KMeansStart::plus_plus;
+  const auto drawn = kmeans(x.data(), n, n, 4, params, weights.data()).centroids;
+  double nearest = INFINITY;
+  for (int c = 0; c < 16; ++c) {
+    double distance = 0;
+    for (int i = 0; i < 4; ++i) distance += std::pow(drawn[4 * c + i] - x[i * n + 77], 2);
+    nearest = std::min(nearest, distance);
+  }
+  EXPECT_LT(nearest, 1e-4);
+}
+
 TEST(KMeans, BadArgumentsAreErrors) {
   std::vector<float> x(40, 1.0f);
   const auto run = [&](int64_t stride, int64_t n, int d, int c, int iterations = 1) {
@@ -218,6 +286,9 @@ TEST(KMeans, BadArgumentsAreErrors) {
   expect_error(run(10, 10, 4, 0), "n_centroids: got 0");
   expect_error(run(10, 10, 4, 65537), "n_centroids: got 65537");
   expect_error(run(10, 10, 4, 4, -1), "max_iterations -1");
+  std::vector<float> weights(10, 1.0f);
+  weights[3] = -1.0f;
+  expect_error([&] { kmeans(x.data(), 10, 10, 4, {}, weights.data()); }, "weights: got -1");
   x[17] = NAN;
   expect_error(run(10, 10, 4, 4), "NaN or infinity in dimension 1");
 }
@@ -241,7 +312,7 @@ std::vector<float> keys(int64_t heads, int64_t n, int64_t dims, uint64_t seed) {
   return x;
 }
 
-class TrainTables : public testing::TestWithParam<bool> {
+class TrainTables : public testing::TestWithParam<int> {
  protected:
   static constexpr int kHeads = 3, kTokens = 1500, kDims = 64, kSubvectors = 16;
 
@@ -250,7 +321,7 @@ class TrainTables : public testing::TestWithParam<bool> {
     const TensorView x(x_.data(), DType::float32, {kHeads, kTokens, kDims});
     const MutableTensorView scale(lambda.data(), DType::float32, {kHeads, kDims});
     smooth_factors(x, scale);
-    Tables tables(kHeads, GetParam() ? 1 : kSubvectors, 64, kDims / kSubvectors);
+    Tables tables(kHeads, GetParam(), 64, kDims / kSubvectors);
     Transform transform;
     transform.kind = TransformKind::hadamard;
     transform.scale = read_only(scale);
@@ -261,6 +332,19 @@ class TrainTables : public testing::TestWithParam<bool> {
         train_vecinfer_tables(x, transform, kSubvectors, GetParam(), params, tables.view);
     if (report != nullptr) *report = got;
     return tables.bits;
+  }
+
+  // A table for each sub-vector, as codecs take them.
+  static std::vector<uint16_t> expanded(const std::vector<uint16_t>& tables) {
+    const size_t size = 64 * kDims / kSubvectors, per = GetParam();
+    std::vector<uint16_t> all;
+    for (size_t h = 0; h < kHeads; ++h) {
+      for (size_t m = 0; m < kSubvectors; ++m) {
+        const auto from = tables.begin() + (h * per + m % per) * size;
+        all.insert(all.end(), from, from + size);
+      }
+    }
+    return all;
   }
 
   std::vector<float> x_ = keys(kHeads, kTokens, kDims, 9);
@@ -289,8 +373,7 @@ TEST_P(TrainTables, SameBitsOnEverySimdLevel) {
 
 TEST_P(TrainTables, ReportIsTheErrorOfTheCodec) {
   TableReport report;
-  std::vector<uint16_t> bits = train(&report);
-  const int64_t per = GetParam() ? 1 : kSubvectors;
+  const std::vector<uint16_t> bits = expanded(train(&report));
   std::vector<float> lambda(kHeads * kDims);
   const MutableTensorView scale(lambda.data(), DType::float32, {kHeads, kDims});
   smooth_factors(TensorView(x_.data(), DType::float32, {kHeads, kTokens, kDims}), scale);
@@ -299,7 +382,8 @@ TEST_P(TrainTables, ReportIsTheErrorOfTheCodec) {
   transform.scale = read_only(scale);
   const CodecPtr codec = make_vecinfer_codec(
       Side::keys, kHeads, kDims, kSubvectors,
-      TensorView(bits.data(), DType::float16, {kHeads, per, 64, kDims / kSubvectors}), transform);
+      TensorView(bits.data(), DType::float16, {kHeads, kSubvectors, 64, kDims / kSubvectors}),
+      transform);
   for (int h = 0; h < kHeads; ++h) {
     double error = 0, energy = 0;
     std::vector<uint8_t> block(codec->block_bytes());
@@ -320,7 +404,7 @@ TEST_P(TrainTables, ReportIsTheErrorOfTheCodec) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(PerHead, TrainTables, testing::Bool());
+INSTANTIATE_TEST_SUITE_P(Shared, TrainTables, testing::Values(1, 4, 8, 16));
 
 TEST(Tables, StridedHalfInputAndProgress) {
   const int64_t heads = 2, n = 300, dims = 16;
@@ -344,9 +428,9 @@ TEST(Tables, StridedHalfInputAndProgress) {
   Tables a(heads, 4, 16, 4), b(heads, 4, 16, 4);
   std::vector<double> fractions;
   set_num_threads(1);
-  train_vecinfer_tables(view, {}, 4, false, params, a.view);
+  train_vecinfer_tables(view, {}, 4, 4, params, a.view);
   set_num_threads(0);
-  train_vecinfer_tables(TensorView(rounded.data(), DType::float32, {heads, n, dims}), {}, 4, false,
+  train_vecinfer_tables(TensorView(rounded.data(), DType::float32, {heads, n, dims}), {}, 4, 4,
                         params, b.view, [&](double fraction) { fractions.push_back(fraction); });
   EXPECT_EQ(a.bits, b.bits);
   EXPECT_EQ(fractions.size(), 8u);
@@ -362,16 +446,16 @@ TEST(Tables, TokensThatAreNotFiniteAreLeftOut) {
   Tables clean(1, 2, 4, 4), dirty(1, 2, 4, 4);
   std::vector<float> without(x.begin() + dims, x.end());
   x[3] = NAN;
-  train_vecinfer_tables(TensorView(x.data(), DType::float32, {1, n, dims}), {}, 2, false, params,
+  train_vecinfer_tables(TensorView(x.data(), DType::float32, {1, n, dims}), {}, 2, 2, params,
                         dirty.view);
-  train_vecinfer_tables(TensorView(without.data(), DType::float32, {1, n - 1, dims}), {}, 2, false,
+  train_vecinfer_tables(TensorView(without.data(), DType::float32, {1, n - 1, dims}), {}, 2, 2,
                         params, clean.view);
   EXPECT_EQ(clean.bits, dirty.bits);
   std::fill(x.begin(), x.end(), INFINITY);
   expect_error(
       [&] {
-        train_vecinfer_tables(TensorView(x.data(), DType::float32, {1, n, dims}), {}, 2, false,
-                              params, dirty.view);
+        train_vecinfer_tables(TensorView(x.data(), DType::float32, {1, n, dims}), {}, 2, 2, params,
+                              dirty.view);
       },
       "no token of head 0 is finite");
 }
@@ -381,10 +465,10 @@ TEST(Tables, LargeCentroidsStayFiniteInHalf) {
   Tables tables(1, 2, 2, 4);
   KMeansParams params;
   params.n_centroids = 2;
-  train_vecinfer_tables(TensorView(x.data(), DType::float32, {1, 100, 8}), {}, 2, false, params,
+  train_vecinfer_tables(TensorView(x.data(), DType::float32, {1, 100, 8}), {}, 2, 2, params,
                         tables.view);
   for (uint16_t half : tables.bits) EXPECT_EQ(f16_to_f32(half), 65504.0f);
-  train_vecinfer_tables(TensorView(x.data(), DType::float32, {1, 100, 8}), {}, 2, false, params,
+  train_vecinfer_tables(TensorView(x.data(), DType::float32, {1, 100, 8}), {}, 2, 2, params,
                         tables.view, {}, TableEntries::int8);
   for (uint16_t half : tables.bits) EXPECT_EQ(f16_to_f32(half), 127 * 512.0f);
 }
@@ -396,17 +480,59 @@ TEST(Tables, Int8EntriesAreTheFormatAndCostLittle) {
   const TensorView view(x.data(), DType::float32, {1, n, dims});
   KMeansParams params;
   params.n_centroids = 64;
-  for (bool per_head : {false, true}) {
-    Tables fp16(1, per_head ? 1 : 4, 64, 4), int8(1, per_head ? 1 : 4, 64, 4);
+  for (int n_tables : {4, 2, 1}) {
+    Tables fp16(1, n_tables, 64, 4), int8(1, n_tables, 64, 4);
     const double before =
-        train_vecinfer_tables(view, {}, 4, per_head, params, fp16.view).relative_error[0];
+        train_vecinfer_tables(view, {}, 4, n_tables, params, fp16.view).relative_error[0];
     const double after =
-        train_vecinfer_tables(view, {}, 4, per_head, params, int8.view, {}, TableEntries::int8)
+        train_vecinfer_tables(view, {}, 4, n_tables, params, int8.view, {}, TableEntries::int8)
             .relative_error[0];
     EXPECT_NE(int8.bits, fp16.bits);
     EXPECT_NE(after, before);
     EXPECT_LT(std::abs(after - before), 0.01 * before);
     EXPECT_EQ(cuda::round_tables_to_int8(int8.view), 0.0);  // nothing is left to round
+  }
+}
+
+// Sub-vector m trains table m % n alone, on what kmeans() would make of its sub-vectors together;
+// repeated for each sub-vector the tables are looked up by lane.
+TEST(Tables, ByLaneEachTableSeesItsSubvectorsAndGpusFindThem) {
+  const int64_t n = 600, dims = 64;
+  const int subvectors = 16;
+  const auto x = gaussian(n * dims, 12);
+  std::vector<float> weights(n);
+  for (int64_t t = 0; t < n; ++t) weights[t] = 0.5f + static_cast<float>(t % 5);
+  KMeansParams params;
+  params.n_centroids = 256;
+  params.max_iterations = 5;
+  for (Side side : {Side::keys, Side::values}) {
+    const int lanes = cuda::lane_tables(side), share = subvectors / lanes;
+    Tables tables(1, lanes, 256, 4), all(1, subvectors, 256, 4);
+    train_vecinfer_tables(TensorView(x.data(), DType::float32, {1, n, dims}), {}, subvectors, lanes,
+                          params, tables.view, {}, TableEntries::int8,
+                          TensorView(weights.data(), DType::float32, {1, n}));
+    for (int m = 0; m < subvectors; ++m) {
+      std::copy_n(tables.bits.begin() + m % lanes * 1024, 1024, all.bits.begin() + m * 1024);
+    }
+    const cuda::PreparedSide prepared =
+        cuda::prepare_side(side, 1, dims, subvectors, read_only(all.view), {});
+    EXPECT_EQ(prepared.format.lookup, cuda::Lookup::by_lane);
+    for (int c = 0; c < lanes; ++c) {
+      std::vector<float> own(4 * share * n), counts(share * n);
+      for (int64_t k = 0; k < share * n; ++k) {
+        const int64_t m = c + lanes * (k / n), t = k % n;
+        for (int i = 0; i < 4; ++i) own[i * share * n + k] = x[t * dims + m * 4 + i];
+        counts[k] = weights[t];
+      }
+      KMeansParams seeded = params;
+      seeded.seed = SplitMix64(params.seed, c).next();
+      std::vector<float> wanted =
+          kmeans(own.data(), share * n, share * n, 4, seeded, counts.data()).centroids;
+      std::vector<uint16_t> halves(1024);
+      for (int i = 0; i < 1024; ++i) halves[i] = f32_to_f16(wanted[i]);
+      cuda::round_tables_to_int8(MutableTensorView(halves.data(), DType::float16, {256, 4}));
+      EXPECT_TRUE(std::equal(halves.begin(), halves.end(), tables.bits.begin() + c * 1024)) << c;
+    }
   }
 }
 
@@ -416,10 +542,10 @@ TEST(Tables, MoreTokensThanTheLimitAreSubsampled) {
   KMeansParams params;
   params.n_centroids = 4;
   const double wanted = kmeans(x.data(), n * 2, n * 2, 4, params).mse_per_dim;
-  for (bool per_head : {false, true}) {
-    Tables tables(1, per_head ? 1 : 2, 4, 4);
+  for (int n_tables : {2, 1}) {
+    Tables tables(1, n_tables, 4, 4);
     const auto report = train_vecinfer_tables(TensorView(x.data(), DType::float32, {1, n, dims}),
-                                              {}, 2, per_head, params, tables.view);
+                                              {}, 2, n_tables, params, tables.view);
     EXPECT_NEAR(report.relative_error[0], wanted, 0.01);
   }
 }
@@ -430,25 +556,27 @@ TEST(Tables, BadArgumentsAreErrors) {
   Tables tables(2, 4, 16, 4);
   KMeansParams params;
   params.n_centroids = 16;
-  const auto run = [&](const TensorView& input, int subvectors, bool per_head,
+  const auto run = [&](const TensorView& input, int subvectors, int n_tables,
                        const MutableTensorView& out, const Transform& transform = {}) {
-    return [=] { train_vecinfer_tables(input, transform, subvectors, per_head, params, out); };
+    return [=] { train_vecinfer_tables(input, transform, subvectors, n_tables, params, out); };
   };
-  expect_error(run({}, 4, false, tables.view), "wanted [H, N, D]");
-  expect_error(run(TensorView(x.data(), DType::int32, {2, 10, 16}), 4, false, tables.view),
+  expect_error(run({}, 4, 4, tables.view), "wanted [H, N, D]");
+  expect_error(run(TensorView(x.data(), DType::int32, {2, 10, 16}), 4, 4, tables.view),
                "x: got int32");
-  expect_error(run(TensorView(x.data(), DType::float32, {2, 0, 16}), 4, false, tables.view),
+  expect_error(run(TensorView(x.data(), DType::float32, {2, 0, 16}), 4, 4, tables.view),
                "N, D >= 1");
-  expect_error(run(view, 5, false, tables.view), "n_subvectors: got 5");
-  expect_error(run(view, 0, false, tables.view), "n_subvectors: got 0");
-  expect_error(run(view, 4, true, tables.view), "wanted float16 [2, 1, 16, 4]");
-  expect_error(run(view, 4, false, {}), "tables: got");
+  expect_error(run(view, 5, 4, tables.view), "n_subvectors: got 5");
+  expect_error(run(view, 0, 4, tables.view), "n_subvectors: got 0");
+  expect_error(run(view, 4, 0, tables.view), "n_tables: got 0, wanted 1 to n_subvectors = 4");
+  expect_error(run(view, 4, 5, tables.view), "n_tables: got 5");
+  expect_error(run(view, 4, 1, tables.view), "wanted float16 [2, 1, 16, 4]");
+  expect_error(run(view, 4, 4, {}), "tables: got");
   Transform no_matrix;
   no_matrix.kind = TransformKind::dense;
-  expect_error(run(view, 4, false, tables.view, no_matrix), "encode_matrix");
+  expect_error(run(view, 4, 4, tables.view, no_matrix), "encode_matrix");
   params.n_centroids = 4097;
   Tables large(2, 4, 4097, 4);
-  expect_error(run(view, 4, false, large.view), "n_centroids: got 4097");
+  expect_error(run(view, 4, 4, large.view), "n_centroids: got 4097");
 }
 
 // --------------------------------------------------------------------------- smooth factors

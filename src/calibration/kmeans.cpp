@@ -16,6 +16,12 @@ namespace {
 // Vectors per partial sum of the seeding: a draw walks these first, then one block.
 constexpr int64_t kBlock = 1024;
 
+// distance[t] of the n vectors from `start` on becomes what it counts.
+void weigh(const Vectors& x, int64_t start, int64_t n, float* distance) {
+  if (x.weights == nullptr) return;
+  for (int64_t t = 0; t < n; ++t) distance[t] *= x.weights[start + t];
+}
+
 // Lowers `nearest` to the distances from `centroid`, block by block.
 void add_centroid(const Vectors& x, const float* centroid, std::vector<float>& nearest,
                   std::vector<double>& block_sums) {
@@ -26,6 +32,7 @@ void add_centroid(const Vectors& x, const float* centroid, std::vector<float>& n
     const int64_t n = std::min(kBlock, x.n - start);
     nearest_centroids(default_backend(), x.at(0, start), x.stride, n, centroid, 1, x.sub_dim, codes,
                       distance);
+    weigh(x, start, n, distance);
     float* block = nearest.data() + start;
     // Sixteen sums side by side, so that the compiler may use vectors without changing their order.
     constexpr int kLanes = 16;
@@ -92,18 +99,34 @@ int fill_empty_clusters(const std::vector<float>& distance, std::vector<uint16_t
 // Clusters that stay empty (fewer distinct vectors than centroids) keep their centroid.
 void move_to_means(const Vectors& x, const std::vector<uint16_t>& codes,
                    const std::vector<int64_t>& counts, std::vector<float>& centroids) {
-  std::vector<double> sums(centroids.size(), 0.0);
+  std::vector<double> sums(centroids.size(), 0.0), masses(counts.size(), 0.0);
   for (int64_t t = 0; t < x.n; ++t) {
+    const double weight = x.weight(t);
     double* sum = sums.data() + static_cast<size_t>(codes[t]) * x.sub_dim;
-    for (int i = 0; i < x.sub_dim; ++i) sum[i] += *x.at(i, t);
+    for (int i = 0; i < x.sub_dim; ++i) sum[i] += weight * *x.at(i, t);
+    masses[codes[t]] += weight;
   }
   for (size_t c = 0; c < counts.size(); ++c) {
     if (counts[c] == 0) continue;
     for (int i = 0; i < x.sub_dim; ++i) {
       const size_t at = c * x.sub_dim + i;
-      centroids[at] = static_cast<float>(sums[at] / static_cast<double>(counts[c]));
+      centroids[at] = static_cast<float>(sums[at] / masses[c]);
     }
   }
+}
+
+}  // namespace
+
+namespace {
+
+// The vector at which the running sum of the weights passes u times all of them.
+int64_t weighted_index(const Vectors& x, double u) {
+  double target = u * std::accumulate(x.weights, x.weights + x.n, 0.0);
+  for (int64_t t = 0; t < x.n; ++t) {
+    target -= x.weights[t];
+    if (target < 0.0) return t;
+  }
+  return x.n - 1;
 }
 
 }  // namespace
@@ -113,7 +136,7 @@ std::vector<float> seed_centroids(const Vectors& x, int n_centroids, uint64_t se
   std::vector<float> centroids(static_cast<size_t>(n_centroids) * x.sub_dim);
   std::vector<float> nearest(x.n, INFINITY);
   std::vector<double> block_sums((x.n + kBlock - 1) / kBlock);
-  int64_t chosen = random.index(x.n);
+  int64_t chosen = x.weights == nullptr ? random.index(x.n) : weighted_index(x, random.uniform());
   for (int c = 0; c < n_centroids; ++c) {
     if (c > 0) {
       const double total = std::accumulate(block_sums.begin(), block_sums.end(), 0.0);
@@ -166,11 +189,16 @@ std::vector<float> standard_normal_centroids(int n_centroids, int sub_dim) {
 std::vector<float> normal_centroids(const Vectors& x, int n_centroids) {
   std::vector<float> centroids = standard_normal_centroids(n_centroids, x.sub_dim);
   for (int i = 0; i < x.sub_dim; ++i) {
-    double sum = 0, squares = 0;
-    for (int64_t t = 0; t < x.n; ++t) sum += *x.at(i, t);
-    const double mean = sum / static_cast<double>(x.n);
-    for (int64_t t = 0; t < x.n; ++t) squares += (*x.at(i, t) - mean) * (*x.at(i, t) - mean);
-    const double deviation = std::sqrt(squares / static_cast<double>(x.n));
+    double sum = 0, squares = 0, mass = 0;
+    for (int64_t t = 0; t < x.n; ++t) {
+      sum += x.weight(t) * *x.at(i, t);
+      mass += x.weight(t);
+    }
+    const double mean = sum / mass;
+    for (int64_t t = 0; t < x.n; ++t) {
+      squares += x.weight(t) * ((*x.at(i, t) - mean) * (*x.at(i, t) - mean));
+    }
+    const double deviation = std::sqrt(squares / mass);
     for (int c = 0; c < n_centroids; ++c) {
       float& value = centroids[static_cast<size_t>(c) * x.sub_dim + i];
       value = static_cast<float>(mean + deviation * value);
@@ -186,6 +214,7 @@ KMeansResult lloyd(const Vectors& x, std::vector<float> centroids, const KMeansP
   const auto assign = [&] {
     nearest_centroids(default_backend(), x.data, x.stride, x.n, centroids.data(),
                       params.n_centroids, x.sub_dim, codes.data(), distance.data());
+    weigh(x, 0, x.n, distance.data());
     return std::accumulate(distance.begin(), distance.end(), 0.0);
   };
   KMeansResult result;
@@ -203,13 +232,15 @@ KMeansResult lloyd(const Vectors& x, std::vector<float> centroids, const KMeansP
     error = assign();
     if (filled == 0 && previous - error <= params.tolerance * previous) break;
   }
-  result.mse_per_dim = error / (static_cast<double>(x.n) * x.sub_dim);
+  double mass = 0;
+  for (int64_t t = 0; t < x.n; ++t) mass += x.weight(t);
+  result.mse_per_dim = error / (mass * x.sub_dim);
   result.centroids = std::move(centroids);
   return result;
 }
 
 KMeansResult kmeans(const float* x, int64_t x_stride, int64_t n, int sub_dim,
-                    const KMeansParams& params) {
+                    const KMeansParams& params, const float* weights) {
   constexpr int kMaxSubDim = 64, kMaxCentroids = 65536;
   require(sub_dim >= 1 && sub_dim <= kMaxSubDim, "[kmeans] sub_dim: got ", sub_dim, ", wanted 1..",
           kMaxSubDim);
@@ -219,7 +250,11 @@ KMeansResult kmeans(const float* x, int64_t x_stride, int64_t n, int sub_dim,
           "[kmeans] n_centroids: got ", params.n_centroids, ", wanted 1..", kMaxCentroids);
   require(params.max_iterations >= 0 && params.tolerance >= 0.0, "[kmeans] got max_iterations ",
           params.max_iterations, " and tolerance ", params.tolerance, ", wanted neither below 0");
-  const Vectors vectors{x, x_stride, n, sub_dim};
+  const Vectors vectors{x, x_stride, n, sub_dim, weights};
+  for (int64_t t = 0; weights != nullptr && t < n; ++t) {
+    require(weights[t] > 0.0f && std::isfinite(weights[t]), "[kmeans] weights: got ", weights[t],
+            ", wanted finite positive ones");
+  }
   for (int i = 0; i < sub_dim; ++i) {
     require(
         std::all_of(vectors.at(i, 0), vectors.at(i, n), [](float v) { return std::isfinite(v); }),

@@ -1,6 +1,7 @@
 // The learned rotation: eigenbasis of the keys in the metric of the queries, its directions dealt
 // out to the sub-vectors so that each has the same volume to quantise (the allocation of optimised
 // product quantisation: Ge, He, Ke, Sun 2013, section 3.2). shared/spec/QUALITY.md, steps 1 to 4.
+// Sub-vectors that share a table get directions alike.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -29,13 +30,18 @@ float& element(const MutableTensorView& view, int64_t h, int64_t i, int64_t j) {
   return *static_cast<float*>(view.at(h, i, j));
 }
 
-// E[x^T x] of one head over its finite tokens, centred: less E[x]^T E[x]; zeros where there is no
+struct Moments {
+  Matrix covariance;
+  std::vector<double> mean;
+};
+
+// Of one head over its finite tokens, each as often as its weight says; zeros where there is no
 // token. Accumulated in fp64, in chunks that do not depend on the threads.
-Matrix second_moment(const TensorView& x, int64_t head, bool centred) {
+Moments moments_of(const TensorView& x, const TensorView& token_weights, int64_t head) {
   constexpr int64_t kChunk = 4096;
   const int64_t tokens = x.shape[1], dims = x.shape[2], chunks = (tokens + kChunk - 1) / kChunk;
   std::vector<std::vector<double>> sums(chunks), firsts(chunks);
-  std::vector<int64_t> counts(chunks, 0);
+  std::vector<double> counts(chunks, 0.0);
   parallel_for(chunks, [&](long chunk) {
     std::vector<double>& sum = sums[chunk];
     std::vector<double>& first = firsts[chunk];
@@ -46,23 +52,27 @@ Matrix second_moment(const TensorView& x, int64_t head, bool centred) {
     for (int64_t t = chunk * kChunk; t < std::min(tokens, (chunk + 1) * kChunk); ++t) {
       read_row(x, head, t, row.data());
       if (!std::all_of(row.begin(), row.end(), [](float v) { return std::isfinite(v); })) continue;
-      ++counts[chunk];
+      const double weight =
+          token_weights.empty() ? 1.0 : *static_cast<const float*>(token_weights.at(head, t));
+      counts[chunk] += weight;
       std::copy(row.begin(), row.end(), wide.begin());
       for (int64_t i = 0; i < dims; ++i) {
         double* out = sum.data() + i * dims;
-        first[i] += wide[i];
-        for (int64_t j = 0; j <= i; ++j) out[j] += wide[i] * wide[j];
+        const double weighted = weight * wide[i];
+        first[i] += weighted;
+        for (int64_t j = 0; j <= i; ++j) out[j] += weighted * wide[j];
       }
     }
   });
-  const double count = static_cast<double>(
-      std::max(std::accumulate(counts.begin(), counts.end(), int64_t{0}), int64_t{1}));
-  std::vector<double> mean(dims, 0.0);
-  for (int64_t i = 0; centred && i < dims; ++i) {
+  const double all = std::accumulate(counts.begin(), counts.end(), 0.0);
+  const double count = all > 0.0 ? all : 1.0;
+  Moments moments{Matrix::Zero(dims, dims), std::vector<double>(dims, 0.0)};
+  std::vector<double>& mean = moments.mean;
+  for (int64_t i = 0; i < dims; ++i) {
     for (const auto& first : firsts) mean[i] += first[i];
     mean[i] /= count;
   }
-  Matrix moment = Matrix::Zero(dims, dims);
+  Matrix& moment = moments.covariance;
   for (int64_t i = 0; i < dims; ++i) {
     for (int64_t j = 0; j <= i; ++j) {
       for (const auto& sum : sums) moment(i, j) += sum[i * dims + j];
@@ -70,7 +80,7 @@ Matrix second_moment(const TensorView& x, int64_t head, bool centred) {
       moment(j, i) = moment(i, j);
     }
   }
-  return moment;
+  return moments;
 }
 
 // w_i = sqrt(E q_i^2) over its mean, at least 1e-3: a channel that no query looks at must not
@@ -91,35 +101,85 @@ std::vector<float> query_weight(const TensorView& query_moments, int64_t head, i
   return weight;
 }
 
-// Which eigenvector goes to each of the D columns. `spectrum` is ascending, as Eigen gives it.
-// Descending, each goes to the sub-vector with room whose sum of log l is smallest, the first of
-// equals; l is over its minimum, so that every log is >= 0 and no scale matters.
-std::vector<int64_t> balanced_columns(const std::vector<double>& spectrum, int64_t n_subvectors) {
+// Which eigenvector goes to each of the D columns. `spectrum` is ascending, as Eigen gives it. The
+// sub-vectors m, m + n_tables, ... share a table, so they get directions alike: descending, as many
+// eigenvectors in a row as share a table go to the table with room whose sub-vectors have the
+// smallest sum of log l, the first of equals, each sub-vector one; every other two turns from the
+// last sub-vector to the first, so that their volumes are alike too. l is over its minimum, so that
+// every log is >= 0 and no scale matters.
+std::vector<int64_t> balanced_columns(const std::vector<double>& spectrum, int64_t n_subvectors,
+                                      int64_t n_tables) {
   constexpr double kFloor = 1e-6;
   const int64_t dims = static_cast<int64_t>(spectrum.size()), sub_dim = dims / n_subvectors;
   const double largest = spectrum.back(), least = std::max(spectrum.front(), kFloor * largest);
-  std::vector<int64_t> columns(dims), filled(n_subvectors, 0);
-  std::vector<double> load(n_subvectors, 0.0);
-  for (int64_t k = dims - 1; k >= 0; --k) {
+  std::vector<int64_t> columns(dims), filled(n_tables, 0);
+  std::vector<double> load(n_tables, 0.0);
+  for (int64_t k = dims - 1; k >= 0;) {
     int64_t best = -1;
-    for (int64_t m = 0; m < n_subvectors; ++m) {
-      if (filled[m] < sub_dim && (best < 0 || load[m] < load[best])) best = m;
+    for (int64_t c = 0; c < n_tables; ++c) {
+      if (filled[c] < sub_dim && (best < 0 || load[c] < load[best])) best = c;
     }
-    columns[best * sub_dim + filled[best]++] = k;
-    if (largest > 0.0) load[best] += std::log(std::max(spectrum[k], least) / least);
+    const int64_t share = (n_subvectors - best + n_tables - 1) / n_tables, turn = filled[best]++;
+    for (int64_t j = 0; j < share; ++j, --k) {
+      const int64_t m = best + n_tables * (turn % 4 == 1 || turn % 4 == 2 ? share - 1 - j : j);
+      columns[m * sub_dim + turn] = k;
+      if (largest > 0.0) load[best] += std::log(std::max(spectrum[k], least) / least) / share;
+    }
   }
   return columns;
+}
+
+// Turns the columns that are the same dimension of the sub-vectors of a table among themselves, so
+// that the mean of the keys is the same in all of them: a table then carries it as if it had one
+// sub-vector alone. Their eigenvalues are neighbours, so turning them costs little.
+void share_means(Matrix& rotation, const std::vector<double>& mean, int64_t n_subvectors,
+                 int64_t n_tables) {
+  const int64_t dims = rotation.rows(), sub_dim = dims / n_subvectors;
+  std::vector<int64_t> columns;
+  std::vector<double> from, to;
+  for (int64_t first = 0; first < n_tables * sub_dim; ++first) {
+    columns.clear();
+    for (int64_t j = first; j < dims; j += n_tables * sub_dim) columns.push_back(j);
+    const double even = 1.0 / std::sqrt(static_cast<double>(columns.size()));
+    from.assign(columns.size(), 0.0);
+    double square = 0, sum = 0;
+    for (size_t c = 0; c < columns.size(); ++c) {
+      for (int64_t i = 0; i < dims; ++i) from[c] += mean[i] * rotation(i, columns[c]);
+      square += from[c] * from[c];
+      sum += from[c];
+    }
+    if (columns.size() == 1 || square == 0.0) continue;
+    // The rotation of the plane of a = from / |from| and b = (+-1, ...) / sqrt(n) that takes a to
+    // b: x -> x - (a + b) (x . (a + b)) / (1 + a . b) + 2 b (x . a).
+    to.assign(columns.size(), sum < 0.0 ? -even : even);
+    double cosine = 0;
+    for (size_t c = 0; c < columns.size(); ++c) cosine += (from[c] /= std::sqrt(square)) * to[c];
+    for (int64_t i = 0; i < dims; ++i) {
+      double along_a = 0, along_b = 0;
+      for (size_t c = 0; c < columns.size(); ++c) {
+        along_a += rotation(i, columns[c]) * from[c];
+        along_b += rotation(i, columns[c]) * to[c];
+      }
+      const double both = (along_a + along_b) / (1.0 + cosine);
+      for (size_t c = 0; c < columns.size(); ++c) {
+        rotation(i, columns[c]) += 2.0 * along_a * to[c] - both * (from[c] + to[c]);
+      }
+    }
+  }
 }
 
 }  // namespace
 
 void learned_rotation(const TensorView& x, const TensorView& query_moments, int n_subvectors,
-                      const MutableTensorView& rotation, const MutableTensorView& weight,
-                      bool centred) {
+                      int n_tables, const MutableTensorView& rotation,
+                      const MutableTensorView& weight, const TensorView& token_weights) {
   require_float_rows(x, "learned_rotation");
+  require_token_weights(token_weights, x, "learned_rotation");
   const int64_t heads = x.shape[0], dims = x.shape[2];
   require(n_subvectors >= 1 && dims % n_subvectors == 0, "[learned_rotation] n_subvectors: got ",
           n_subvectors, ", wanted a divisor of head_dim = ", dims);
+  require(n_tables >= 1 && n_tables <= n_subvectors, "[learned_rotation] n_tables: got ", n_tables,
+          ", wanted 1 to n_subvectors = ", n_subvectors);
   if (!query_moments.empty()) {
     require_float32(query_moments, "query_moments", {heads, dims}, "learned_rotation");
   }
@@ -128,16 +188,18 @@ void learned_rotation(const TensorView& x, const TensorView& query_moments, int 
 
   parallel_for(heads, [&](long h) {
     const std::vector<float> w = query_weight(query_moments, h, dims);
-    Matrix metric = second_moment(x, h, centred);
+    auto [metric, mean] = moments_of(x, token_weights, h);
     for (int64_t i = 0; i < dims; ++i) {
       for (int64_t j = 0; j < dims; ++j) metric(i, j) *= static_cast<double>(w[i]) * w[j];
+      mean[i] *= w[i];
     }
     const veloxquant_eigen::SelfAdjointEigenSolver<Matrix> solver(metric);
     require(solver.info() == veloxquant_eigen::Success,
             "[learned_rotation] x: the eigen-decomposition of head ", h, " did not converge");
     const auto& values = solver.eigenvalues();
     const std::vector<int64_t> columns =
-        balanced_columns({values.data(), values.data() + dims}, n_subvectors);
+        balanced_columns({values.data(), values.data() + dims}, n_subvectors, n_tables);
+    Matrix learned(dims, dims);
     for (int64_t j = 0; j < dims; ++j) {
       const auto vector = solver.eigenvectors().col(columns[j]);
       // The sign of an eigenvector is arbitrary: its largest entry is made positive.
@@ -146,11 +208,15 @@ void learned_rotation(const TensorView& x, const TensorView& query_moments, int 
         if (std::abs(vector(i)) > std::abs(vector(largest))) largest = i;
       }
       const double sign = vector(largest) < 0.0 ? -1.0 : 1.0;
-      for (int64_t i = 0; i < dims; ++i) {
-        element(rotation, h, i, j) = static_cast<float>(sign * vector(i));
-      }
+      learned.col(j) = sign * vector;
     }
-    for (int64_t i = 0; i < dims; ++i) *static_cast<float*>(weight.at(h, i)) = w[i];
+    share_means(learned, mean, n_subvectors, n_tables);
+    for (int64_t i = 0; i < dims; ++i) {
+      for (int64_t j = 0; j < dims; ++j) {
+        element(rotation, h, i, j) = static_cast<float>(learned(i, j));
+      }
+      *static_cast<float*>(weight.at(h, i)) = w[i];
+    }
   });
 }
 

@@ -21,7 +21,7 @@ struct Learned {
   Floats rotation, weight, encode, query;
 
   Learned(const Floats& x, const Floats& query_moments, int64_t heads, int64_t dims,
-          int n_subvectors, bool centred = false)
+          int n_subvectors, int n_tables = 0)  // 0: one for each sub-vector
       : heads(heads),
         dims(dims),
         rotation(heads * dims * dims),
@@ -38,7 +38,7 @@ struct Learned {
     };
     const MutableTensorView w(weight.data(), DType::float32, {heads, dims});
     learned_rotation(TensorView(x.data(), DType::float32, {heads, tokens, dims}), moments,
-                     n_subvectors, cube(rotation), w, centred);
+                     n_subvectors, n_tables == 0 ? n_subvectors : n_tables, cube(rotation), w);
     rotation_matrices(read_only(cube(rotation)), read_only(w), cube(encode), cube(query));
   }
 
@@ -104,38 +104,36 @@ TEST(LearnedRotation, IsOrthogonalAndTheMatricesAreDual) {
   }
 }
 
-// A mean that all keys share moves the eigenvectors of the second moment, not those of the
-// covariance.
-TEST(LearnedRotation, CentredLooksPastTheMean) {
+float difference(const Floats& a, const Floats& b) {
+  float worst = 0;
+  for (size_t i = 0; i < a.size(); ++i) worst = std::max(worst, std::abs(a[i] - b[i]));
+  return worst;
+}
+
+TEST(LearnedRotation, LooksPastTheMean) {
   const int64_t tokens = 4001, dims = 8;  // more than a chunk of the sums
   const Floats x = uneven(2, tokens, dims, 4);
   Floats moved = x;
   for (size_t i = 0; i < x.size(); ++i) moved[i] += i % dims < 4 ? 200.0f : -100.0f;
-  const auto rotation = [&](const Floats& keys, bool centred) {
-    const Learned learned(keys, {}, 2, dims, 2, centred);
-    learned.expect_sound("keys");
-    return learned.rotation;
-  };
-  const auto difference = [](const Floats& a, const Floats& b) {
-    float worst = 0;
-    for (size_t i = 0; i < a.size(); ++i) worst = std::max(worst, std::abs(a[i] - b[i]));
-    return worst;
-  };
-  EXPECT_LT(difference(rotation(moved, true), rotation(x, true)), 1e-3f);
-  EXPECT_GT(difference(rotation(moved, false), rotation(x, false)), 0.1f);
-  EXPECT_GT(difference(rotation(moved, true), rotation(moved, false)), 0.1f);
+  const Learned here(x, {}, 2, dims, 2), there(moved, {}, 2, dims, 2);
+  there.expect_sound("keys");
+  EXPECT_LT(difference(there.rotation, here.rotation), 1e-3f);
   // A head that never moves has no covariance.
-  Learned(Floats(100 * dims, 3.0f), {}, 1, dims, 2, true).expect_sound("constant");
+  Learned(Floats(100 * dims, 3.0f), {}, 1, dims, 2).expect_sound("constant");
 }
 
-// Keys along the axes, so that the eigenvectors are the axes; `logs` of E k_i^2, up to a constant.
+// Keys along the axes and against them, so that the eigenvectors are the axes; `logs` of E k_i^2,
+// up to a constant.
 TEST(LearnedRotation, BalancesAKnownSpectrum) {
   const Floats logs = {9.0f, 7.1f, 5.3f, 4.2f, 3.1f, 2.2f, 1.2f, 0.0f};
   const int64_t dims = 8;
-  Floats x(dims * dims, 0.0f);
-  for (int64_t i = 0; i < dims; ++i) x[i * dims + i] = std::exp(logs[i] / 2);
-  const auto columns = [&](int n_subvectors) {
-    const Learned learned(x, {}, 1, dims, n_subvectors);
+  Floats x(2 * dims * dims, 0.0f);
+  for (int64_t i = 0; i < dims; ++i) {
+    x[i * dims + i] = std::exp(logs[i] / 2);
+    x[(dims + i) * dims + i] = -x[i * dims + i];
+  }
+  const auto columns = [&](int n_subvectors, int n_tables) {
+    const Learned learned(x, {}, 1, dims, n_subvectors, n_tables);
     std::vector<int64_t> axes;
     for (int64_t j = 0; j < dims; ++j) {
       for (int64_t i = 0; i < dims; ++i) {
@@ -144,9 +142,60 @@ TEST(LearnedRotation, BalancesAKnownSpectrum) {
     }
     return axes;
   };
-  EXPECT_THAT(columns(2), testing::ElementsAre(0, 3, 5, 6, 1, 2, 4, 7));  // 16.6 and 15.5
-  EXPECT_THAT(columns(4), testing::ElementsAre(0, 7, 1, 6, 2, 5, 3, 4));
-  EXPECT_THAT(columns(1), testing::ElementsAre(0, 1, 2, 3, 4, 5, 6, 7));
+  EXPECT_THAT(columns(2, 2), testing::ElementsAre(0, 3, 5, 6, 1, 2, 4, 7));  // 16.6 and 15.5
+  EXPECT_THAT(columns(4, 4), testing::ElementsAre(0, 7, 1, 6, 2, 5, 3, 4));
+  EXPECT_THAT(columns(1, 1), testing::ElementsAre(0, 1, 2, 3, 4, 5, 6, 7));
+  // Sub-vectors 0 and 2 share a table, and 1 and 3: neighbours go to them, turn and turn about.
+  EXPECT_THAT(columns(4, 2), testing::ElementsAre(0, 7, 2, 5, 1, 6, 3, 4));
+  EXPECT_THAT(columns(2, 1), testing::ElementsAre(0, 3, 5, 6, 1, 2, 4, 7));
+  // 0 and 3 share one; 1 and 2 have their own.
+  EXPECT_THAT(columns(4, 3), testing::ElementsAre(0, 7, 2, 5, 3, 4, 1, 6));
+}
+
+// What share a table have the same mean, and their directions still span the same planes.
+TEST(LearnedRotation, SubvectorsOfATableHaveTheSameMean) {
+  const int64_t tokens = 3000, dims = 64, sub_dim = 4, subvectors = dims / sub_dim;
+  Floats x = uneven(1, tokens, dims, 21);
+  const Floats shift = test::Random(22).normal(dims);
+  for (size_t i = 0; i < x.size(); ++i) x[i] += 90.0f * shift[i % dims];
+  for (int n_tables : {1, 4, 8, 5, 16}) {
+    const Learned learned(x, moments(1, dims, 23), 1, dims, subvectors, n_tables);
+    learned.expect_sound("shared");
+    std::vector<double> mean(dims, 0.0);
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t j = 0; j < dims; ++j) {
+        for (int64_t i = 0; i < dims; ++i) {
+          mean[j] += static_cast<double>(x[t * dims + i]) * learned.encode[i * dims + j] / tokens;
+        }
+      }
+    }
+    double largest = 0;
+    for (double v : mean) largest = std::max(largest, std::abs(v));
+    for (int64_t j = n_tables * sub_dim; j < dims; ++j) {
+      EXPECT_NEAR(mean[j], mean[j % (n_tables * sub_dim)], 1e-4 * largest) << n_tables << " " << j;
+    }
+  }
+}
+
+// A weight of 2 is the token twice.
+TEST(LearnedRotation, WeightsCountTokens) {
+  const int64_t tokens = 500, dims = 16;
+  const Floats x = uneven(1, tokens, dims, 24);
+  Floats weights(tokens, 1.0f), twice = x;
+  for (int64_t t = 0; t < tokens; t += 3) {
+    weights[t] = 2.0f;
+    twice.insert(twice.end(), x.begin() + t * dims, x.begin() + (t + 1) * dims);
+  }
+  Floats rotation(dims * dims), weight(dims);
+  const auto learn = [&](const Floats& counts) {
+    learned_rotation(TensorView(x.data(), DType::float32, {1, tokens, dims}), {}, 4, 2,
+                     MutableTensorView(rotation.data(), DType::float32, {1, dims, dims}),
+                     MutableTensorView(weight.data(), DType::float32, {1, dims}),
+                     TensorView(counts.data(), DType::float32, {1, tokens}));
+    return rotation;
+  };
+  EXPECT_LT(difference(learn(weights), Learned(twice, {}, 1, dims, 4, 2).rotation), 1e-5f);
+  EXPECT_EQ(learn(Floats(tokens, 1.0f)), Learned(x, {}, 1, dims, 4, 2).rotation);
 }
 
 TEST(LearnedRotation, SameBitsWithAnyThreadsAndForPowersOfTwo) {
@@ -174,7 +223,8 @@ struct Trained {
     params.n_centroids = 32;
     const MutableTensorView out(tables.data(), DType::float16, {1, dims / 4, 32, 4});
     train_vecinfer_tables(TensorView(x.data(), DType::float32, {1, tokens, dims}),
-                          learned.transform(), static_cast<int>(dims / 4), false, params, out);
+                          learned.transform(), static_cast<int>(dims / 4),
+                          static_cast<int>(dims / 4), params, out);
     codec = make_vecinfer_codec(Side::keys, 1, static_cast<int>(dims), static_cast<int>(dims / 4),
                                 read_only(out), learned.transform());
   }
@@ -253,7 +303,7 @@ TEST(LearnedRotation, ReadsHalfPrecisionAndStrides) {
   TensorView view(halves.data(), DType::float16, {heads, tokens, dims});
   view.stride = {dims, heads * dims, 1};
   Floats rotation(heads * dims * dims), weight(heads * dims);
-  learned_rotation(view, {}, 2,
+  learned_rotation(view, {}, 2, 2,
                    MutableTensorView(rotation.data(), DType::float32, {heads, dims, dims}),
                    MutableTensorView(weight.data(), DType::float32, {heads, dims}));
   EXPECT_EQ(rotation, Learned(rounded, {}, heads, dims, 2).rotation);
@@ -273,11 +323,18 @@ TEST(LearnedRotation, BadArgumentsAreErrors) {
       EXPECT_THAT(error.what(), HasSubstr(message));
     }
   };
-  expect_error([&] { learned_rotation({}, {}, 2, u, w); }, "wanted [H, N, D]");
-  expect_error([&] { learned_rotation(view, {}, 3, u, w); }, "n_subvectors: got 3");
-  expect_error([&] { learned_rotation(view, view, 2, u, w); }, "query_moments: got");
-  expect_error([&] { learned_rotation(view, {}, 2, w, w); }, "rotation: got");
-  expect_error([&] { learned_rotation(view, {}, 2, u, {}); }, "weight: got");
+  expect_error([&] { learned_rotation({}, {}, 2, 2, u, w); }, "wanted [H, N, D]");
+  expect_error([&] { learned_rotation(view, {}, 3, 2, u, w); }, "n_subvectors: got 3");
+  expect_error([&] { learned_rotation(view, {}, 2, 3, u, w); }, "n_tables: got 3");
+  expect_error([&] { learned_rotation(view, view, 2, 2, u, w); }, "query_moments: got");
+  expect_error([&] { learned_rotation(view, {}, 2, 2, w, w); }, "rotation: got");
+  expect_error([&] { learned_rotation(view, {}, 2, 2, u, {}); }, "weight: got");
+  Floats counts(2 * 3, 1.0f);
+  expect_error([&] { learned_rotation(view, {}, 2, 2, u, w, read_only(w)); },
+               "token_weights: got float32 with 2 dimensions, wanted float32 [2, 3]");
+  counts[4] = 0.0f;
+  const TensorView tokens(counts.data(), DType::float32, {2, 3});
+  expect_error([&] { learned_rotation(view, {}, 2, 2, u, w, tokens); }, "token_weights: got 0");
   expect_error([&] { rotation_matrices(read_only(w), read_only(w), u, u); }, "wanted [H, D, D]");
   square[3] = 0.0f;
   Floats encode(cube.size());
@@ -349,8 +406,8 @@ double score_error(const Floats& train, const Transform& map, const Floats& keys
   const int64_t n = static_cast<int64_t>(train.size()) / kDims;
   KMeansParams params;
   params.max_iterations = 10;
-  train_vecinfer_tables(TensorView(train.data(), DType::float32, {1, n, kDims}), map, kParts, false,
-                        params, tables);
+  train_vecinfer_tables(TensorView(train.data(), DType::float32, {1, n, kDims}), map, kParts,
+                        kParts, params, tables);
   const CodecPtr codec = make_vecinfer_codec(Side::keys, 1, kDims, kParts, read_only(tables), map);
   Floats error = keys;
   std::vector<uint8_t> block(codec->block_bytes());

@@ -8,12 +8,16 @@
 
 namespace veloxquant {
 
-// Training vectors, fp32 [sub_dim][n], dimension-major.
+// Training vectors, fp32 [sub_dim][n], dimension-major. weights: [n], how much the squared error of
+// each counts; null: 1.
 struct Vectors {
   const float* data = nullptr;
   int64_t stride = 0;
   int64_t n = 0;
   int sub_dim = 0;
+  const float* weights = nullptr;
+
+  double weight(int64_t t) const { return weights == nullptr ? 1.0 : weights[t]; }
 
   const float* at(int dim, int64_t t) const { return data + dim * stride + t; }
 };

@@ -117,7 +117,7 @@ TableReport train_vecinfer_rope(const TensorView& x, const std::vector<int64_t>&
     }
   });
   return train_vecinfer_tables(TensorView(slotted.data(), DType::float32, {heads, n, dims}), {},
-                               n_subvectors, false, params, tables, progress);
+                               n_subvectors, n_subvectors, params, tables, progress);
 }
 
 }  // namespace veloxquant

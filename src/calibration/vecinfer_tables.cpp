@@ -1,8 +1,9 @@
-// Codebooks of VecInfer: transform, cut into sub-vectors, one k-means each, round the entries.
+// Codebooks of VecInfer: transform, cut into sub-vectors, one k-means a table, round the entries.
 #include <algorithm>
 #include <cmath>
 
 #include "src/calibration/float_rows.h"
+#include "src/calibration/lloyd.h"
 #include "src/calibration/progress.h"
 #include "src/calibration/random.h"
 #include "src/calibration/sampling.h"
@@ -37,31 +38,43 @@ std::vector<float> transformed(const TensorView& x, int64_t head,
   return y;
 }
 
-// Vectors of all sub-vectors together: [d][count] out of y [M * d][n].
-std::vector<float> pooled(const std::vector<float>& y, int64_t n, int n_subvectors, int sub_dim,
-                          SplitMix64 random) {
-  const std::vector<int64_t> picks = subsample(n * n_subvectors, kMaxTrainingVectors, random);
-  const int64_t count = static_cast<int64_t>(picks.size());
-  std::vector<float> pool(sub_dim * count);
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t m = picks[k] / n, t = picks[k] % n;
-    for (int i = 0; i < sub_dim; ++i) pool[i * count + k] = y[(m * sub_dim + i) * n + t];
+// What the k-means of a table sees: vectors [d][n], and what each counts (none: 1).
+struct Training {
+  std::vector<float> vectors, weights;
+  int64_t n = 0;
+};
+
+// The sub-vectors first, first + step, ... of y [M * d][n] together. weights: of the n tokens, or
+// none.
+Training pooled(const std::vector<float>& y, const std::vector<float>& weights, int64_t n,
+                int sub_dim, int first, int step, SplitMix64 random) {
+  const int64_t all = static_cast<int64_t>(y.size()) / (n * sub_dim);
+  const int64_t share = (all - first + step - 1) / step;
+  const std::vector<int64_t> picks = subsample(n * share, kMaxTrainingVectors, random);
+  Training pool;
+  pool.n = static_cast<int64_t>(picks.size());
+  pool.vectors.resize(sub_dim * pool.n);
+  for (int64_t k = 0; k < pool.n; ++k) {
+    const int64_t m = first + step * (picks[k] / n), t = picks[k] % n;
+    for (int i = 0; i < sub_dim; ++i) pool.vectors[i * pool.n + k] = y[(m * sub_dim + i) * n + t];
+    if (!weights.empty()) pool.weights.push_back(weights[t]);
   }
   return pool;
 }
 
 struct SquaredSums {
-  double error = 0;   // sum |y - y^|^2
-  double energy = 0;  // sum |y|^2
+  double error = 0;   // sum w |y - y^|^2
+  double energy = 0;  // sum w |y|^2
 };
 
 // One k-means; writes table (h, m) and returns its error with the centroids as rounded.
-SquaredSums train_one(const float* y, int64_t stride, int64_t n, const KMeansParams& params,
-                      TableEntries entries, int64_t h, int64_t m, const MutableTensorView& tables) {
+SquaredSums train_one(const Vectors& y, const KMeansParams& params, TableEntries entries, int64_t h,
+                      int64_t m, const MutableTensorView& tables) {
   // Of int8, 127 * 2^9: the next power of two would leave fp16.
   const float largest = entries == TableEntries::int8 ? 65024.0f : 65504.0f;
-  const int sub_dim = static_cast<int>(tables.shape[3]);
-  std::vector<float> centroids = kmeans(y, stride, n, sub_dim, params).centroids;
+  const int sub_dim = y.sub_dim;
+  std::vector<float> centroids =
+      kmeans(y.data, y.stride, y.n, sub_dim, params, y.weights).centroids;
   std::vector<uint16_t> rounded(centroids.size());
   for (size_t i = 0; i < centroids.size(); ++i) {
     rounded[i] = f32_to_f16(std::clamp(centroids[i], -largest, largest));
@@ -77,16 +90,16 @@ SquaredSums train_one(const float* y, int64_t stride, int64_t n, const KMeansPar
       centroids[at] = f16_to_f32(rounded[at]);
     }
   }
-  std::vector<uint16_t> codes(n);
-  std::vector<float> distance(n);
-  nearest_centroids(default_backend(), y, stride, n, centroids.data(), params.n_centroids, sub_dim,
-                    codes.data(), distance.data());
+  std::vector<uint16_t> codes(y.n);
+  std::vector<float> distance(y.n);
+  nearest_centroids(default_backend(), y.data, y.stride, y.n, centroids.data(), params.n_centroids,
+                    sub_dim, codes.data(), distance.data());
   SquaredSums sums;
-  for (float d : distance) sums.error += d;
+  for (int64_t t = 0; t < y.n; ++t) sums.error += y.weight(t) * distance[t];
   for (int i = 0; i < sub_dim; ++i) {
-    for (int64_t t = 0; t < n; ++t) {
-      const double value = y[i * stride + t];
-      sums.energy += value * value;
+    for (int64_t t = 0; t < y.n; ++t) {
+      const double value = *y.at(i, t);
+      sums.energy += y.weight(t) * value * value;
     }
   }
   return sums;
@@ -95,16 +108,19 @@ SquaredSums train_one(const float* y, int64_t stride, int64_t n, const KMeansPar
 }  // namespace
 
 TableReport train_vecinfer_tables(const TensorView& x, const Transform& transform, int n_subvectors,
-                                  bool per_head, const KMeansParams& params,
+                                  int n_tables, const KMeansParams& params,
                                   const MutableTensorView& tables,
-                                  const std::function<void(double)>& progress,
-                                  TableEntries entries) {
+                                  const std::function<void(double)>& progress, TableEntries entries,
+                                  const TensorView& token_weights) {
   require_float_rows(x, "train_vecinfer_tables");
+  require_token_weights(token_weights, x, "train_vecinfer_tables");
   const int64_t heads = x.shape[0], dims = x.shape[2];
   require(n_subvectors >= 1 && dims % n_subvectors == 0,
           "[train_vecinfer_tables] n_subvectors: got ", n_subvectors,
           ", wanted a divisor of head_dim = ", dims);
-  const int64_t per = per_head ? 1 : n_subvectors, sub_dim = dims / n_subvectors;
+  require(n_tables >= 1 && n_tables <= n_subvectors, "[train_vecinfer_tables] n_tables: got ",
+          n_tables, ", wanted 1 to n_subvectors = ", n_subvectors);
+  const int64_t per = n_tables, sub_dim = dims / n_subvectors;
   require(!tables.empty() && tables.dtype == DType::float16 && tables.ndim == 4 &&
               tables.shape[0] == heads && tables.shape[1] == per &&
               tables.shape[2] == params.n_centroids && tables.shape[3] == sub_dim,
@@ -130,21 +146,25 @@ TableReport train_vecinfer_tables(const TensorView& x, const Transform& transfor
     for (size_t i = 0; i < picks.size(); ++i) tokens[i] = tokens[picks[i]];
     tokens.resize(picks.size());
     const std::vector<float> y = transformed(x, h, tokens, *codec);
+    const std::vector<float> weights = weights_of(token_weights, h, tokens);
     const int64_t n = static_cast<int64_t>(tokens.size());
 
-    const auto train = [&](int64_t m, const float* from, int64_t count) {
+    parallel_for(n_tables, [&](long m) {
       KMeansParams own = params;
       own.seed = SplitMix64(params.seed, h * per + m).next();
-      errors[h * per + m] = train_one(from, count, count, own, entries, h, m, tables);
+      Vectors seen{y.data() + m * sub_dim * n, n, n, static_cast<int>(sub_dim),
+                   weights.empty() ? nullptr : weights.data()};
+      Training pool;
+      if (n_tables < n_subvectors) {
+        pool = pooled(y, weights, n, seen.sub_dim, static_cast<int>(m), n_tables,
+                      SplitMix64(params.seed, kPoolStream + h * per + m));
+        seen.data = pool.vectors.data();
+        seen.stride = seen.n = pool.n;
+        seen.weights = pool.weights.empty() ? nullptr : pool.weights.data();
+      }
+      errors[h * per + m] = train_one(seen, own, entries, h, m, tables);
       done.step();
-    };
-    if (per_head) {
-      const auto pool = pooled(y, n, n_subvectors, static_cast<int>(sub_dim),
-                               SplitMix64(params.seed, kPoolStream + h));
-      train(0, pool.data(), static_cast<int64_t>(pool.size()) / sub_dim);
-    } else {
-      parallel_for(n_subvectors, [&](long m) { train(m, y.data() + m * sub_dim * n, n); });
-    }
+    });
   });
 
   TableReport report;

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxquant_mlx import _ext
-from veloxquant_mlx.allocators.vecinfer import collect
+from veloxquant_mlx.allocators.recording import collect
 from veloxquant_mlx.cache.codebook import TABLE_SHAPES
 from veloxquant_mlx.cache.fitting import Fitting, fit_learned
 from veloxquant_mlx.cache.layout import model_fingerprint
@@ -37,7 +37,7 @@ def train_pre_rope(kind, train_keys, model, tokenizer, values, *, num_tokens, te
         made, error = train_keys(data.keys[i], positions, rope.core(), weight, step)
         errors["keys"].append([round(e, 6) for e in error])
         made["weights"] = weight
-        transform, made["values"], error = fit_learned(data.values[i], values)
+        transform, made["values"], error = fit_learned("values", data.values[i], values)
         made["value_rotations"] = transform.rotation
         errors["values"].append(error)
         arrays.append({name: np.array(array) for name, array in made.items()})

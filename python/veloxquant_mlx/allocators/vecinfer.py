@@ -1,12 +1,10 @@
 """Calibration of VecInfer: smooth factors, learned rotations and product codebooks from a model and some text."""
 
-from dataclasses import dataclass, replace
-
 import mlx.core as mx
 import numpy as np
 
 from veloxquant_mlx import _ext
-from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
+from veloxquant_mlx.allocators.recording import CONTEXT_TOKENS, collect, undo_rope
 from veloxquant_mlx.cache.codebook import (
     TRANSFORMS,
     Codebook,
@@ -16,20 +14,10 @@ from veloxquant_mlx.cache.codebook import (
     key_and_value_bits,
 )
 from veloxquant_mlx.cache.fitting import Fitting, fit_learned, fit_tables
-from veloxquant_mlx.cache.layout import attention_layers, cache_of, model_fingerprint, one_shape, put_cache
-from veloxquant_mlx.generated import OWN_SHARE, built_in_texts
-from veloxquant_mlx.models.rope import detect_ropes
-from veloxquant_mlx.text import read_texts
+from veloxquant_mlx.cache.layout import attention_layers, model_fingerprint, one_shape
+from veloxquant_mlx.generated import OWN_SHARE
 
 SAMPLE_TOKENS = 128  # tokens of one calibration sample
-# Samples are run through the model in a dozen windows, of this length at most.
-WINDOW_TOKENS = 2048
-# Keys carry their RoPE: tables that saw no position as late as the ones they encode lose most of a key
-# (docs/quality.md). Windows begin at positions that are spread over so many.
-CONTEXT_TOKENS = 8192
-# The first tokens of a window draw attention and have keys of their own kind. Caches keep them
-# exact (sinks=4), so they are not trained on.
-SINK_TOKENS = 4
 
 
 def calibrate_smooth_factors(model, tokenizer, num_samples=64, *, texts=None, progress=None):
@@ -66,7 +54,8 @@ def train_codebook(
 
     num_subspaces: sub-vectors of a head; None: 2 bits per element. value_num_centroids,
     value_num_subspaces: of the values; None: as the keys. codebook_per: "subvector" (one
-    table each) or "head" (one for all sub-vectors of a head). entries: "fp16" or "int8" (integers
+    table each), "head" (one for all sub-vectors of a head) or "lane" (as many as GPUs look up as fast
+    as one: 4 a head for keys, 8 for values). entries: "fp16" or "int8" (integers
     times one power of two a table, held in fp16: the form that GPUs look up fastest).
     smooth_factors: what calibrate_smooth_factors returned (None: measured on the same text).
     transform: "hadamard" (keys smoothed, both sides rotated alike everywhere) or "learned" (a rotation
@@ -143,135 +132,6 @@ def compute_query_lut(q, codebook, sub_dim):
     return _ext.vecinfer_query_lut(q, codebook, sub_dim)
 
 
-@dataclass
-class CalibrationData:
-    """What `collect` saw of every attention layer.
-
-    keys (post-RoPE), values: one fp16 array [H_kv, n, D] per layer. query_moments: E q_i^2 of the
-    post-RoPE queries of all query heads of a KV head, fp32 [L, H_kv, D]; None where a layer calls
-    MLX's attention directly, so that its queries cannot be seen.
-    """
-
-    keys: list
-    values: list
-    query_moments: np.ndarray | None
-    windows: list  # (position of the first token, tokens); the first SINK_TOKENS are not among keys and values
-
-    def positions(self) -> np.ndarray:
-        """Of every token among the keys and values, int32."""
-        return np.concatenate(
-            [np.arange(first + min(SINK_TOKENS, n - 1), first + n) for first, n in self.windows]
-        ).astype(np.int32)
-
-
-def window_positions(num_tokens, context) -> list:
-    """(position of the first token, tokens) of each window of `num_tokens` tokens."""
-    length = min(WINDOW_TOKENS, max(256, num_tokens // 12))
-    lengths = [min(length, num_tokens - i) for i in range(0, num_tokens, length)]
-    room, last = max(0, context - length), max(1, len(lengths) - 1)
-    return [(room * i // last, n) for i, n in enumerate(lengths)]
-
-
-def collect(model, tokenizer, num_tokens, texts=None, progress=None, own_share=OWN_SHARE, context=CONTEXT_TOKENS):
-    """CalibrationData over `num_tokens` tokens of text. The language head is not run.
-
-    texts: None: generated.built_in_texts, own_share of them written by the model. context: positions that the
-    windows are spread over.
-    """
-    report, writing = progress or (lambda fraction, text: None), 0.0
-    if texts is None and own_share > 0:
-        writing = 0.5  # of the progress
-
-        def wrote(fraction):
-            report(writing * fraction, "the model writes calibration text")
-
-        texts = built_in_texts(model, tokenizer, num_tokens, own_share, wrote)
-    tokens = _tokens(tokenizer, num_tokens, texts)
-    report(writing, "running the model")
-    layers = attention_layers(model)
-    inner = getattr(model, "model", model)  # without the language head
-    recorders, windows, done = [_Recorder() for _ in layers], window_positions(len(tokens), context), 0
-    for first, n in windows:
-        # Our exact cache: its attention is faster on a CPU than MLX's, and needs no score matrix.
-        caches = KVCacheBuilder.build(model, KVCacheConfig(method="fp16"))
-        for layer, recorder in zip(layers, recorders):
-            recorder.cache, recorder.first = cache_of(caches, layer), first
-            put_cache(caches, layer, recorder)
-        inner(mx.array(tokens[done : done + n])[None], cache=caches)
-        mx.eval([(r.keys[-1], r.values[-1], r.query_squares) for r in recorders])
-        done += n
-        report(writing + (1 - writing) * done / len(tokens), "running the model")
-    moments = [r.query_moments() for r in recorders]
-    return CalibrationData(
-        keys=[mx.concatenate(r.keys, axis=1) for r in recorders],
-        values=[mx.concatenate(r.values, axis=1) for r in recorders],
-        query_moments=None if any(m is None for m in moments) else np.stack(moments),
-        windows=windows,
-    )
-
-
-def undo_rope(model, data) -> CalibrationData:
-    """`data` with its keys before RoPE. Such keys meet queries turned by every angle: both channels of a pair
-    get the mean of their moments."""
-    positions = mx.array(data.positions())
-    keys, moments = [], data.query_moments
-    for i, rope in enumerate(detect_ropes(model)):
-        keys.append(rope.core().unrotate(data.keys[i], positions).astype(mx.float16))
-        if moments is not None:
-            moments[i] = np.array(rope.turned_moments(mx.array(moments[i])))
-    return replace(data, keys=keys)
-
-
-class _Recorder:
-    """Stands in for a layer's cache and keeps what passes through it: keys and values, fp16
-    [H_kv, n, D] per window, and the sum of the squares of the queries. The window begins at position `first`."""
-
-    first = 0
-
-    def __init__(self):
-        self.keys, self.values = [], []
-        self.query_squares, self.n_queries = [], 0
-        self.cache = None
-
-    def __getattr__(self, name):
-        return getattr(self.cache, name)
-
-    @property
-    def offset(self):
-        """Where the model takes the next token to be; scores do not change where all tokens move."""
-        return self.first + self.cache.offset
-
-    def update_and_fetch(self, keys, values):
-        first = min(SINK_TOKENS, keys.shape[2] - 1)
-        self.keys.append(keys[0, :, first:].astype(mx.float16))
-        self.values.append(values[0, :, first:].astype(mx.float16))
-        return self.cache.update_and_fetch(keys, values)
-
-    def observe_queries(self, queries):
-        """queries: [1, H_q, n, D] as attention gets them; called by its hook (metal/fused_sdpa.py)."""
-        _, heads, n, dim = queries.shape
-        groups = heads // self.keys[-1].shape[0]
-        squares = mx.square(queries.astype(mx.float32)).reshape(-1, groups * n, dim)
-        squares = mx.where(mx.isfinite(squares), squares, 0).sum(axis=1)
-        self.query_squares = [squares + self.query_squares[0] if self.query_squares else squares]
-        self.n_queries += groups * n
-
-    def query_moments(self):
-        """E q_i^2, fp32 [H_kv, D]; None where the attention of the layer never reached the hook."""
-        return np.array(self.query_squares[0]) / np.float32(self.n_queries) if self.query_squares else None
-
-
-def _tokens(tokenizer, num_tokens, texts):
-    tokens = []
-    for text in read_texts(texts):
-        tokens.extend(tokenizer.encode(text, add_special_tokens=False))
-        if len(tokens) >= num_tokens:
-            return tokens[:num_tokens]
-    if not tokens:
-        raise ValueError("texts: got no text at all, wanted some to calibrate on")
-    return tokens  # a short text is used whole
-
-
 def _smooth_factors(model, data):
     factors = np.stack([np.array(_ext.smooth_factors(k)) for k in data.keys])
     return SmoothFactors(factors, model_fingerprint(model), data.query_moments)
@@ -303,15 +163,17 @@ def _train(model, data, factors, transform, fittings, progress):
         )
     progress(0.0, "training codebooks")
     tables, errors, learned = ({"keys": [], "values": []} for _ in range(3))
+    weights = data.token_weights or ([None] * len(data.keys),) * 2
     for i, sides in enumerate(zip(data.keys, data.values)):
-        for side, x, fitting in zip(("keys", "values"), sides, fittings):
+        for side, x, fitting, counts in zip(("keys", "values"), sides, fittings, weights):
+            counts = None if counts[i] is None else mx.array(counts[i])
             if transform == "learned":
                 queries = mx.array(moments[i]) if side == "keys" else None
-                rotated, table, error = fit_learned(x, fitting, queries)
+                rotated, table, error = fit_learned(side, x, fitting, queries, counts)
                 learned[side].append([None if a is None else np.array(a) for a in rotated])
             else:
                 scale = {"scale": mx.array(factors[i])} if side == "keys" else {}
-                table, error = fit_tables(x, fitting, **scale)
+                table, error = fit_tables(side, x, fitting, counts, **scale)
             tables[side].append(np.array(table))
             errors[side].append(error)
         progress((i + 1) / len(data.keys), "training codebooks")

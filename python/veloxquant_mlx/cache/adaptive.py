@@ -21,7 +21,7 @@ import numpy as np
 from veloxquant_mlx import _ext
 from veloxquant_mlx.cache.codebook import TABLE_SHAPES, key_and_value_bits
 from veloxquant_mlx.cache.codecs import exact, vecinfer
-from veloxquant_mlx.cache.fitting import PER, Fitting, fit_learned
+from veloxquant_mlx.cache.fitting import Fitting, fit_learned
 from veloxquant_mlx.models.rope import LayerRope
 
 # A table for each sub-vector has few vectors a centroid: from centroids of a normal distribution (C++:
@@ -46,7 +46,7 @@ def check(config) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: got {value!r}, wanted an integer of at least 1")
-    if config.fit_per not in PER:
+    if config.fit_per not in _STARTS:
         raise ValueError(f"fit_per: got {config.fit_per!r}, wanted 'subvector' or 'head'")
     if not wanted(config):
         return
@@ -172,7 +172,7 @@ def fit(core, plan, moments, window, sinks, dtype):
             seen = _at_later_positions(seen, plan)
             queries = None if queries is None else plan.rope.turned_moments(queries)
         seen = seen.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[3])
-        transform, tables, errors[side] = fit_learned(seen, how, queries)
+        transform, tables, errors[side] = fit_learned(side, seen, how, queries)
         codecs.append(vecinfer.codec(side, tables, how.n_subvectors, **transform.matrices()))
         # Besides the slice: its transform in fp32, and where all sub-vectors share a table their vectors once more.
         scratch = max(scratch, seen.nbytes + 4 * seen.size * (2 if plan.per_head else 1))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from veloxquant_mlx.allocators import commvq, vecinfer, vecinfer_rope
-from veloxquant_mlx.allocators.vecinfer import CONTEXT_TOKENS
+from veloxquant_mlx.allocators.recording import CONTEXT_TOKENS
 from veloxquant_mlx.artifacts.npy_store import NpyArtifactStore
 from veloxquant_mlx.cache.codebook import Codebook
 from veloxquant_mlx.cache.pre_rope import CommVQCodebook, RopePairCodebook
@@ -45,7 +45,7 @@ class Recipe:
             raise ValueError(f"--method: got {self.method!r}, wanted one of {', '.join(CODEBOOKS)}")
         for option, value, known in (
             ("--transform", self.transform, (None, "hadamard", "learned")),
-            ("--codebook-per", self.codebook_per, ("subvector", "head")),
+            ("--codebook-per", self.codebook_per, ("subvector", "lane", "head")),
             ("--entries", self.entries, ("fp16", "int8")),
         ):
             if value not in known:

@@ -110,7 +110,7 @@ PreparedSide prepare_side(Side side, int n_kv_heads, int head_dim, int n_subvect
   const Source source{static_cast<const uint16_t*>(tables.data),
                       static_cast<int>(tables.shape[extra + 1]), f.n_centroids, f.sub_dim};
   const int64_t heads = int64_t{f.n_sequences} * n_kv_heads;
-  const int period = side == Side::keys ? 4 : 8;
+  const int period = lane_tables(side);
   f.lookup = repeats(source, heads, n_subvectors, period) ? Lookup::by_lane : Lookup::by_subvector;
   f.entry = f.sub_dim == 2 ? Entry::half2 : Entry::int8x4;
   constexpr int entry_bytes = 4;
