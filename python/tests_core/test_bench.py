@@ -33,6 +33,7 @@ def test_quality_is_of_the_very_setting(tmp_path, monkeypatch):
     settings = {
         "vecinfer 2 bits": {"perplexity_increase": 0.02, "kl": 0.023},
         "vecinfer 2 bits, a table a head, int8 tables": {"perplexity_increase": 0.03, "kl": 0.04},
+        "vecinfer 2 bits, tables by lane, int8 tables": {"perplexity_increase": 0.021, "kl": 0.02},
         "vecinfer 4 bits": {"perplexity_increase": 0.002, "kl": 0.0016},
     }
     (tmp_path / "benchmarks").mkdir()
@@ -40,6 +41,7 @@ def test_quality_is_of_the_very_setting(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_loader("veloxquant_mlx", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     assert bench.quality_of(2, "head") == (0.03, 0.04)
+    assert bench.quality_of(2, "lane") == (0.021, 0.02)
     assert bench.quality_of(4, "subvector") == (0.002, 0.0016)
     # 2-bit tables are int8 here, which "vecinfer 2 bits" is not; and nobody measured 4 bits by head.
     assert bench.quality_of(2, "subvector") == bench.quality_of(4, "head") == (None, None)

@@ -1,6 +1,6 @@
 """Decode attention on packed codes beside the fp16 attention of PyTorch, on the CUDA device.
 
-    python -m veloxquant.bench attention [--rows 1x131k,32x4k] [--bits 2,4] [--per head,subvector] [--json]
+    python -m veloxquant.bench attention [--rows 1x131k,32x4k] [--bits 2,4] [--per lane,subvector] [--json]
 
 One query token a sequence. Ours: random int8-rounded tables, random codes, dense rotations of query and output and 100
 exact tokens a sequence. Baselines: cuDNN and flash (enable_gqa), fp16. Times are medians of replays of a CUDA graph of 8
@@ -46,18 +46,16 @@ ROWS = [
 ]
 
 
-def require_device():
+def require_device(command="bench attention"):
     """torch, or an Error that says what is missing."""
     if importlib.util.find_spec("torch") is None:
-        raise Error("[bench attention] backend: got cuda without PyTorch, wanted `pip install 'python/core[torch]'`")
+        raise Error(f"[{command}] backend: got cuda without PyTorch, wanted `pip install 'python/core[torch]'`")
     import torch
 
     if not _core.cuda_built():
-        raise Error(
-            "[bench attention] backend: got a build of veloxquant without CUDA kernels, wanted one made with nvcc"
-        )
+        raise Error(f"[{command}] backend: got a build of veloxquant without CUDA kernels, wanted one made with nvcc")
     if not torch.cuda.is_available():
-        raise Error("[bench attention] backend: got cuda on a machine without a CUDA device, wanted one")
+        raise Error(f"[{command}] backend: got cuda on a machine without a CUDA device, wanted one")
     return torch
 
 
@@ -67,9 +65,8 @@ def quality_of(bits, per):
     file = Path(found.origin).parent / "benchmarks" / "quality.json" if found and found.origin else None
     if file is None or not file.exists():
         return None, None
-    name = (
-        f"vecinfer {bits} bits" + (", a table a head" if per == "head" else "") + (", int8 tables" if bits == 2 else "")
-    )
+    how = {"head": ", a table a head", "lane": ", tables by lane", "subvector": ""}[per]
+    name = f"vecinfer {bits} bits{how}" + (", int8 tables" if bits == 2 else "")
     entry = json.loads(file.read_text(encoding="utf-8"))["settings"].get(name, {})
     return entry.get("perplexity_increase"), entry.get("kl")
 
@@ -165,8 +162,12 @@ def random_side(side, bits, per, row, rng):
     from veloxquant.torch.tables import SideArrays
 
     sub_dim = 8 // bits
-    shape = (row.n_kv_heads, row.head_dim // sub_dim if per == "subvector" else 1, 256, sub_dim)
+    n_subvectors = row.head_dim // sub_dim
+    n_tables = {"head": 1, "lane": min(_core.LANE_TABLES[side], n_subvectors), "subvector": n_subvectors}[per]
+    shape = (row.n_kv_heads, n_tables, 256, sub_dim)
     entries = rng.integers(-127, 128, shape) / 64 if bits == 2 else rng.standard_normal(shape)
+    if per == "lane":
+        entries = entries[:, numpy.arange(n_subvectors) % n_tables]
     matrix = numpy.linalg.qr(rng.standard_normal((row.n_kv_heads, row.head_dim, row.head_dim)))[0].astype("float32")
     return SideArrays(side, "dense", entries.astype("float16"), encode_matrix=matrix, query_matrix=matrix)
 
@@ -225,10 +226,10 @@ def packed_row(torch, row, bits, per, scale, seed):
             ]
             reference[b, heads] = attend_fp64(torch, parts, mine, scale)
     timed = lambda: median_us(torch, call, copies)  # noqa: E731
-    return verified(torch, f"{row.name}, {bits} bits, a table a {per}", "ours", call, reference, timed), 2 * side_bytes
+    return verified(torch, f"{row.name}, {bits} bits, {per}", "ours", call, reference, timed), 2 * side_bytes
 
 
-def rows(wanted=ROWS, bits=(2, 4), per=("head", "subvector"), report=lambda what: None):
+def rows(wanted=ROWS, bits=(2, 4), per=("lane", "subvector"), report=lambda what: None):
     """A dictionary a row and method, the baselines first."""
     torch = require_device()
     results = []
@@ -260,7 +261,7 @@ def rows(wanted=ROWS, bits=(2, 4), per=("head", "subvector"), report=lambda what
             add(name, us, error, 0, nbytes, (0, 0))
         for width in bits:
             for granularity in per:
-                method = f"{width} bits, a table a {granularity}"
+                method = f"{width} bits, " + {"lane": "tables by lane"}.get(granularity, f"a table a {granularity}")
                 report(f"{row.name} {method}")
                 (us, error), code_bytes = packed_row(torch, row, width, granularity, scale, 2)
                 exact_bytes = 4 * row.batch * row.n_kv_heads * EXACT * row.head_dim
@@ -290,6 +291,13 @@ def cells(result):
     ]
 
 
+def print_table(lines):
+    """Lines of as many texts each, the first of them headings."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+
+
 def chosen(text):
     """Rows by name, comma-separated; Error for a name that is none."""
     by_name = {row.name: row for row in ROWS}
@@ -313,13 +321,15 @@ def main(arguments=None):
     parser.add_argument("what", choices=["attention"])
     parser.add_argument("--rows", default=",".join(row.name for row in ROWS))
     parser.add_argument("--bits", default="2,4")
-    parser.add_argument("--per", default="head,subvector", help="codebooks: one a head (fast), one a sub-vector")
+    parser.add_argument(
+        "--per", default="lane,subvector", help="tables: by lane or one a head (as fast), or one a sub-vector"
+    )
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     try:
         wanted = chosen(given.rows)
         bits = [int(value) for value in several("bits", given.bits, ("2", "4"))]
-        per = several("per", given.per, ("head", "subvector"))
+        per = several("per", given.per, ("lane", "head", "subvector"))
         results = rows(wanted, bits, per, lambda what: print(what, file=sys.stderr, flush=True))
     except Error as error:
         print(error, file=sys.stderr)
@@ -329,10 +339,7 @@ def main(arguments=None):
         return 0
     first = results[0]
     print(f"{first['device']}, torch {first['torch']}, cuDNN {first['cudnn']}; one query token, {EXACT} exact tokens")
-    table = [COLUMNS, *(cells(result) for result in results)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
-    for line in table:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+    print_table([COLUMNS, *(cells(result) for result in results)])
     return 0
 
 

@@ -58,11 +58,21 @@ def command(
     plot: Annotated[
         Optional[str], typer.Option(metavar="PNG", help="Draw quality against bytes, and the errors by layer.")
     ] = None,
+    backend: Annotated[
+        str, typer.Option(help="cpu, or cuda: the package veloxquant on a transformers model, for vecinfer.")
+    ] = "cpu",
+    calibration: Annotated[
+        Optional[str], typer.Option(metavar="FILE", help="cuda: the text that tables are fitted to.")
+    ] = None,
     json: options.Json = False,
 ):
     """Score caches against the exact one.
 
     Perplexity, mean KL, top-1 agreement, bytes with everything counted, and the error in each layer."""
+    if backend != "cpu":
+        wanted = None if compare is None and method is None else _wanted(method, bits, compare, None)
+        _on_cuda(backend, model, text, wanted, transform, codebook_per, windows, length, calibration, json)
+        return
     artifacts = check_directories(artifacts)
     wanted = _wanted(method, bits, compare, artifacts)
     for option, value, least in (
@@ -103,6 +113,42 @@ def command(
         output.emit_json(results[0] if len(results) == 1 else {"results": results})
     else:
         _print(scores)
+
+
+def _on_cuda(backend, model, text, wanted, transform, codebook_per, windows, length, calibration, json):
+    """By the package veloxquant, on a transformers model: the same protocol, rows of its own."""
+    if backend != "cuda":
+        raise ValueError(f"--backend: got {backend!r}, wanted cpu or cuda")
+    try:
+        from veloxquant import eval as on_device
+    except ImportError:
+        raise ValueError(
+            "--backend: got cuda without the package veloxquant, wanted `pip install 'python/core[torch]'` with nvcc"
+        ) from None
+    if model == "smollm2":
+        from veloxquant_mlx.models.smollm2 import find_gguf
+
+        model = str(find_gguf())
+    try:
+        settings = on_device.settings_of(on_device.COMPARED)
+        if wanted is not None:
+            pairs = [one.bits or (2, 2) for one in wanted if one.name == "vecinfer"]
+            if len(pairs) != len(wanted):
+                raise ValueError("--compare: got other methods with --backend cuda, wanted vecinfer alone")
+            settings = on_device.settings_of(
+                ",".join(f"{k:g}/{v:g}:{codebook_per}:{transform or 'learned'}" for k, v in pairs)
+            )
+        with output.progress() as report:
+            scores = on_device.compare(
+                model, text, settings, calibration, windows, length, report=lambda what: report(0.0, what)
+            )
+    except on_device.Error as error:
+        raise ValueError(str(error)) from None
+    if json:
+        output.emit_json({"command": "eval", "backend": "cuda", "windows": windows, "results": scores})
+        return
+    title = f"{windows} windows of {length} tokens on the CUDA device"
+    output.table(title, list(on_device.COLUMNS), [on_device.cells(label, score) for label, score in scores.items()])
 
 
 def _wanted(method, bits, compare, artifacts):
