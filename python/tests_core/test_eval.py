@@ -8,8 +8,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import veloxquant.torch as vt  # noqa: E402
 from test_torch_cache import DEVICES, feed, on, tokens  # noqa: E402
+
+import veloxquant.torch as vt  # noqa: E402
 from veloxquant import Error, _core  # noqa: E402
 from veloxquant import eval as evaluation  # noqa: E402
 
@@ -20,15 +21,17 @@ def test_settings_by_name():
     assert [one.label for one in found] == [
         "2 bits, tables by lane", "4/2 bits, a table a sub-vector", "2 bits, a table a head, hadamard"
     ]  # fmt: skip
-    for text in ("3:lane", "2", "2:layer", "2/2/2:lane", "2:lane:none", ""):
+    assert evaluation.settings_of("3/2:turboquant")[0].label == "3/2 bits, turboquant"
+    for text in ("3:lane", "2", "2:layer", "2/2/2:lane", "2:lane:none", "5:turboquant", ""):
         with pytest.raises(Error, match="compare: got"):
             evaluation.settings_of(text)
     assert len(evaluation.settings_of(evaluation.COMPARED)) == evaluation.COMPARED.count(",") + 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_scores_are_those_of_decoding_token_by_token(device):
-    model, tables = on(device, bits=2, per="lane")
+@pytest.mark.parametrize("transform", ["learned", "turboquant"])
+def test_scores_are_those_of_decoding_token_by_token(device, transform):
+    model, tables = on(device, bits=2, per="lane", transform=transform)
     ids = tokens(220, 2)
     scores = evaluation.evaluate(model, ids, {"2 bits": tables})
     model.set_attn_implementation("sdpa")

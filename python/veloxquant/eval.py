@@ -1,11 +1,11 @@
 """What a compressed cache costs a transformers model: perplexity, KL divergence and top-1 agreement with the exact one.
 
-    python -m veloxquant.eval MODEL --text TEST.txt --calibration VALID.txt [--compare 2:lane,4/2:lane,2:subvector] [--json]
+    python -m veloxquant.eval MODEL --text TEST.txt --calibration VALID.txt [--compare 2:lane,4/2:lane] [--json]
 
-The protocol is that of `veloxquant eval`: the text is tokenised once, without BOS; its first windows * length tokens are
-the windows; positions 1..length-1 of each are scored; every query sees as codes exactly what decoding token by token
-would have left as codes. On a CPU that is one strict pass over a window; on a GPU it is decoding token by token, all
-windows at once, a step captured in a CUDA graph.
+The protocol is that of `veloxquant eval`: the text is tokenised once, without BOS; its first windows * length tokens
+are the windows; positions 1..length-1 of each are scored; every query sees as codes exactly what decoding token by
+token would have left as codes. On a CPU that is one strict pass over a window; on a GPU it is decoding token by token,
+all windows at once, a step captured in a CUDA graph.
 """
 
 import argparse
@@ -19,22 +19,33 @@ from typing import NamedTuple
 from veloxquant import Error, bench
 
 WINDOW, SINKS = 64, 4
-COMPARED = "2:subvector,2:lane,2:head,4:subvector,4:lane,4/2:lane"
+COMPARED = "2:subvector,2:lane,2:head,4:subvector,4:lane,4/2:lane,4:turboquant"
+HOW = {
+    "subvector": "a table a sub-vector",
+    "lane": "tables by lane",
+    "head": "a table a head",
+    "turboquant": "turboquant",
+}
 COLUMNS = ("cache", "perplexity", "increase", "KL", "top-1", "tables MB", "bytes/token")
 
 
 class Setting(NamedTuple):
-    """bits: of keys and of values. per: what shares a table. transform: learned or hadamard."""
+    """bits: of keys and of values. per: what shares a table, or a codec without any. transform: learned or hadamard."""
 
     bits: tuple
     per: str
     transform: str = "learned"
 
     @property
+    def file(self):
+        """A name for its tables."""
+        bits, transform = "-".join(map(str, self.bits)), "_hadamard" if self.transform == "hadamard" else ""
+        return f"{bits}_{self.per}{transform}.safetensors"
+
+    @property
     def label(self):
         bits = "/".join(map(str, dict.fromkeys(self.bits)))
-        how = {"subvector": "a table a sub-vector", "lane": "tables by lane", "head": "a table a head"}[self.per]
-        return f"{bits} bits, {how}" + (", hadamard" if self.transform == "hadamard" else "")
+        return f"{bits} bits, {HOW[self.per]}" + (", hadamard" if self.transform == "hadamard" else "")
 
 
 def settings_of(text):
@@ -44,11 +55,12 @@ def settings_of(text):
         bits, _, how = part.strip().partition(":")
         per, _, transform = how.partition(":")
         numbers = bits.split("/")
-        known = all(n in ("2", "4") for n in numbers) and len(numbers) <= 2 and per in ("subvector", "lane", "head")
+        allowed = ("1", "2", "3", "4") if per == "turboquant" else ("2", "4")
+        known = per in HOW and len(numbers) <= 2 and all(n in allowed for n in numbers)
         if not known or transform not in ("", "learned", "hadamard"):
             raise Error(
                 f"[eval] compare: got {part!r}, wanted bits (2 or 4; 4/2 for keys/values), and subvector, lane or head "
-                "after a colon: 2:lane, 4/2:lane, 2:subvector:hadamard"
+                "after a colon: 2:lane, 4/2:lane, 2:subvector:hadamard; or 1 to 4 bits and turboquant: 4:turboquant"
             )
         found.append(Setting((int(numbers[0]), int(numbers[-1])), per, transform or "learned"))
     return list(dict.fromkeys(found))
@@ -126,7 +138,9 @@ def in_one_pass(torch, model, ids, makers):
 
 
 def token_by_token(torch, model, ids, makers):
-    """The same on a CUDA device: all windows at once, a step of one token captured in a graph and replayed."""
+    """The same on a CUDA device: all windows at once, steps of one token captured in a graph and replayed."""
+    from veloxquant.torch import CapturedStep
+
     device, (count, length) = ids.device, ids.shape
     model.set_attn_implementation("sdpa")
     exact = torch.stack([log_probs(model, window) for window in ids])
@@ -134,24 +148,13 @@ def token_by_token(torch, model, ids, makers):
     found["exact"][0].add(slice(None), exact, exact, ids[:, 1:])
     for label, make in makers.items():
         cache, sums = make(max_length=length), Sums(torch, count, device)
-        token, position = ids[:, :1].clone(), torch.zeros(count, 1, dtype=torch.int64, device=device)
-        graph = None
+        logits, step = model(ids[:, :1], past_key_values=cache).logits, CapturedStep(model, cache)
         for t in range(length - 1):
-            token.copy_(ids[:, t : t + 1])
-            position.fill_(t)
-            if t == 2:  # after steps that allocate what a step needs
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    logits = model(token, position_ids=position, past_key_values=cache).logits
-                cache.forget_captured_step()
-            if graph is None:
-                logits = model(token, position_ids=position, past_key_values=cache).logits
-            else:
-                graph.replay()
-                cache.count_replay()
+            if t > 0:
+                logits = step(ids[:, t : t + 1])
             sums.add(slice(None), exact[:, t], logits[:, 0].float().log_softmax(-1), ids[:, t + 1])
         found[label] = sums, cache.nbytes
-        del graph, logits, cache
+        del logits, step, cache
     return found
 
 
@@ -178,13 +181,17 @@ def evaluate(model, ids, tables):
 
 
 def fitted(model, tokenizer, settings, calibration, tokens, kept, report):
-    """{label: Tables}: read from the folder `kept` where they are there, else fitted, all of them to one recording."""
+    """{label: Tables}: read from the folder `kept` where they are, else fitted, all of them to one recording."""
     from veloxquant.torch import Tables
     from veloxquant.torch.calibration import fit, record
+    from veloxquant.torch.codecs import codec_tables_for
 
     made, layers = {}, None
     for setting in settings:
-        file = kept and Path(kept) / (setting.label.replace(" ", "_").replace("/", "-").replace(",", "") + ".safetensors")
+        if setting.per == "turboquant":
+            made[setting.label] = codec_tables_for(model.config, "turboquant", *setting.bits)
+            continue
+        file = kept and Path(kept) / setting.file
         if file and file.exists():
             made[setting.label] = Tables.load(file)
             continue
@@ -255,7 +262,8 @@ def main(arguments=None):
     if given.json:
         print(json.dumps({"command": "eval", "backend": given.backend, "windows": given.windows, "results": scores}))
         return 0
-    print(f"{given.windows} windows of {given.length} tokens, window {WINDOW}, sinks {SINKS}, {given.dtype}, {given.backend}")
+    how = f"window {WINDOW}, sinks {SINKS}, {given.dtype}, {given.backend}"
+    print(f"{given.windows} windows of {given.length} tokens, {how}")
     bench.print_table([COLUMNS, *(cells(label, score) for label, score in scores.items())])
     return 0
 

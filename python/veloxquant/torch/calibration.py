@@ -41,8 +41,8 @@ class Recording:
 
 
 def attention_got(query, key, scaling=None):
-    """What each key gets from the queries that see it as a code: fp32 [B, heads, n, 2], the sums of the probabilities and
-    of their squares. query: [B, Hq, n, D], key: [B, heads, n, D]."""
+    """What each key gets from the queries that see it as a code: fp32 [B, heads, n, 2], the sums of the probabilities
+    and of their squares. query: [B, Hq, n, D], key: [B, heads, n, D]."""
     batch, heads, n, dim = key.shape
     places = torch.arange(n % QUERY_STEP, n, QUERY_STEP, device=key.device)
     groups, count = query.shape[1] // heads, len(places)
@@ -123,10 +123,10 @@ def calibrate(
 ):
     """Tables for every full-attention layer of the model.
 
-    batches: token ids, [n] or [B, n] each, without padding; text like what will be cached. bits: 2 or 4 of the keys, and
-    of the values where value_bits is not given. codebook_per: 'lane', as many tables a head as CUDA looks up as fast as
-    one ('head'); 'subvector' is closer to the model, and slower. Entries of 2-bit tables are int8 times a power of two, on
-    every device.
+    batches: token ids, [n] or [B, n] each, without padding; text like what will be cached. bits: 2 or 4 of the keys,
+    and of the values where value_bits is not given. codebook_per: 'lane', as many tables a head as CUDA looks up as
+    fast as one ('head'); 'subvector' is closer to the model, and slower. Entries of 2-bit tables are int8 times a power
+    of two, on every device.
     """
     layers = record(model, batches, max_tokens)
     return fit(model, layers, bits, value_bits, transform, codebook_per, max_tokens, seed)

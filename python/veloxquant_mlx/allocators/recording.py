@@ -1,4 +1,4 @@
-"""What calibration sees of a model: keys and values of some text, the queries' moments, the attention that tokens got."""
+"""What calibration sees of a model: keys and values of some text, queries' moments, the attention tokens got."""
 
 from dataclasses import dataclass, replace
 

@@ -25,8 +25,8 @@ Transform = Annotated[
 CodebookPer = Annotated[
     str,
     typer.Option(
-        help="One table for each subvector, or one for all of a head (vecinfer, adaptive); lane: as many as GPUs look up "
-        "as fast as one (vecinfer)."
+        help="One table for each subvector, or one for all of a head (vecinfer, adaptive); lane: as many as GPUs look "
+        "up as fast as one (vecinfer)."
     ),
 ]
 Entries = Annotated[str, typer.Option(help="Of the tables: fp16, or int8 (vecinfer), which GPUs look up fastest.")]
