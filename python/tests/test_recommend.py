@@ -112,7 +112,12 @@ def test_eval_records_what_recommend_reads(capsys, loaded, directory, tmp_path):
     assert code == 0, err
     kept = json.loads(out)["kl"]
     assert scores.known(loaded[0])[(2.0, 2.0)]["kl"] == kept
-    # Another window is another setting.
+    # Tables that sub-vectors share are another setting, and so is another window.
+    shared = str(tmp_path / "shared")
+    arguments_of_shared = ["--text", str(text), "--tokens", "512", "--codebook-per", "lane", "-o", shared]
+    assert run(capsys, "calibrate", directory, *arguments_of_shared)[0] == 0
+    assert run(capsys, "eval", directory, *arguments, "--artifacts", shared)[0] == 0
+    assert scores.known(loaded[0])[(2.0, 2.0)]["kl"] == kept
     code, out, err = run(capsys, "eval", directory, *arguments, "--window", "0", "--sinks", "0")
     assert code == 0 and json.loads(out)["kl"] != kept
     assert scores.known(loaded[0])[(2.0, 2.0)]["kl"] == kept
