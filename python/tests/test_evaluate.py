@@ -1,6 +1,9 @@
 """The evaluation protocol, on a small random model."""
 
+import json
 import math
+import sys
+import types
 
 import mlx.core as mx
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from tiny_model import save
 
+from veloxquant_mlx import cli
 from veloxquant_mlx.evaluate import LogProbs, bits_per_element, cache_bytes, evaluate, mean_kl, read_windows
 from veloxquant_mlx.models import kv_elements_per_token, load_model
 
@@ -86,3 +90,37 @@ def test_bytes_and_bits_of_mlx_lm_caches(loaded):
         model(tokens, cache=caches)
         assert bits_per_element(caches) == bits
         assert cache_bytes(caches) == 256 * kv_elements_per_token(model) * bits / 8
+
+
+def test_cuda_says_what_it_needs(monkeypatch, capsys):
+    arguments = ["eval", "smollm2", "--text", "none.txt", "--backend"]
+    assert cli.main([*arguments, "metal"]) == 2
+    assert "--backend: got 'metal', wanted cpu or cuda" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "veloxquant", None)  # as where it is not installed
+    assert cli.main([*arguments, "cuda"]) == 2
+    assert "wanted `pip install" in capsys.readouterr().err
+
+
+def test_cuda_gets_the_settings_that_were_asked_for(monkeypatch, capsys):
+    asked = {}
+
+    def compare(model, text, settings, calibration, windows, length, report):
+        asked.update(settings=settings, text=text, calibration=calibration, windows=windows)
+        return {"exact": {"ppl": 10.0}}
+
+    package = types.ModuleType("veloxquant")
+    package.eval = types.SimpleNamespace(
+        COMPARED="all", settings_of=lambda text: text, compare=compare, Error=ValueError
+    )
+    monkeypatch.setitem(sys.modules, "veloxquant", package)
+    monkeypatch.setitem(sys.modules, "veloxquant.eval", package.eval)
+    arguments = ["eval", "folder", "--text", "t.txt", "--backend", "cuda", "--calibration", "c.txt", "--json"]
+    assert cli.main([*arguments, "--compare", "vecinfer2,vecinfer4/2", "--codebook-per", "lane"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"] == {"exact": {"ppl": 10.0}}
+    assert asked["settings"] == "2/2:lane:learned,4/2:lane:learned"
+    assert (asked["text"], asked["calibration"], asked["windows"]) == ("t.txt", "c.txt", 8)
+    assert cli.main(arguments) == 0 and asked["settings"] == "all"
+    assert cli.main([*arguments, "--compare", "qjl2"]) == 2
+    assert "wanted vecinfer alone" in capsys.readouterr().err
+    assert cli.main([*arguments, "--window", "128"]) == 2
+    assert "--backend: got cuda with --window 128, wanted that with cpu alone" in capsys.readouterr().err

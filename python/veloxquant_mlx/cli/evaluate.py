@@ -70,6 +70,12 @@ def command(
 
     Perplexity, mean KL, top-1 agreement, bytes with everything counted, and the error in each layer."""
     if backend != "cpu":
+        for option, value, usual in (
+            ("--artifacts", artifacts, None), ("--window", window, 64), ("--sinks", sinks, 4),
+            ("--score-from", score_from, 0), ("--entries", entries, "fp16"), ("--plot", plot, None),
+        ):  # fmt: skip
+            if value != usual:
+                raise ValueError(f"--backend: got {backend} with {option} {value}, wanted that with cpu alone")
         wanted = None if compare is None and method is None else _wanted(method, bits, compare, None)
         _on_cuda(backend, model, text, wanted, transform, codebook_per, windows, length, calibration, json)
         return
