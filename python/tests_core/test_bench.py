@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import numpy
 import pytest
 
 from veloxquant import Error, _core, bench
@@ -73,3 +74,13 @@ def test_a_changed_output_is_not_timed():
         verified("ours", [torch.ones(2, 8), torch.ones(2, 8) * 1.01])
     with pytest.raises(Error, match="wanted at most"):
         verified("fp16", [torch.full((2, 8), float("nan"))])
+
+
+def test_what_is_timed_by_lane_is_looked_up_so():
+    pytest.importorskip("torch")
+    row = bench.Row("small", 1, 256, 4, 2, 128)
+    for bits in (2, 4):
+        for per, by_lane in (("lane", True), ("head", True), ("subvector", False)):
+            for side in ("keys", "values"):
+                made = bench.random_side(side, bits, per, row, numpy.random.default_rng(1))
+                assert made.core.cuda_problem == "" and made.core.by_lane == by_lane

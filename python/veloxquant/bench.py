@@ -167,7 +167,7 @@ def random_side(side, bits, per, row, rng):
     shape = (row.n_kv_heads, n_tables, 256, sub_dim)
     entries = rng.integers(-127, 128, shape) / 64 if bits == 2 else rng.standard_normal(shape)
     if per == "lane":
-        entries = entries[:, numpy.arange(n_subvectors) % n_tables]
+        entries = numpy.take(entries, numpy.arange(n_subvectors) % n_tables, axis=1)
     matrix = numpy.linalg.qr(rng.standard_normal((row.n_kv_heads, row.head_dim, row.head_dim)))[0].astype("float32")
     return SideArrays(side, "dense", entries.astype("float16"), encode_matrix=matrix, query_matrix=matrix)
 
