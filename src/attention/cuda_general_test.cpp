@@ -98,7 +98,7 @@ TEST(CudaGeneral, NamesWhatDoesNotFit) {
          [](AttendArgs& a) { a.keys = side_of(codec_of("qjl", "1 outliers", Side::keys)); });
   expect("prod",
          [](AttendArgs& a) { a.values = side_of(codec_of("turboquant", "2 prod", Side::values)); });
-  expect("a sketch of more than 1024 signs",
+  expect("keys: got a sketch of 1152 signs, wanted at most 1024",
          [](AttendArgs& a) { a.keys = side_of(codec_of("qjl", "9", Side::keys)); });
 }
 
