@@ -100,8 +100,8 @@ void attend_oracle(const TensorView& q, const KeyValueSource& source, const Atte
                    const MutableTensorView& out, const MutableTensorView& lse);
 
 // Which kernel `attend` runs for this source and that many query rows a KV head (queries x heads
-// of its group), and why not a faster one. "cpu/AVX2 codes (vecinfer d4x256: register look-ups)": on
-// the codes; "cpu/AVX2 tiles (vecinfer d3x16: no kernel on these codes)": tiles are decoded.
+// of its group), and why not a faster one. "cpu/AVX2 codes (vecinfer d4x256: register look-ups)":
+// on the codes; "cpu/AVX2 tiles (vecinfer d3x16: no kernel on these codes)": tiles are decoded.
 std::string attention_kernel_name(Backend backend, const KeyValueSource& source,
                                   int64_t n_query_rows = 1);
 

@@ -1,7 +1,7 @@
 // The general path on NVIDIA GPUs: encode, decode, append and attention for every codec that
 // has GPU kernels (vecinfer of any width, turboquant, turboquant_rvq, rabitq, qjl), on portable
-// blocks or on the fragment order of cuda.h; masks, windows, any number of queries (decode, prefill over packed history),
-// lengths of each sequence, paged blocks.
+// blocks or on the fragment order of cuda.h; masks, windows, any number of queries (decode, prefill
+// over packed history), lengths of each sequence, paged blocks.
 //
 // The kernels are compiled by NVRTC when first needed (libnvrtc is loaded then; 0.5 to 3 s each)
 // and kept for the process. After that a call allocates nothing, waits for nothing and can be

@@ -310,8 +310,7 @@ TEST_F(AttentionOnCodes, AQueryThatIsNotFiniteGivesARowOfNaNAndTouchesNoOther) {
   const Codecs codecs(c, {4, 256});
   const Scenario clean = codecs.scenario(c);
   const Result want = oracle(clean);
-  for (float bad : {std::numeric_limits<float>::quiet_NaN(),
-                    std::numeric_limits<float>::infinity(),
+  for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
                     -std::numeric_limits<float>::infinity()}) {
     Scenario p = codecs.scenario(c);
     store_element(p.q.view.at(0, 1, 0), p.q.view.dtype, 5, bad);
