@@ -107,7 +107,8 @@ int64_t decode_workspace_bytes(const DecodeArgs& args);
 
 // out = softmax(scale q K^T) V over every packed and exact token of each sequence; one query token
 // a sequence. GQA up to 16 query heads a KV head, head_dim 64, 80, 96, 128, 256. A sequence without
-// tokens gives out = 0, lse = -inf. Bitwise deterministic for a device and a shape.
+// tokens gives out = 0, lse = -inf. q must be finite: what a row of another gives is not said.
+// Bitwise deterministic for a device and a shape.
 void decode_attention(const DecodeArgs& args, Stream stream);
 
 // Portable blocks (src/codecs/vecinfer/format.h) -> fragment order and back, n_blocks of every
