@@ -3,40 +3,11 @@
 import functools
 import json
 
-import torch
-
 from veloxquant import Error, SideTables
-from veloxquant.torch.tables import LayerTables, Tables
+from veloxquant.torch.tables import LayerTables, Side, Tables
 
 FORMAT = "veloxquant codec 1"
 CODECS = {"turboquant": SideTables.turboquant}
-
-
-class SideCodec:
-    """One side of one layer, as SideArrays, without arrays."""
-
-    arrays = {}
-    nbytes = 0
-
-    def __init__(self, side, codec, heads, head_dim, bits, seed):
-        self.side = side
-        self.core = CODECS[codec](side, heads, head_dim, bits, seed)
-        self._devices = {}
-
-    def _on(self, name, device, make):
-        key = (name, device)
-        if key not in self._devices:
-            self._devices[key] = torch.from_numpy(make()).to(device)
-        return self._devices[key]
-
-    def blob(self, device):
-        return self._on("blob", device, self.core.cuda_blob)
-
-    def query_matrix(self, device):
-        return self._on("query", device, self.core.query_matrix)
-
-    def inverse_matrix(self, device):
-        return self._on("inverse", device, self.core.inverse_matrix)
 
 
 class CodecTables(Tables):
@@ -50,7 +21,7 @@ class CodecTables(Tables):
         for index, kept in enumerate(compressed):
             seeds = (2 * index, 2 * index + 1)
             sides = [
-                SideCodec(side, codec, heads, head_dim, b, seed)
+                Side(side, CODECS[codec](side, heads, head_dim, b, seed))
                 for side, b, seed in zip(("keys", "values"), (bits, value_bits), seeds)
             ]
             layers.append(LayerTables(*sides) if kept else None)

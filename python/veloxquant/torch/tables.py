@@ -14,24 +14,13 @@ FORMAT = "veloxquant tables 1"
 ARRAYS = ("tables", "scale", "encode_matrix", "query_matrix")
 
 
-class SideArrays:
-    """One side of one layer: the arrays as they are saved, what the core makes of them, and copies on devices."""
+class Side:
+    """One side of one layer: what the core makes of it, and copies of that on devices. It has no arrays of its own."""
 
-    def __init__(self, side, transform, tables, scale=None, encode_matrix=None, query_matrix=None):
-        self.side, self.transform = side, transform
-        given = {"tables": tables, "scale": scale, "encode_matrix": encode_matrix, "query_matrix": query_matrix}
-        self.arrays = {name: array for name, array in given.items() if array is not None}
-        heads, n_tables, _, sub_dim = tables.shape
-        if n_tables > 1:
-            head_dim = n_tables * sub_dim
-        else:
-            per_channel = scale if scale is not None else encode_matrix
-            if per_channel is None:
-                raise Error(
-                    "[SideArrays] tables: got one table a head and no transform, wanted one that tells head_dim"
-                )
-            head_dim = per_channel.shape[-1]
-        self.core = SideTables(side, heads, head_dim, transform=transform, **self.arrays)
+    arrays = {}
+
+    def __init__(self, side, core):
+        self.side, self.core = side, core
         self._devices = {}
 
     def _on(self, name, device, make):
@@ -52,6 +41,26 @@ class SideArrays:
     @property
     def nbytes(self):
         return sum(array.nbytes for array in self.arrays.values())
+
+
+class SideArrays(Side):
+    """A side with tables: the arrays are as they are saved."""
+
+    def __init__(self, side, transform, tables, scale=None, encode_matrix=None, query_matrix=None):
+        self.transform = transform
+        given = {"tables": tables, "scale": scale, "encode_matrix": encode_matrix, "query_matrix": query_matrix}
+        self.arrays = {name: array for name, array in given.items() if array is not None}
+        heads, n_tables, _, sub_dim = tables.shape
+        if n_tables > 1:
+            head_dim = n_tables * sub_dim
+        else:
+            per_channel = scale if scale is not None else encode_matrix
+            if per_channel is None:
+                raise Error(
+                    "[SideArrays] tables: got one table a head and no transform, wanted one that tells head_dim"
+                )
+            head_dim = per_channel.shape[-1]
+        super().__init__(side, SideTables(side, heads, head_dim, transform=transform, **self.arrays))
 
 
 class LayerTables:

@@ -74,14 +74,7 @@ def command(
 
 
 def _on_cuda(backend, json):
-    if backend != "cuda":
-        raise ValueError(f"--backend: got {backend!r}, wanted cpu or cuda")
-    try:
-        from veloxquant import bench
-    except ImportError:
-        raise ValueError(
-            "--backend: got cuda without the package veloxquant, wanted `pip install 'python/core[torch]'` with nvcc"
-        ) from None
+    bench = options.on_cuda(backend, "bench")
     try:
         with output.progress() as report:
             rows = bench.rows(report=lambda what: report(0.0, what))

@@ -123,14 +123,7 @@ def command(
 
 def _on_cuda(backend, model, text, wanted, transform, codebook_per, windows, length, calibration, json):
     """By the package veloxquant, on a transformers model: the same protocol, rows of its own."""
-    if backend != "cuda":
-        raise ValueError(f"--backend: got {backend!r}, wanted cpu or cuda")
-    try:
-        from veloxquant import eval as on_device
-    except ImportError:
-        raise ValueError(
-            "--backend: got cuda without the package veloxquant, wanted `pip install 'python/core[torch]'` with nvcc"
-        ) from None
+    on_device = options.on_cuda(backend, "eval")
     if model == "smollm2":
         from veloxquant_mlx.models.smollm2 import find_gguf
 

@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+import importlib
 from typing import Annotated, Optional
 
 import typer
@@ -30,3 +31,15 @@ CodebookPer = Annotated[
     ),
 ]
 Entries = Annotated[str, typer.Option(help="Of the tables: fp16, or int8 (vecinfer), which GPUs look up fastest.")]
+
+
+def on_cuda(backend, name):
+    """The module of the package veloxquant that does on a GPU what a command does here; --backend was not cpu."""
+    if backend != "cuda":
+        raise ValueError(f"--backend: got {backend!r}, wanted cpu or cuda")
+    try:
+        return importlib.import_module(f"veloxquant.{name}")
+    except ImportError:
+        raise ValueError(
+            "--backend: got cuda without the package veloxquant, wanted `pip install 'python/core[torch]'` with nvcc"
+        ) from None
