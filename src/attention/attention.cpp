@@ -5,6 +5,7 @@
 
 #include "src/attention/cpu_parts.h"
 #include "src/attention/element.h"
+#include "src/math/portable.h"
 
 namespace veloxquant {
 namespace {
@@ -18,9 +19,9 @@ void spread_nan(const attention::Problem& p) {
     for (int kv_head = 0; kv_head < p.n_kv_heads; ++kv_head) {
       for (int64_t r = 0; r < p.n_rows(); ++r) {
         p.load_queries(b, kv_head, r, 1, row.data());
-        float zero = 0;
-        for (float x : row) zero += 0.0f * x;
-        if (zero == 0.0f) continue;
+        bool finite = true;
+        for (float x : row) finite &= is_finite_bits(bits_of(x));
+        if (finite) continue;
         const int head = p.q_head_of(kv_head, r);
         for (int d = 0; d < p.head_dim; ++d) {
           attention::store_element(p.out.at(b, head, p.query_of(r)), p.out.dtype, d, kNaN);
