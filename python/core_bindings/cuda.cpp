@@ -45,7 +45,6 @@ class CudaLayer {
 
   int64_t workspace_bytes() const { return cuda::decode_workspace_bytes(args_); }
 
-  // One new token: [B][H][1][D] at these addresses, strides of batch and head in elements.
   void append(uintptr_t keys, int64_t key_batch, int64_t key_head, uintptr_t values,
               int64_t value_batch, int64_t value_head, int dtype, uintptr_t stream) const {
     cuda::AppendArgs a;
@@ -60,23 +59,14 @@ class CudaLayer {
     a.exact_keys = held_.exact_keys();
     a.exact_values = held_.exact_values();
     a.exact_dtype = held_.exact_dtype();
-    a.new_keys = {pointer(keys), key_batch, key_head, 0};
-    a.new_values = {pointer(values), value_batch, value_head, 0};
-    a.dtype = static_cast<DType>(dtype);
+    set_tokens(a, keys, key_batch, key_head, values, value_batch, value_head, dtype);
     cuda::append_token(a, stream_of(stream));
   }
 
-  // q, out: [B][Hq][D], row-major, of one dtype.
   void attend(uintptr_t q, uintptr_t out, uintptr_t lse, int dtype, float scale,
               uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) const {
     cuda::DecodeArgs a = args_;
-    a.scale = scale;
-    a.q = pointer(q);
-    a.out = const_cast<void*>(pointer(out));
-    a.q_dtype = a.out_dtype = static_cast<DType>(dtype);
-    a.lse = static_cast<float*>(const_cast<void*>(pointer(lse)));
-    a.workspace = const_cast<void*>(pointer(workspace));
-    a.workspace_bytes = workspace_bytes;
+    set_query(a, q, out, lse, dtype, scale, workspace, workspace_bytes);
     cuda::decode_attention(a, stream_of(stream));
   }
 
@@ -97,15 +87,13 @@ class CudaLayer {
 cuda::PackedSide packed_of(const SideTables& side, const CudaArray& blob, const TensorView& codes) {
   cuda::PackedSide packed;
   packed.format = side.prepared().format;
-  require(blob.nbytes() == side.prepared().blob.size(), "[cuda] blob: got ", blob.nbytes(),
-          " bytes, wanted the ", side.prepared().blob.size(), " of cuda_blob()");
   require(codes.ndim == 4 && codes.dtype == DType::uint8 &&
               codes.shape[1] == packed.format.n_kv_heads &&
               codes.shape[3] == packed.format.block_bytes() && codes.stride[3] == 1 &&
               codes.stride[2] == codes.shape[3],
           "[cuda] codes: got another shape, wanted uint8 [B, ", packed.format.n_kv_heads,
           ", blocks, ", packed.format.block_bytes(), "], block after block");
-  packed.tables = blob.data();
+  packed.tables = blob_of(blob, side, "blob");
   packed.codes = static_cast<const uint8_t*>(codes.data);
   packed.batch_stride = codes.stride[0];
   packed.head_stride = codes.stride[1];

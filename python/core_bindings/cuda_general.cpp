@@ -60,22 +60,14 @@ class CudaGeneralLayer {
   void append(uintptr_t keys, int64_t key_batch, int64_t key_head, uintptr_t values,
               int64_t value_batch, int64_t value_head, int dtype, uintptr_t stream) const {
     cuda::BlockAppendArgs a = append_;
-    a.new_keys = {pointer(keys), key_batch, key_head, 0};
-    a.new_values = {pointer(values), value_batch, value_head, 0};
-    a.dtype = static_cast<DType>(dtype);
+    set_tokens(a, keys, key_batch, key_head, values, value_batch, value_head, dtype);
     cuda::append_token(a, stream_of(stream));
   }
 
   void attend(uintptr_t q, uintptr_t out, uintptr_t lse, int dtype, float scale,
               uintptr_t workspace, int64_t workspace_bytes, uintptr_t stream) const {
     cuda::AttendArgs a = attend_;
-    a.scale = scale;
-    a.q = pointer(q);
-    a.out = const_cast<void*>(pointer(out));
-    a.q_dtype = a.out_dtype = static_cast<DType>(dtype);
-    a.lse = static_cast<float*>(const_cast<void*>(pointer(lse)));
-    a.workspace = const_cast<void*>(pointer(workspace));
-    a.workspace_bytes = workspace_bytes;
+    set_query(a, q, out, lse, dtype, scale, workspace, workspace_bytes);
     cuda::attend(a, stream_of(stream));
   }
 

@@ -16,6 +16,29 @@ inline const void* blob_of(const CudaArray& array, const SideTables& side, const
   return array.data();
 }
 
+// One new token: [B][H][1][D] at these addresses, strides of batch and head in elements. args: as
+// the kernels of either kind take it.
+template <class Args>
+void set_tokens(Args& args, uintptr_t keys, int64_t key_batch, int64_t key_head, uintptr_t values,
+                int64_t value_batch, int64_t value_head, int dtype) {
+  args.new_keys = {pointer(keys), key_batch, key_head, 0};
+  args.new_values = {pointer(values), value_batch, value_head, 0};
+  args.dtype = static_cast<DType>(dtype);
+}
+
+// q, out: [B][Hq][D], row-major, of one dtype; lse: fp32, or 0.
+template <class Args>
+void set_query(Args& args, uintptr_t q, uintptr_t out, uintptr_t lse, int dtype, float scale,
+               uintptr_t workspace, int64_t workspace_bytes) {
+  args.scale = scale;
+  args.q = pointer(q);
+  args.out = const_cast<void*>(pointer(out));
+  args.q_dtype = args.out_dtype = static_cast<DType>(dtype);
+  args.lse = static_cast<float*>(const_cast<void*>(pointer(lse)));
+  args.workspace = const_cast<void*>(pointer(workspace));
+  args.workspace_bytes = workspace_bytes;
+}
+
 //   codes   uint8 [B, H, blocks, cuda_block_bytes]     exact   16 bits [B, H, slots, D]
 //   lengths int32 [4, B]
 class CudaStorage {
