@@ -13,11 +13,7 @@ namespace veloxquant::attention {
 namespace {
 
 using test::CodecCase;
-
-int64_t option(const CodecCase& one, const char* name, int64_t otherwise) {
-  const auto it = one.spec().options.find(name);
-  return it == one.spec().options.end() ? otherwise : std::get<int64_t>(it->second);
-}
+using test::integer_option;
 
 MetalSide exact_side(Side side, const Case& c, DType dtype) {
   MetalSide s;
@@ -76,16 +72,7 @@ MetalSide outlier_side(const CodecCase& one) {
 // commvq or vecinfer_rope.
 MetalSide turned_side(const CodecCase& one) {
   const int heads = one.spec().n_kv_heads, dim = one.spec().head_dim, pairs = dim / 2;
-  RopeSpec spec;
-  spec.head_dim = dim;
-  spec.traditional = option(one, "traditional", 0) != 0;
-  const auto factor = one.spec().options.find("attention_factor");
-  if (factor != one.spec().options.end()) {
-    spec.attention_factor = static_cast<float>(std::get<double>(factor->second));
-  }
-  const TensorView& frequencies = one.given("inv_freq");
-  const auto* numbers = static_cast<const float*>(frequencies.data);
-  spec.inv_freq.assign(numbers, numbers + frequencies.shape[0]);
+  const RopeSpec spec = test::rope_spec(one);
   std::vector<int32_t> order(heads * pairs);
   std::vector<float> inverse(order.size(), 1.0f);
   for (size_t i = 0; i < order.size(); ++i) {
@@ -152,7 +139,7 @@ TEST(MetalDecodeCodecs, OutlierChannels) {
   int tested = 0;
   for (int head_dim : {64, 80, 256}) {
     for (const test::CasePtr& one : test::codec_cases("qjl", head_dim)) {
-      if (option(*one, "outliers", 0) == 0) continue;
+      if (integer_option(*one, "outliers", 0) == 0) continue;
       SCOPED_TRACE(one->label() + ", head_dim " + std::to_string(head_dim));
       Case c = decode_case(head_dim, 3, 300);
       c.cut = head_dim == 80 ? 17 : 0;

@@ -81,11 +81,6 @@ class EmulatedCodec {
   }
 
  private:
-  static int64_t integer(const test::CodecCase& one, const char* name, int64_t otherwise) {
-    const auto& options = one.spec().options;
-    const auto it = options.find(name);
-    return it == options.end() ? otherwise : std::get<int64_t>(it->second);
-  }
   static int choice(const test::CodecCase& one, const char* name,
                     std::initializer_list<const char*> values) {
     const auto& options = one.spec().options;
@@ -107,7 +102,7 @@ class EmulatedCodec {
 
   void scalar(const test::CodecCase& one) {
     const turboquant::BlockKernelShape s = turboquant::block_shape_of(one.spec());
-    const uint64_t seed = static_cast<uint64_t>(integer(one, "seed", 0));
+    const uint64_t seed = static_cast<uint64_t>(test::integer_option(one, "seed", 0));
     arrays_ = {turboquant::rotation_signs(dim_, seed),
                turboquant::quantizer_numbers(dim_, s.bits, s.stages),
                {0},
@@ -127,7 +122,7 @@ class EmulatedCodec {
 
   void rabitq(const test::CodecCase& one, int head) {
     const rabitq::BlockKernelShape s = rabitq::block_shape_of(one.spec(), one.has_table("mean"));
-    const uint64_t seed = static_cast<uint64_t>(integer(one, "seed", 0));
+    const uint64_t seed = static_cast<uint64_t>(test::integer_option(one, "seed", 0));
     arrays_ = {turboquant::rotation_signs(dim_, seed), {0}};
     if (s.mean) {
       const auto* row = static_cast<const float*>(one.given("mean").at(head));
@@ -160,17 +155,7 @@ class EmulatedCodec {
 
   void set_rope(const test::CodecCase& one, int head, const std::vector<int32_t>& order,
                 int64_t position) {
-    RopeSpec spec;
-    spec.head_dim = dim_;
-    spec.traditional = integer(one, "traditional", 0) != 0;
-    const auto factor = one.spec().options.find("attention_factor");
-    if (factor != one.spec().options.end()) {
-      spec.attention_factor = static_cast<float>(std::get<double>(factor->second));
-    }
-    const TensorView& frequencies = one.given("inv_freq");
-    const auto* numbers = static_cast<const float*>(frequencies.data);
-    spec.inv_freq.assign(numbers, numbers + frequencies.shape[0]);
-    rope_ = std::make_shared<Rope>(spec);
+    rope_ = std::make_shared<Rope>(test::rope_spec(one));
     position_ = position;
     slot_numbers_ = rope::slot_numbers(*rope_, order);
     for (int32_t pair : order) {
@@ -227,7 +212,8 @@ class EmulatedCodec {
       arrays_[0].assign(matrix, matrix + rows * dim_);
       shape = {rows, dim_};
     } else {
-      arrays_[0] = qjl::sketch_signs(s, static_cast<uint64_t>(integer(one, "seed", 0)));
+      arrays_[0] =
+          qjl::sketch_signs(s, static_cast<uint64_t>(test::integer_option(one, "seed", 0)));
       shape = {(s.layout.m + s.layout.m_out) / dim_, 2, dim_};
     }
     const Input sketch = floats(arrays_[0], shape);

@@ -13,6 +13,7 @@
 #include "src/math/hadamard.h"
 #include "tests/support/exact_random.h"
 #include "veloxquant/codec_spec.h"
+#include "veloxquant/rope.h"
 
 namespace veloxquant::test {
 
@@ -81,6 +82,26 @@ class CodecCase {
   CodecTables tables_;
   CodecPtr codec_;
 };
+
+inline int64_t integer_option(const CodecCase& one, const char* name, int64_t otherwise) {
+  const auto it = one.spec().options.find(name);
+  return it == one.spec().options.end() ? otherwise : std::get<int64_t>(it->second);
+}
+
+// Of a codec of keys before RoPE.
+inline RopeSpec rope_spec(const CodecCase& one) {
+  RopeSpec spec;
+  spec.head_dim = one.spec().head_dim;
+  spec.traditional = integer_option(one, "traditional", 0) != 0;
+  const auto factor = one.spec().options.find("attention_factor");
+  if (factor != one.spec().options.end()) {
+    spec.attention_factor = static_cast<float>(std::get<double>(factor->second));
+  }
+  const TensorView& frequencies = one.given("inv_freq");
+  const auto* numbers = static_cast<const float*>(frequencies.data);
+  spec.inv_freq.assign(numbers, numbers + frequencies.shape[0]);
+  return spec;
+}
 
 using CasePtr = std::shared_ptr<const CodecCase>;
 using Cases = std::vector<CasePtr>;
