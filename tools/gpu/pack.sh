@@ -17,6 +17,7 @@ find "$folder/python" \( -name '*.so' -o -name __pycache__ \) -exec rm -r {} +
 grep -oE 'VERSION [0-9.]+ LANGUAGES' CMakeLists.txt | cut -d' ' -f2 > "$folder/version"
 # The host's part of the core; the CUDA sources are compiled there.
 (cd "$build/CMakeFiles/veloxquant.dir" && find . -name '*.cpp.o' ! -name 'cuda_absent*' ! -name 'cuda_tables*') | while read -r object; do
+  [ -e "${object%.o}" ] || [ -e "$build/${object%.o}" ] || continue # of a source that is no longer there
   cp "$build/CMakeFiles/veloxquant.dir/$object" "$folder/core/$(echo "${object#./}" | tr / _)"
 done
 strip -g "$folder"/core/*.o
