@@ -165,3 +165,30 @@ def test_captured_steps_go_on_by_themselves(compiled, transform):
     want = feed(model, eager, ids[:, 330:], [1] * 100)
     got = torch.cat([step(ids[:, t : t + 1]).float().cpu() for t in range(330, 430)], dim=1)
     assert (got - want).norm() <= 1e-2 * want.norm()
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU")
+@torch.no_grad()
+@pytest.mark.parametrize("transform", ["learned", "turboquant"])
+def test_captured_steps_of_several_caches_run_at_once(transform):
+    """Each on a stream of its own: to the bit what one after the other gives."""
+    model, tables = on("cuda", bits=2, transform=transform)
+    ids = tokens(300, 8).to("cuda").reshape(4, 2, 300)
+
+    def run(streams):
+        caches = [vt.VeloxQuantCache(model, tables, max_length=300) for _ in ids]
+        for rows, cache in zip(ids, caches):
+            model(rows[:, :100], past_key_values=cache)
+        steps = [vt.CapturedStep(model, cache) for cache in caches]
+        torch.cuda.synchronize()
+        got = [[] for _ in ids]
+        for t in range(100, 300):
+            for i, step in enumerate(steps):
+                with torch.cuda.stream(streams[i]):
+                    got[i].append(step(ids[i, :, t : t + 1]).clone())
+        torch.cuda.synchronize()
+        return torch.stack([torch.cat(one, dim=1) for one in got])
+
+    alone = run([torch.cuda.default_stream()] * len(ids))
+    together = run([torch.cuda.Stream() for _ in ids])
+    assert torch.equal(alone, together)

@@ -6,6 +6,7 @@ import torch
 
 from veloxquant import Error
 from veloxquant.torch.fused import group_projections
+from veloxquant.torch.kernels import CudaKernels
 
 
 def compile_layers(model, group=True, **options):
@@ -45,7 +46,8 @@ class CapturedStep:
     """Decode steps of a model that has a cache, as replays of a CUDA graph: logits = step(tokens).
 
     tokens: [B, 1]. Logits [B, 1, V] are overwritten by the next step. The first steps run as they are, so that whatever
-    compiles does; where the cache was changed otherwise or has to grow, a step is captured anew.
+    compiles does; where the cache was changed otherwise or has to grow, a step is captured anew. Steps of different
+    caches may run at once where each is called on a stream of its own.
     """
 
     WARM_UP = 2
@@ -81,6 +83,10 @@ class CapturedStep:
     def capture(self, tokens):
         self.tokens, self.bound = tokens.clone(), self.cache.bound
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Scratch memory is a stream's. The default stream cannot be captured: PyTorch has another for it.
+        stream = torch.cuda.current_stream(self.tokens.device)
+        own = None if stream == torch.cuda.default_stream(self.tokens.device) else stream
+        with torch.cuda.graph(self.graph, stream=own):
             self.logits = self.forward(self.tokens)
+        self.scratch = list(CudaKernels.workspaces.values())  # the graph's too, should others come to need more
         self.cache.forget_captured_step()
