@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <future>
 #include <map>
 #include <sstream>
 
@@ -126,16 +127,20 @@ Compiled compile(const metal::Kernel& kernel, const metal::Launch& launch,
     const fs::path own = folder / (std::string(name) + "." + std::to_string(getpid()));
     const fs::path source = own.string() + ".cpp", object = own.string() + ".so",
                    log = own.string() + ".log";
-    std::string errors;
-    for (bool checking : {true, false}) {
-      std::ofstream(source) << (checking ? check : run);
-      const std::string target = checking ? "" : " -o " + object.string();
-      errors = checking || !counting
-                   ? run_clang(
-                         kCommon + (checking ? kCheck : kRun) + target + " " + source.string(), log)
-                   : compile_counted(source, object, log);
-      if (!errors.empty()) break;
-    }
+    auto checked = std::async(std::launch::async, [&] {  // beside the code
+      const fs::path text = own.string() + ".check.cpp", its_log = own.string() + ".check.log";
+      std::ofstream(text) << check;
+      std::string wrong = run_clang(kCommon + kCheck + " " + text.string(), its_log);
+      fs::remove(text);
+      fs::remove(its_log);
+      return wrong;
+    });
+    std::ofstream(source) << run;
+    std::string errors =
+        counting
+            ? compile_counted(source, object, log)
+            : run_clang(kCommon + kRun + " -o " + object.string() + " " + source.string(), log);
+    if (std::string wrong = checked.get(); !wrong.empty()) errors = wrong;
     if (std::getenv("VELOXQUANT_MSL_KEEP") != nullptr) {
       fs::rename(source, folder / (std::string(name) + ".cpp"));
     } else {

@@ -47,7 +47,7 @@ class Machine {
   Machine(const Kernel& kernel, const Launch& launch, const std::vector<Input>& inputs,
           bool counting = false);
   const Compiled& compiled() const { return compiled_; }
-  Result run(bool backwards, bool all_written);
+  Result run(bool backwards, const Options& options);
 
   // Called from the kernel, on its fibre.
   const uint32_t* attributes() const { return threads_[running_].attributes[0]; }
@@ -55,7 +55,7 @@ class Machine {
   void wait(State state, uint32_t flags, void* site);
   const char* exchange(uint32_t operation, uint32_t argument, const void* value, uint32_t bytes,
                        uint32_t* present, void* site);
-  void access(uintptr_t address, uint32_t bytes, Memory::Access access);
+  void access(uintptr_t address, uint32_t bytes, Memory::Access access, const void* site);
   [[noreturn]] void fail(const std::string& what);
   uint32_t lane() const { return running_ % kLanes; }
   void run_thread(int i) { compiled_.entry(pointers_.data()), threads_[i].state = State::done; }
@@ -85,6 +85,7 @@ class Machine {
   std::array<int, 3> position_{};
   int running_ = 0;
   uint32_t group_ = 0;
+  bool count_loads_ = false;
   std::string fault_;
   Report report_;
 };
@@ -170,7 +171,7 @@ const char* Machine::exchange(uint32_t operation, uint32_t argument, const void*
   return group.slots[side];
 }
 
-void Machine::access(uintptr_t address, uint32_t bytes, Memory::Access access) {
+void Machine::access(uintptr_t address, uint32_t bytes, Memory::Access access, const void* site) {
   if (fibres_.contains(address)) return;
   const char* slots = reinterpret_cast<const char*>(simdgroups_.data());
   if (address - reinterpret_cast<uintptr_t>(slots) < simdgroups_.size() * sizeof(Simdgroup)) return;
@@ -180,6 +181,9 @@ void Machine::access(uintptr_t address, uint32_t bytes, Memory::Access access) {
   }
   std::string wrong = memory_.access(address, bytes, access, threads_[running_].moment);
   if (!wrong.empty()) fail(wrong);
+  if (count_loads_ && access == Memory::Access::read) {
+    memory_.load(address, bytes, site, threads_[running_].moment);
+  }
 }
 
 void Machine::set_attributes(Thread& t, int index, const std::array<int, 3>& at,
@@ -311,7 +315,8 @@ void Machine::run_threadgroup(const std::array<int, 3>& at, bool backwards) {
   ++report_.threadgroups;
 }
 
-Result Machine::run(bool backwards, bool all_written) {
+Result Machine::run(bool backwards, const Options& options) {
+  count_loads_ = options.loads;
   memory_ = {};
   report_ = {};
   numbers_.clear();
@@ -371,7 +376,7 @@ Result Machine::run(bool backwards, bool all_written) {
                     backwards);
   }
   machine = nullptr;
-  if (all_written) {
+  if (options.all_written) {
     for (const std::string& name : kernel_.outputs) {
       if (const int64_t n = memory_.never_written(name); n > 0) {
         throw Fault("[" + kernel_.name + "] " + name + ": " + std::to_string(n) +
@@ -392,8 +397,8 @@ Result Machine::run(bool backwards, bool all_written) {
 Result run(const Kernel& kernel, const Launch& launch, const std::vector<Input>& inputs,
            const Options& options) {
   Machine m(kernel, launch, inputs);
-  Result result = m.run(false, options.all_written);
-  if (options.both_orders && m.run(true, options.all_written).outputs != result.outputs) {
+  Result result = m.run(false, options);
+  if (options.both_orders && m.run(true, options).outputs != result.outputs) {
     throw Fault("[" + kernel.name + "] results depend on the order of the threads");
   }
   return result;
@@ -403,7 +408,7 @@ Operations count(const Kernel& kernel, const Launch& launch, const std::vector<I
   Machine m(kernel, launch, inputs, true);
   const Compiled& code = m.compiled();
   std::fill(code.counts, code.counts + code.n_blocks, 0);
-  m.run(false, false);
+  m.run(false, {.all_written = false});
   Operations all;
   for (int b = 0; b < code.n_blocks; ++b) {
     const auto times = static_cast<int64_t>(code.counts[b]);
@@ -443,34 +448,37 @@ MSL_EXPORT void msl_bad_lane(uint32_t lane) {
                 ", which does not exist");
 }
 MSL_EXPORT void msl_atomic(const volatile void* p, uint32_t bytes) {
-  machine->access(reinterpret_cast<uintptr_t>(p), bytes, Memory::Access::atomic);
+  machine->access(reinterpret_cast<uintptr_t>(p), bytes, Memory::Access::atomic, nullptr);
 }
 
-#define MSL_HOOK(name, bytes)                                                      \
-  MSL_EXPORT void __tsan_read##name(void* p) {                                     \
-    machine->access(reinterpret_cast<uintptr_t>(p), bytes, Memory::Access::read);  \
-  }                                                                                \
-  MSL_EXPORT void __tsan_write##name(void* p) {                                    \
-    machine->access(reinterpret_cast<uintptr_t>(p), bytes, Memory::Access::write); \
-  }                                                                                \
-  MSL_EXPORT void __tsan_unaligned_read##name(void* p) { __tsan_read##name(p); }   \
-  MSL_EXPORT void __tsan_unaligned_write##name(void* p) { __tsan_write##name(p); }
-MSL_HOOK(1, 1)
-MSL_HOOK(2, 2)
-MSL_HOOK(4, 4)
-MSL_HOOK(8, 8)
-MSL_HOOK(16, 16)
+#define MSL_HOOK(name, bytes, kind)                                              \
+  MSL_EXPORT void __tsan_##name(void* p) {                                       \
+    machine->access(reinterpret_cast<uintptr_t>(p), bytes, Memory::Access::kind, \
+                    __builtin_return_address(0));                                \
+  }
+#define MSL_HOOKS(bytes)                       \
+  MSL_HOOK(read##bytes, bytes, read)           \
+  MSL_HOOK(write##bytes, bytes, write)         \
+  MSL_HOOK(unaligned_read##bytes, bytes, read) \
+  MSL_HOOK(unaligned_write##bytes, bytes, write)
+MSL_HOOKS(1)
+MSL_HOOKS(2)
+MSL_HOOKS(4)
+MSL_HOOKS(8)
+MSL_HOOKS(16)
 MSL_EXPORT void __tsan_init() {}
 MSL_EXPORT void* __tsan_memcpy(void* to, const void* from, size_t n) {
-  machine->access(reinterpret_cast<uintptr_t>(from), static_cast<uint32_t>(n),
-                  Memory::Access::read);
-  machine->access(reinterpret_cast<uintptr_t>(to), static_cast<uint32_t>(n), Memory::Access::write);
+  const auto bytes = static_cast<uint32_t>(n);
+  void* site = __builtin_return_address(0);
+  machine->access(reinterpret_cast<uintptr_t>(from), bytes, Memory::Access::read, site);
+  machine->access(reinterpret_cast<uintptr_t>(to), bytes, Memory::Access::write, site);
   return std::memcpy(to, from, n);
 }
 MSL_EXPORT void* __tsan_memmove(void* to, const void* from, size_t n) {
   return __tsan_memcpy(to, from, n);
 }
 MSL_EXPORT void* __tsan_memset(void* to, int value, size_t n) {
-  machine->access(reinterpret_cast<uintptr_t>(to), static_cast<uint32_t>(n), Memory::Access::write);
+  machine->access(reinterpret_cast<uintptr_t>(to), static_cast<uint32_t>(n), Memory::Access::write,
+                  nullptr);
   return std::memset(to, value, n);
 }

@@ -58,6 +58,7 @@ struct Result {
 struct Options {
   bool both_orders = true;
   bool all_written = true;  // an output byte that no thread writes is a fault
+  bool loads = false;       // BufferTraffic::loaded is counted
 };
 
 Result run(const metal::Kernel& kernel, const metal::Launch& launch,

@@ -86,6 +86,24 @@ TEST(Machine, RunsThreadgroupsBarriersAndSimdgroups) {
   }
 }
 
+// What lanes share counts once a load, what is loaded again counts again.
+TEST(Machine, CountsLoadsOfSimdgroups) {
+  Options options;
+  options.loads = true;
+  Launch launch;
+  launch.grid = {256, 1, 1};
+  launch.threadgroup = {64, 1, 1};
+  launch.outputs = {{Type::float32, {256}}};
+  const std::vector<float> x = ramp(256);
+  const Kernel kernel =
+      kernel_of(kIndex + "y[i] = 0.0f; for (uint n = 0; n < 3; ++n) y[i] += x[i / 4 + n];");
+  const BufferTraffic traffic =
+      run(kernel, launch, {Input(Type::float32, {256}, x.data())}, options).report.buffers.at("x");
+  EXPECT_EQ(traffic.requested, 256 * 3 * 4);
+  EXPECT_EQ(traffic.loaded, 8 * 3 * 8 * 4);
+  EXPECT_EQ(traffic.once, (64 + 2) * 4);
+}
+
 TEST(Machine, CutsTheLastThreadgroupAndKnowsTypes) {
   const std::vector<uint16_t> x = {0x3c00, 0x7bff, 0xc000};  // 1, 65504, -2 as half
   Kernel kernel{"types",

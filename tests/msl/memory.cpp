@@ -16,6 +16,15 @@ std::string place(uint32_t bytes, int64_t offset, const std::string& name) {
   return std::to_string(bytes) + " bytes at byte " + std::to_string(offset) + " of `" + name + "`";
 }
 
+// One number of two, by the finaliser of splitmix64: those of a threadgroup do not meet in
+// practice.
+uint64_t mixed(uint64_t a, uint64_t b) {
+  uint64_t x = a * 0x9e3779b97f4a7c15u + b;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
 }  // namespace
 
 void Memory::add(const std::string& name, Space space, void* begin, int64_t bytes, bool writable,
@@ -38,6 +47,19 @@ void Memory::remove_threadgroup() {
   regions_.erase(std::remove_if(regions_.begin(), regions_.end(),
                                 [](const Region& r) { return r.space == Space::threadgroup; }),
                  regions_.end());
+  times_.clear();
+  loaded_.clear();
+}
+
+void Memory::load(uintptr_t address, uint32_t bytes, const void* site, const Moment& now) {
+  Region* region = region_of(address, bytes);
+  if (region == nullptr || region->space != Space::device) return;
+  const uint64_t at = reinterpret_cast<uintptr_t>(site);
+  const uint64_t n = times_[mixed(at, now.thread)]++;
+  for (uint32_t i = 0; i < bytes; ++i) {
+    const uint64_t load = mixed(mixed(at, n), now.simdgroup);
+    region->traffic.loaded += loaded_.insert(mixed(load, address + i)).second;
+  }
 }
 
 Memory::Region* Memory::region_of(uintptr_t address, uint32_t bytes) {

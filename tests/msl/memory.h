@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 namespace veloxquant::msl {
@@ -23,9 +25,10 @@ struct Moment {
   uint32_t simd_barriers[2] = {0, 0};
 };
 
-// Bytes read of one buffer: as threads asked for them, and each counted once.
+// Bytes read of one buffer: as threads asked for them, each once a load of a simdgroup (which a GPU
+// makes one, whatever its lanes share; counted where Options::loads says so), and each once.
 struct BufferTraffic {
-  int64_t requested = 0, once = 0;
+  int64_t requested = 0, loaded = 0, once = 0;
 };
 
 struct Traffic {
@@ -45,6 +48,10 @@ class Memory {
   enum class Access { read, write, atomic };
   // Empty, or what is wrong.
   std::string access(uintptr_t address, uint32_t bytes, Access access, const Moment& moment);
+
+  // A read of device memory by the instruction at `site`: the n-th time that a thread comes there
+  // is one load of its simdgroup.
+  void load(uintptr_t address, uint32_t bytes, const void* site, const Moment& moment);
 
   // Bytes of an output that no thread wrote.
   int64_t never_written(const std::string& name) const;
@@ -77,6 +84,8 @@ class Memory {
   static bool ordered(const Mark& mark, const Moment& moment, Space space);
 
   std::vector<Region> regions_;
+  std::unordered_map<uint64_t, uint32_t> times_;  // of a site and thread, in this threadgroup
+  std::unordered_set<uint64_t> loaded_;           // bytes of loads, in this threadgroup
 };
 
 }  // namespace veloxquant::msl
