@@ -7,9 +7,13 @@
 namespace veloxquant::msl {
 namespace {
 
-void print(const std::string& name, const Operations& all, double elements) {
-  std::printf("| %s | %.1f | %.1f | %.1f |\n", name.c_str(), all.floating / elements,
-              all.integer / elements, all.memory / elements);
+void print(const std::string& name, const Counted& counted, double elements) {
+  const Operations& all = counted.operations;
+  const Traffic& traffic = counted.traffic;
+  std::printf("| %s | %.1f | %.1f | %.1f | %.2f | %.2f | %.1f |\n", name.c_str(),
+              all.floating / elements, all.integer / elements, all.memory / elements,
+              traffic.device_distinct / elements, traffic.device_written / elements,
+              traffic.threadgroup_accesses / elements);
 }
 
 TEST(Operations, AreThoseOfTheText) {
@@ -43,7 +47,9 @@ test::CasePtr case_of(const std::string& method, const std::string& label) {
 }
 
 TEST(Operations, OfEncodeAndDecode) {
-  std::printf("| kernel | floating point | integer | loads and stores |\n|---|---|---|---|\n");
+  std::printf(
+      "| kernel | floating point | integer | loads and stores | bytes read | written | threadgroup "
+      "|\n");
   const std::pair<const char*, const char*> cases[] = {
       {"vecinfer", "d4x256"}, {"turboquant", "2 bits"}, {"turboquant_rvq", "2"},
       {"rabitq", "1 bits"},   {"rabitq", "4 bits"},     {"qjl", "2 blocks"},
@@ -53,17 +59,18 @@ TEST(Operations, OfEncodeAndDecode) {
     const test::CasePtr one = case_of(method, label);
     test::ExactRandom random(3);
     const std::vector<float> x = random.values(64 * 128);
-    const auto [encode, decode] = EmulatedCodec(*one, 0).operations(x, 64);
+    const auto [encode, decode] = EmulatedCodec(*one, 0).counts(x, 64);
     print(one->label() + ", encode", encode, 64 * 128);
     print(one->label() + ", decode", decode, 64 * 128);
-    EXPECT_GT(encode.floating, 64 * 128);
-    EXPECT_LT(decode.floating + decode.integer, int64_t{64} * 128 * 400) << one->label();
+    EXPECT_GT(encode.operations.floating, 64 * 128);
+    const Operations& all = decode.operations;
+    EXPECT_LT(all.floating + all.integer, int64_t{64} * 128 * 400) << one->label();
   }
 }
 
 // The first pass of attention on 16 blocks, of one KV head.
-Operations attention_operations(int group, attention::CodeFormat keys, attention::CodeFormat values,
-                                int transform, int n_queries = 1) {
+Counted attention_counts(int group, attention::CodeFormat keys, attention::CodeFormat values,
+                         int transform, int n_queries = 1) {
   const int D = 128, blocks = 16;
   attention::DecodeShape s;
   s.group = group, s.n_queries = n_queries, s.head_dim = D, s.n_spans = 1;
@@ -96,7 +103,7 @@ Operations attention_operations(int group, attention::CodeFormat keys, attention
     return Input(metal::Type::uint8, {1, 1, blocks, size}, bytes.data());
   };
   const metal::Call call = attention::first_pass_call(s, static_cast<int>(items.size()));
-  return count(
+  return counted(
       *call.kernel, call.launch,
       {floats(q, {1, group, n_queries, D}),
        Input(metal::Type::int32, {static_cast<int64_t>(plan.size()) / 6, 6}, plan.data()),
@@ -114,15 +121,15 @@ TEST(Operations, OfDecodeAttention) {
   const attention::CodeFormat vectors{4, 256, 8, 1};
   const double elements = 2.0 * 1024 * 128;  // of keys and of values
   for (int group : {1, 4, 8}) {
-    const Operations a = attention_operations(group, vectors, vectors, 1);
+    const Counted a = attention_counts(group, vectors, vectors, 1);
     print("decode attention, vecinfer d4x256, " + std::to_string(group) + " query heads", a,
           elements);
-    EXPECT_GE(a.floating, group * elements);  // a product and its sum, fused, each
-    EXPECT_LE(a.floating, (4 + 1.5 * group) * elements);
-    const Operations b = attention_operations(group, scalar, by_token, 3);
+    EXPECT_GE(a.operations.floating, group * elements);  // a product and its sum, fused, each
+    EXPECT_LE(a.operations.floating, (4 + 1.5 * group) * elements);
+    const Counted b = attention_counts(group, scalar, by_token, 3);
     print("decode attention, turboquant 2 bits, " + std::to_string(group) + " query heads", b,
           elements);
-    EXPECT_LE(b.floating, (4 + 1.5 * group) * elements);
+    EXPECT_LE(b.operations.floating, (4 + 1.5 * group) * elements);
   }
 }
 
@@ -135,13 +142,13 @@ TEST(Operations, OfPrefill) {
   const attention::CodeFormat vectors{4, 256, 8, 1};
   const double rows = 4 * 32, elements = 2.0 * 1024 * 128 * rows;
   for (bool look_ups : {true, false}) {
-    const Operations a = look_ups ? attention_operations(4, vectors, vectors, 1, 32)
-                                  : attention_operations(4, scalar, by_token, 3, 32);
+    const Counted a = look_ups ? attention_counts(4, vectors, vectors, 1, 32)
+                               : attention_counts(4, scalar, by_token, 3, 32);
     print(std::string("prefill, ") + (look_ups ? "vecinfer d4x256" : "turboquant 2 bits") +
               ", 32 queries of 4 heads, a query row",
           a, elements);
-    EXPECT_GE(a.floating, elements);
-    EXPECT_LE(a.floating, 1.6 * elements);
+    EXPECT_GE(a.operations.floating, elements);
+    EXPECT_LE(a.operations.floating, 1.6 * elements);
   }
 }
 

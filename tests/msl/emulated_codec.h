@@ -68,16 +68,16 @@ class EmulatedCodec {
   }
 
   // What encoding n tokens, and decoding the block of them, executes (RoPE apart).
-  std::pair<Operations, Operations> operations(const std::vector<float>& x, int n_tokens) const {
+  std::pair<Counted, Counted> counts(const std::vector<float>& x, int n_tokens) const {
     std::vector<Input> inputs = encode_inputs_;
     inputs.insert(inputs.begin(), floats(x, {1, 1, n_tokens, dim_}));
     metal::Call call = encode_(n_tokens);
-    const Operations encode = count(*call.kernel, call.launch, inputs);
+    const Counted encode = counted(*call.kernel, call.launch, inputs);
     const std::vector<uint8_t> block = run(*call.kernel, call.launch, inputs).outputs[0];
     inputs = decode_inputs_;
     inputs.insert(inputs.begin(), Input(metal::Type::uint8, {1, 1, 1, block_bytes_}, block.data()));
     call = decode_();
-    return {encode, count(*call.kernel, call.launch, inputs)};
+    return {encode, counted(*call.kernel, call.launch, inputs)};
   }
 
  private:

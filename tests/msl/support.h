@@ -12,6 +12,17 @@
 
 namespace veloxquant::msl {
 
+// All that is counted of a kernel: its operations, and what it asks of memory.
+struct Counted {
+  Operations operations;
+  Traffic traffic;
+};
+inline Counted counted(const metal::Kernel& kernel, const metal::Launch& launch,
+                       const std::vector<Input>& inputs) {
+  return {count(kernel, launch, inputs),
+          run(kernel, launch, inputs, {.both_orders = false}).report.traffic};
+}
+
 inline DType dtype_of(metal::Type type) {
   return type == metal::Type::float32   ? DType::float32
          : type == metal::Type::float16 ? DType::float16
