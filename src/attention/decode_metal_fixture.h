@@ -184,7 +184,7 @@ struct MetalDecode {
         .output<float>(0);
   }
 
-  Result run(int cores) {
+  Result run(int cores, const msl::Options& options = {}) {
     const Case& c = p.c;
     EXPECT_FALSE(no_decode_kernel_because(shape)) << *no_decode_kernel_because(shape);
     const AttentionParams& params = p.params;
@@ -284,7 +284,7 @@ struct MetalDecode {
                                                c.mask_broadcast ? 0 : Lq * c.length, c.length, 1});
     }
     metal::Call call = first_pass_call(shape, static_cast<int>(items.size()));
-    const msl::Result parts = msl::run(*call.kernel, call.launch, inputs);
+    const msl::Result parts = msl::run(*call.kernel, call.launch, inputs, options);
     reports.push_back(parts.report);
 
     std::vector<float> sinks(Hq, -std::numeric_limits<float>::infinity());
@@ -309,10 +309,10 @@ struct MetalDecode {
 };
 
 inline std::vector<msl::Report> check(const Case& c, const MetalSide& keys, const MetalSide& values,
-                                      int cores = 4) {
+                                      int cores = 4, const msl::Options& options = {}) {
   const Scenario p(c, keys.codec, values.codec);
   MetalDecode metal(p, keys, values);
-  const Result got = metal.run(cores);
+  const Result got = metal.run(cores, options);
   const double rounding = c.out_dtype == DType::float16    ? 0x1p-11
                           : c.out_dtype == DType::bfloat16 ? 0x1p-8
                                                            : 0;

@@ -22,6 +22,7 @@ TEST(MetalDecode, OddHeadDimsAndCodeWidths) {
   check(decode_case(80, 3, 270), Codes{4, 64, true}, Codes{2, 16, true, TransformKind::none});
   check(decode_case(96, 2, 330), Codes{2, 300, true}, Codes{3, 2000, false, TransformKind::none});
   check(decode_case(64, 5, 260), Codes{1, 5, true, TransformKind::none}, Codes{16, 100, true});
+  check(decode_case(16, 2, 200), Codes{8, 20, true}, Codes{16, 30, true});  // one sub-vector
 }
 
 TEST(MetalDecode, DenseTransforms) {

@@ -12,8 +12,8 @@ namespace {
 
 using metal::Kernel;
 
-constexpr int kMaxRows = 8;             // of a tile: registers
-constexpr int kQueryBytes = 23 * 1024;  // of threadgroup memory; the rest is for two tables
+constexpr int kMaxRows = 8;  // of a tile: registers
+constexpr int kThreadgroupBytes = 32 * 1024;
 
 // Picks the array of an item among those of its kind.
 std::string choice(const std::string& name, int n, const std::string& cast) {
@@ -28,7 +28,7 @@ std::string choice(const std::string& name, int n, const std::string& cast) {
 }  // namespace
 
 int values_a_lane(int n_subvectors) {
-  int lanes = 1;  // value_lanes of metal_decode.h
+  int lanes = 2;  // value_lanes of metal_pieces.h
   while (lanes < n_subvectors && lanes < 32) lanes *= 2;
   return (n_subvectors + lanes - 1) / lanes;
 }
@@ -39,8 +39,8 @@ int query_numbers(const DecodeShape& s) {
 
 int tile_rows(const DecodeShape& s) {
   // Long queries (of a sketch) leave room for fewer: their numbers, 64 weights a simdgroup.
-  const int width = query_numbers(s);
-  const int fit = kQueryBytes / (4 * (width + 64 * kMaxSimdgroups + 2));
+  const int tables = s.n_spans > 0 ? stage_bytes(s.keys) + stage_bytes(s.values) : 0;
+  const int fit = (kThreadgroupBytes - tables) / (4 * (query_numbers(s) + 64 * kMaxSimdgroups));
   return std::min({kMaxRows, s.n_rows(), fit});
 }
 
@@ -61,7 +61,6 @@ std::string memory_text() {
   return R"(
   threadgroup float query[ROWS * QUERY_DIM];
   threadgroup float power[GROUPS * ROWS * 64];
-  threadgroup float merged[ROWS * 2];
 )";
 }
 
@@ -153,16 +152,16 @@ std::string span_blocks_text(const DecodeShape& s) {
 std::string packed_text(const std::string& dims) {
   return replaced(R"(    float own[ROWS][NP];
     int place[NP];
-    const int lanes = veloxquant::value_lanes(OUT_DIM / VPIECE);
+    const int pieces = OUT_DIM / VPIECE / decltype(v_tile)::KINDS;
     for (int k = 0; k < NP; ++k) {
-      const int m = (int)lane % lanes + k / VPIECE * lanes;
-      place[k] = m < OUT_DIM / VPIECE && (int)lane < lanes ? m * VPIECE + k % VPIECE : -1;
+      const int m = veloxquant::value_piece(k / VPIECE, pieces, (int)lane);
+      place[k] = m >= 0 && (int)lane < veloxquant::value_lanes(pieces) ? m * VPIECE + k % VPIECE : -1;
       for (int r = 0; r < ROWS; ++r) own[r][k] = 0.0f;
     }
     veloxquant::attend_blocks<ROWS, SOFTCAP, MASK, NP>(
         k_tile, keys, v_tile, values, count, position, query, power + 64 * ROWS * simdgroup, cap, seen,
         query_of, mask_text, mask_row, mask_step, own, maximum, sum, simdgroup, n_simdgroups, lane);
-    veloxquant::merge_simdgroups<ROWS, OUT_DIM, NP>(own, place, maximum, sum, query, merged, simdgroup,
+    veloxquant::merge_simdgroups<ROWS, OUT_DIM, NP>(own, place, maximum, sum, query, power, simdgroup,
                                                 n_simdgroups, lane);
 )",
                   "OUT_DIM", dims);
@@ -180,7 +179,7 @@ std::string exact_text(const std::string& calls) {
       for (int r = 0; r < ROWS; ++r) own[r][k] = 0.0f;
     }
 )" + calls +
-      R"(    veloxquant::merge_simdgroups<ROWS, DIM, NE>(own, place, maximum, sum, query, merged, simdgroup,
+      R"(    veloxquant::merge_simdgroups<ROWS, DIM, NE>(own, place, maximum, sum, query, power, simdgroup,
                                                 n_simdgroups, lane);
 )";
 }
@@ -194,7 +193,7 @@ std::string store_text(const std::string& dims, const std::string& own) {
     if (first_row + row < n_rows) parts[at * OUT_DIM + i] = d < width ? query[row * width + d] : 0.0f;
   }
   for (uint i = self; i < ROWS * 2; i += n_threads) {
-    if (first_row + (int)(i / 2) < n_rows) sums[at * 2 + i] = merged[i];
+    if (first_row + (int)(i / 2) < n_rows) sums[at * 2 + i] = power[i];
   }
 )",
           "OUT_DIM", dims),
@@ -235,9 +234,9 @@ std::vector<metal::TemplateArgument> first_pass_arguments(const DecodeShape& s) 
                                      {"GROUPS", kMaxSimdgroups},
                                      {"NE", (s.head_dim + 31) / 32}});
   if (s.n_spans > 0) {
-    const int piece = piece_dims(s.values), n_values = s.value_rows() / piece;
+    const int piece = piece_dims(s.values), kinds = s.value_rows() / s.head_dim;
     arguments.push_back({"VPIECE", piece});
-    arguments.push_back({"NP", values_a_lane(n_values) * piece});
+    arguments.push_back({"NP", kinds * values_a_lane(s.head_dim / piece) * piece});
   }
   return arguments;
 }

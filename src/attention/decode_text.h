@@ -16,7 +16,7 @@ int tile_rows(const DecodeShape& s);
 int values_a_lane(int n_subvectors);
 constexpr int kMaxSimdgroups = 4;
 
-// Memory of a threadgroup: query, power, merged.
+// Memory of a threadgroup: query, power.
 std::string memory_text();
 // Where this threadgroup is, `factor` and `cap`.
 std::string group_text();

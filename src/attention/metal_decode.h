@@ -8,6 +8,7 @@
 // Second pass: merges the items, inverts the codec's transform once per row.
 #pragma once
 
+#include "src/attention/metal_pieces.h"
 #include "src/codecs/commvq/metal_tile.h"
 #include "src/codecs/exact/metal_tile.h"
 #include "src/codecs/metal_rows.h"
@@ -68,15 +69,8 @@ VQ_FN float softmax_step(VQ_THREAD const float* score, VQ_THREAD const float* fa
   return keep;
 }
 
-// Rows and sub-vectors to lanes for the sums of values: lane = part * LANES + m, LANES the power of
-// two of sub-vectors that a pass takes; `parts` lanes share a sub-vector and split its tokens.
-VQ_FN int value_lanes(int n_subvectors) {
-  int lanes = 1;
-  while (lanes < n_subvectors && lanes < 32) lanes *= 2;
-  return lanes;
-}
-
-// The merge of simdgroups: out [ROWS][DIM] and sums [ROWS][2] of the threadgroup. All threads.
+// The merge of simdgroups: out [ROWS][DIM] and sums [ROWS][2] of the threadgroup, where queries and
+// weights were. All threads.
 // own(row, k): this lane's value number k of a row; place(k): its dimension, or -1.
 template <int ROWS, int DIM, int N, class Out, class Sums>
 VQ_FN void merge_simdgroups(VQ_THREAD float (*own)[N], VQ_THREAD const int* place,
@@ -131,10 +125,12 @@ VQ_FN void attend_blocks(KeyTile keys, KeyBlocks key_blocks, ValueTile values,
                          VQ_THREAD const int64_t* mask_row, int64_t mask_step,
                          VQ_THREAD float (*own)[N], VQ_THREAD float* maximum, VQ_THREAD float* sum,
                          uint simdgroup, uint n_simdgroups, uint lane) {
-  const int KSUB = KeyTile::SUB, KDIM = KeyTile::DIM, VSUB = ValueTile::SUB;
-  const int VM = ValueTile::DIM / VSUB;
-  const uint word = lane % 16, side = lane / 16;
+  const int VSUB = ValueTile::SUB, STRETCH = ValueTile::STRETCH;
+  const int VM = ValueTile::DIM / VSUB / ValueTile::KINDS;
+  const uint word = lane % 16;
   const int lanes = value_lanes(VM), parts = 32 / lanes, part = (int)lane / lanes;
+  float shift[ROWS];
+  score_shifts<ROWS>(keys, q, shift, lane);
   for (int block = (int)simdgroup; 64 * block < n_tokens; block += (int)n_simdgroups) {
     keys.open(block_at<KeyTile::WORDS>(key_blocks, block));
     values.open(block_at<ValueTile::WORDS>(value_blocks, block));
@@ -142,29 +138,15 @@ VQ_FN void attend_blocks(KeyTile keys, KeyBlocks key_blocks, ValueTile values,
     for (int r = 0; r < ROWS; ++r) {
       for (int i = 0; i < 4; ++i) score[r][i] = 0.0f;
     }
-// Codes of the next pieces are asked for before these are used.
-#pragma unroll(KSUB >= 4 ? 2 : 4)
-    for (int m = (int)side; m < KDIM / KSUB; m += 2) {
-      keys.load(m, word);
-      for (uint i = 0; i < 4; ++i) {
-        keys.token(i);
-        for (int j = 0; j < KSUB; ++j) {
-          const float y = keys.value(j);
-          for (int r = 0; r < ROWS; ++r) {
-            score[r][i] = fma(q[r * KDIM + m * KSUB + j], y, score[r][i]);
-          }
-        }
-      }
-    }
+    score_tokens<ROWS>(keys, q, word, (int)lane / 16, score);
     const int at = 64 * block + 4 * (int)word;
     float k_factor[4], v_factor[4];
-    for (int i = 0; i < 4; ++i) {
-      k_factor[i] = keys.factor(4 * (int)word + i);
-      v_factor[i] = values.factor(4 * (int)word + i);
-    }
+    keys.factors(word, k_factor);
+    values.factors(word, v_factor);
     for (int r = 0; r < ROWS; ++r) {
       for (int i = 0; i < 4; ++i) {
-        const float whole = (score[r][i] + simd_shuffle_xor(score[r][i], 16)) * k_factor[i];
+        const float both = score[r][i] + simd_shuffle_xor(score[r][i], 16);
+        const float whole = fma(both, k_factor[i], shift[r]);
         score[r][i] =
             finished_score<SOFTCAP, MASK>(whole, cap, seen, query[r], true, position + at + i,
                                           at + i < n_tokens, mask, mask_row[r], mask_step);
@@ -173,21 +155,25 @@ VQ_FN void attend_blocks(KeyTile keys, KeyBlocks key_blocks, ValueTile values,
       for (int k = 0; k < N; ++k) own[r][k] *= keep;
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    for (int k = 0; k < N / VSUB; ++k) {
-      const int m = (int)lane % lanes + k * lanes;
-      if (m >= VM) continue;
-      const uint first_word = (uint)(part * (16 / parts)), words = (uint)(16 / parts);
+    const int words = 16 / parts, stretch = min(STRETCH, words);
+#pragma unroll(STRETCH == 1 ? 2 : 1)
+    for (int from = 0; from < words; from += stretch) {
+      for (int k = 0; k < N / VSUB; ++k) {
+        const int m = value_piece(k, VM, (int)lane);
+        if (m < 0) continue;
 #pragma unroll 2
-      for (uint w = first_word; w < first_word + words; ++w) {
-        values.load(m, w);
-        for (uint i = 0; i < 4; ++i) {
-          values.token(i);
-          float y[VSUB];
-          for (int j = 0; j < VSUB; ++j) y[j] = values.value(j);
-          for (int r = 0; r < ROWS; ++r) {
-            const float weight = p[64 * r + 4 * w + i];
-            for (int j = 0; j < VSUB; ++j) {
-              own[r][k * VSUB + j] = fma(weight, y[j], own[r][k * VSUB + j]);
+        for (int n = from; n < from + stretch; ++n) {
+          const uint w = (uint)(part * words) + stretch_word<STRETCH>(n, words);
+          values.load(m, w);
+          for (uint i = 0; i < 4; ++i) {
+            values.token(i);
+            float y[VSUB];
+            for (int j = 0; j < VSUB; ++j) y[j] = values.value(j);
+            for (int r = 0; r < ROWS; ++r) {
+              const float weight = p[64 * r + 4 * w + i];
+              for (int j = 0; j < VSUB; ++j) {
+                own[r][k * VSUB + j] = fma(weight, y[j], own[r][k * VSUB + j]);
+              }
             }
           }
         }
@@ -200,6 +186,12 @@ VQ_FN void attend_blocks(KeyTile keys, KeyBlocks key_blocks, ValueTile values,
     for (int r = 0; r < ROWS; ++r) {
       for (int k = 0; k < N; ++k) own[r][k] += simd_shuffle_xor(own[r][k], (ushort)width);
     }
+  }
+  if (!ValueTile::SHIFTED) return;
+  for (int k = 0; k < N; ++k) {
+    const int m = value_piece(k / VSUB, VM, (int)lane);
+    const float y = m < 0 ? 0.0f : shift_of(values, m * VSUB + k % VSUB);
+    for (int r = 0; r < ROWS; ++r) own[r][k] = fma(sum[r], y, own[r][k]);
   }
 }
 

@@ -21,11 +21,14 @@ VQ_FN void decode_tokens(Tile tile, Blocks blocks, int first, To to, uint self, 
     const int m = i / words, own = i % words;
     const uint w = (uint)(first % 64 / 4 + own);
     tile.load(m, w);
+    float factor[4];
+    tile.factors(w, factor);
     for (uint t = 0; t < 4; ++t) {
       tile.token(t);
-      const float factor = tile.factor(4 * (int)w + (int)t);
       To row = to + (4 * own + (int)t) * STRIDE + m * Tile::SUB;
-      for (int j = 0; j < Tile::SUB; ++j) row[j] = tile.value(j) * factor;
+      for (int j = 0; j < Tile::SUB; ++j) {
+        row[j] = fma(tile.value(j), factor[t], shift_of(tile, m * Tile::SUB + j));
+      }
     }
   }
 }

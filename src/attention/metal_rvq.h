@@ -10,7 +10,7 @@ namespace veloxquant {
 // beyond them read the last. last: of the tokens; what lies behind is read as the last token.
 template <int DIM_, int N1, int N2, class Bytes, class Table, class Norms>
 struct StagedBytesTile {
-  enum { DIM = DIM_, SUB = 4, WORDS = 64 * DIM_ };
+  enum { DIM = DIM_, SUB = 4, WORDS = 64 * DIM_, SHIFTED = 0 };
   Bytes stage1, stage2, first, second;  // of all tokens, and of the block
   Table table1, table2;
   Norms norms;
@@ -36,13 +36,17 @@ struct StagedBytesTile {
   float value(int j) const {
     return table1[min((int)codes1[at + j], N1 - 1)] + table2[min((int)codes2[at + j], N2 - 1)];
   }
-  float factor(int t) const { return has_norms ? (float)norms[min(block + t, last)] : 1.0f; }
+  void factors(uint w, VQ_THREAD float* to) const {
+    for (int i = 0; i < 4; ++i) {
+      to[i] = has_norms ? (float)norms[min(block + 4 * (int)w + i, last)] : 1.0f;
+    }
+  }
 };
 
 // Codes [tokens][M], a piece is a sub-vector of SUB_ dimensions; C entries.
 template <int M, int SUB_, int C, class Bytes, class Table>
 struct VectorBytesTile {
-  enum { DIM = M * SUB_, SUB = SUB_, WORDS = 64 * M };
+  enum { DIM = M * SUB_, SUB = SUB_, WORDS = 64 * M, STRETCH = 1, KINDS = 1, SHIFTED = 0 };
   Bytes values, codes;
   Table table;
   int last, block, entry;
@@ -57,7 +61,7 @@ struct VectorBytesTile {
   }
   void token(uint i) { entry = min((int)four[i], C - 1) * SUB_; }
   float value(int j) const { return table[entry + j]; }
-  float factor(int) const { return 1.0f; }
+  void factors(uint, VQ_THREAD float* to) const { all_ones(to); }
 };
 
 }  // namespace veloxquant

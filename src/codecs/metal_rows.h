@@ -98,10 +98,47 @@ template <class Words>
 VQ_FN float half_at(Words words, int i) {
   return f16_to_f32((uint16_t)(words[i / 2] >> (16 * (i % 2))));
 }
-// The same by the GPU's own conversion, without a branch: for attention.
+// Numbers 4 w .. 4 w + 3 of them by the GPU's own conversion, without a branch: for attention.
 template <class Words>
-VQ_FN float near_half_at(Words words, int i) {
-  return (float)as_type<half>((ushort)(words[i / 2] >> (16 * (i % 2))));
+VQ_FN void four_halves(Words words, uint w, VQ_THREAD float* to) {
+  const uint32_t pairs[2] = {words[2u * w], words[2u * w + 1u]};
+  for (int i = 0; i < 4; ++i)
+    to[i] = (float)as_type<half>((ushort)(pairs[i / 2] >> (16 * (i % 2))));
+}
+
+// Factors of tokens that have none.
+VQ_FN void all_ones(VQ_THREAD float* to) {
+  for (int i = 0; i < 4; ++i) to[i] = 1.0f;
+}
+
+// Field n of a stream of `bits` bits each, four codes of 1 to 4 bits. A simdgroup whose lanes read
+// neighbouring fields loads every word once: eight fields of 12 bits are three words, the outer
+// two by one load, the middle one by another.
+template <int BITS, class Words>
+VQ_FN uint32_t four_codes(Words words, uint n) {
+  if (BITS != 3) return words[n * BITS / 8u] >> (n * BITS % 8u * 4u);
+  const uint field = n % 8u, shift = 12u * (field % 4u) + (field < 4u ? 0u : 16u);
+  Words three = words + n / 8u * 3u;
+  const uint64_t outer = three[field < 4u ? 0 : 2], middle = three[1];
+  return (uint32_t)((field < 4u ? middle << 32 | outer : outer << 32 | middle) >> shift);
+}
+
+// Fields m of tokens 4 w .. 4 w + 3 of a stream of FIELDS each. Of two tokens that end and begin in
+// one word every lane reads that word for both.
+template <int BITS, int FIELDS, class Words>
+VQ_FN void four_tokens(Words words, uint w, uint m, VQ_THREAD uint32_t* to) {
+  if (BITS != 1 || FIELDS % 8 != 4 || FIELDS < 8) {
+    for (uint i = 0; i < 4; ++i) to[i] = four_codes<BITS>(words, (4u * w + i) * FIELDS + m);
+    return;
+  }
+  const uint shared = FIELDS / 8, behind = shared + (m + 4u) / 8u;
+  for (uint pair = 0; pair < 2; ++pair) {
+    Words two = words + (2u * w + pair) * (2u * shared + 1u);
+    const uint32_t both = two[shared];
+    const uint32_t before = two[min(m / 8u, shared - 1u)], after = two[max(behind, shared + 1u)];
+    to[2u * pair] = (m / 8u == shared ? both : before) >> (m % 8u * 4u);
+    to[2u * pair + 1u] = (behind == shared ? both : after) >> ((m + 4u) % 8u * 4u);
+  }
 }
 
 }  // namespace veloxquant

@@ -10,7 +10,7 @@ namespace veloxquant {
 // entries: [STAGES][N][2][DIM_ / 2] of the head.
 template <int DIM_, int STAGES, int N, class Words, class Entries, class Numbers>
 struct CommVQTile {
-  enum { DIM = DIM_, SUB = 2, PAIRS = DIM_ / 2, WORDS = 24 * STAGES + 32 };
+  enum { DIM = DIM_, SUB = 2, PAIRS = DIM_ / 2, WORDS = 24 * STAGES + 32, SHIFTED = 0 };
   Entries entries;
   Turning<Numbers> turning;
   Words first, words;
@@ -27,10 +27,14 @@ struct CommVQTile {
     pair = m;
     if (held == (int)w) return;
     held = (int)w;
-    for (int i = 0; i < 4; ++i) {
-      for (int s = 0; s < STAGES; ++s) {
-        codes[i * STAGES + s] = bits_at(words + 24 * s, 12 * (4 * held + i), 12);
-      }
+    // Codes of eight tokens are three words, those of four one and a half: the middle one is every
+    // other lane's as well.
+    const bool second = w % 2u != 0u;
+    for (int s = 0; s < STAGES; ++s) {
+      Words three = words + 24 * s + (int)(w / 2u) * 3;
+      const uint64_t outer = three[second ? 2 : 0], middle = three[1];
+      const uint64_t four = second ? (outer << 32 | middle) >> 16 : middle << 32 | outer;
+      for (int i = 0; i < 4; ++i) codes[i * STAGES + s] = (uint32_t)(four >> (12 * i)) & 4095u;
     }
   }
   void token(uint i) {
@@ -47,7 +51,7 @@ struct CommVQTile {
     turning.turn(pair, 4 * held + (int)i, &x, &y);
   }
   float value(int j) const { return j == 0 ? x : y; }
-  float factor(int t) const { return near_half_at(words + 24 * STAGES, t); }
+  void factors(uint w, VQ_THREAD float* to) const { four_halves(words + 24 * STAGES, w, to); }
 };
 
 }  // namespace veloxquant

@@ -2,13 +2,13 @@
 // neighbouring dimensions of a token, two words.
 #pragma once
 
-#include "src/math/portable.h"
+#include "src/codecs/metal_rows.h"
 
 namespace veloxquant {
 
 template <int DIM_, int BFLOAT, class Words>
 struct SixteenBitTile {
-  enum { DIM = DIM_, SUB = 4, WORDS = 32 * DIM_ };
+  enum { DIM = DIM_, SUB = 4, WORDS = 32 * DIM_, STRETCH = 1, KINDS = 1, SHIFTED = 0 };
   Words words;
   uint32_t pairs[8];  // of four tokens
   int at;
@@ -26,7 +26,7 @@ struct SixteenBitTile {
     const uint32_t bits = (pairs[at + j / 2] >> (16 * (j % 2))) & 0xffffu;
     return BFLOAT ? float_of(bits << 16) : (float)as_type<half>((ushort)bits);
   }
-  float factor(int) const { return 1.0f; }
+  void factors(uint, VQ_THREAD float* to) const { all_ones(to); }
 };
 
 }  // namespace veloxquant

@@ -7,15 +7,22 @@
 namespace veloxquant {
 
 // factor_of_all: what the stored scalars are multiplied with. mean: added to every token, [DIM_],
-// or any pointer without MEAN.
+// or any pointer without MEAN; the same for all tokens, so it is added to sums (shift).
 template <int DIM_, int BITS, int MEAN, class Words, class Mean>
 struct PlaneTile {
-  enum { DIM = DIM_, SUB = 1, WORDS = 2 * DIM_ * BITS + 32 };
+  enum {
+    DIM = DIM_,
+    SUB = 1,
+    WORDS = 2 * DIM_ * BITS + 32,
+    STRETCH = 8,
+    KINDS = 1,
+    SHIFTED = MEAN
+  };
   Mean mean;
   float factor_of_all;
   Words words;
   uint32_t planes[BITS];  // of 32 tokens
-  int held, row, first, at;
+  int held, first, at;
 
   void open(Words block) {
     words = block;
@@ -23,7 +30,6 @@ struct PlaneTile {
   }
   void load(int m, uint w) {
     const int place = 2 * m + (int)w / 8;
-    row = m;
     first = 4 * (int)w;
     if (place == held) return;
     held = place;
@@ -33,12 +39,17 @@ struct PlaneTile {
   float value(int) const {
     uint32_t code = 0u;
     for (int p = 0; p < BITS; ++p) code |= ((planes[p] >> (at % 32)) & 1u) << p;
-    const float level = (float)(2 * (int)code - ((1 << BITS) - 1));
-    return MEAN ? fma(level, scalar(at), (float)mean[row]) : level;
+    return (float)(2 * (int)code - ((1 << BITS) - 1));
   }
-  float factor(int t) const { return MEAN ? 1.0f : scalar(t); }
-
-  float scalar(int t) const { return factor_of_all * near_half_at(words + 2 * DIM_ * BITS, t); }
+  void factors(uint w, VQ_THREAD float* to) const {
+    four_halves(words + 2 * DIM_ * BITS, w, to);
+    for (int i = 0; i < 4; ++i) to[i] *= factor_of_all;
+  }
 };
+
+template <int DIM_, int BITS, int MEAN, class Words, class Mean>
+VQ_FN float shift_of(VQ_THREAD const PlaneTile<DIM_, BITS, MEAN, Words, Mean>& tile, int d) {
+  return MEAN ? (float)tile.mean[d] : 0.0f;
+}
 
 }  // namespace veloxquant

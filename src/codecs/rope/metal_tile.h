@@ -46,7 +46,7 @@ struct Turning {
 // VecInfer's codes of slots: a piece is a sub-vector of SUB_ / 2 pairs.
 template <int DIM_, int SUB_, int C, int BITS, int TABLES, class Words, class Table, class Numbers>
 struct PairsTile {
-  enum { DIM = DIM_, SUB = SUB_, WORDS = DIM_ / SUB_ * 2 * BITS };
+  enum { DIM = DIM_, SUB = SUB_, WORDS = DIM_ / SUB_ * 2 * BITS, SHIFTED = 0 };
   VecInferTile<DIM_, SUB_, C, BITS, TABLES, Words, Table> codes;
   Turning<Numbers> turning;
   Words first;  // block of the item
@@ -72,7 +72,7 @@ struct PairsTile {
     }
   }
   float value(int j) const { return y[j]; }
-  float factor(int) const { return 1.0f; }
+  void factors(uint, VQ_THREAD float* to) const { all_ones(to); }
 };
 
 }  // namespace veloxquant

@@ -17,7 +17,10 @@ struct SketchedTile {
     ROWS = DIM_ / 2,
     SIGNS = DIM_ * BITS,
     SCALARS = SIGNS + DIM_,
-    WORDS = SCALARS + 64
+    WORDS = SCALARS + 64,
+    STRETCH = 1,
+    KINDS = 2,
+    SHIFTED = 0
   };
   Levels levels;
   Words words;
@@ -31,19 +34,19 @@ struct SketchedTile {
     held = -1;
   }
   void load(int m, uint w) {
+    signs = m >= ROWS / SUB;
     if (held != (int)w) {
       held = (int)w;
-      for (int i = 0; i < 4; ++i) {
-        level_scalars[i] = near_half_at(words + SCALARS, 4 * held + i);
-        sign_scalars[i] = near_half_at(words + SCALARS + 32, 4 * held + i);
-      }
+      if (BITS > 0) four_halves(words + SCALARS, w, level_scalars);
+      four_halves(words + SCALARS + 32, w, sign_scalars);
     }
-    signs = m >= ROWS / SUB;
     const int piece = signs ? m - ROWS / SUB : m;
-    for (int i = 0; i < (BY_TOKEN ? 4 : 1); ++i) {
-      const int first = BY_TOKEN ? (4 * held + i) * ROWS + 4 * piece : 64 * piece + 4 * held;
-      if (signs) codes[i] = words[SIGNS + first / 32] >> (first % 32);
-      if (!signs && BITS > 0) codes[i] = bits_at(words, first * BITS, BITS > 0 ? 4 * BITS : 1);
+    if (BY_TOKEN) {
+      if (signs) four_tokens<1, ROWS / 4>(words + SIGNS, w, piece, codes);
+      if (!signs && BITS > 0) four_tokens<BITS, ROWS / 4>(words, w, piece, codes);
+    } else {
+      if (signs) codes[0] = four_codes<1>(words + SIGNS, piece * 16u + w);
+      if (!signs && BITS > 0) codes[0] = four_codes<BITS>(words, piece * 16u + w);
     }
   }
   void token(uint i) { at = (int)i; }
@@ -54,7 +57,7 @@ struct SketchedTile {
     if (BITS == 0) return 0.0f;
     return level_scalars[at] * levels[(four >> (place * BITS)) & ((1u << BITS) - 1u)];
   }
-  float factor(int) const { return 1.0f; }
+  void factors(uint, VQ_THREAD float* to) const { all_ones(to); }
 };
 
 }  // namespace veloxquant
