@@ -288,7 +288,7 @@ def generate():
 def selftest():
     from veloxquant_mlx.cli import selftest
 
-    fields = selftest.run()
+    fields = selftest.run(methods=shared_out(selftest.METHODS), functions=share[0] == share[1] - 1 or share[1] == 1)
     print(selftest.text(fields))
     check("devices --selftest", fields["passed"])
 

@@ -15,9 +15,9 @@ METHODS = (
 )  # fmt: skip
 
 
-def run(on_cpu=lambda: mx.stream(mx.cpu), rows=2048):
-    """The fields of the report. on_cpu: a context in which operations run on the CPU."""
-    checks = [_contraction(), *_functions(on_cpu, rows), *_cache(on_cpu)]
+def run(on_cpu=lambda: mx.stream(mx.cpu), rows=2048, methods=METHODS, functions=True):
+    """The fields of the report. on_cpu: a context in which operations run on the CPU. methods: of caches."""
+    checks = [_contraction(), *(_functions(on_cpu, rows) if functions else ()), *_cache(on_cpu, methods)]
     return {
         "device": str(mx.default_device()),
         "backend": _ext.gpu_backend(),
@@ -139,7 +139,7 @@ def _codecs(method, r, heads, dim):
     return [_ext.codec("keys", "vecinfer_rope", heads, dim, {"n_subvectors": dim // 4}, tables), values]
 
 
-def _cache(on_cpu, heads=2, dim=64):
+def _cache(on_cpu, methods, heads=2, dim=64):
     """Prefill and decode steps of caches until a block is sealed in both: bytes, and attention."""
     r = np.random.default_rng(2)
     tokens = mx.array(r.standard_normal((6, 1, heads, 200, dim), dtype=np.float32))
@@ -157,7 +157,7 @@ def _cache(on_cpu, heads=2, dim=64):
         return _bits(cache.arrays()), [np.array(out) for out in outs], dense
 
     differ, dense_differ, errors, launched, decoded = {}, {}, {}, True, True
-    for method in METHODS:
+    for method in methods:
         codecs = _codecs(method, r, heads, dim)
         before = _ext.gpu_launches()
         arrays, outs, dense = steps(codecs)
