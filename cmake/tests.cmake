@@ -64,13 +64,18 @@ endforeach()
 # The decode kernels themselves on the CUDA machine: their source, compiled for the host. Its folder comes first, so
 # that its ptx.cuh and start.cuh stand for those of src/backends/cuda. Sanitizers do not know fibers.
 if(VELOXQUANT_CUDA_INCLUDE AND NOT VELOXQUANT_HAVE_CUDA AND NOT VELOXQUANT_SANITIZE)
-  add_executable(cuda_decode_test tests/cuda_machine/decode_test.cpp tests/cuda_machine/machine.cpp
-    tests/cuda_machine/runtime.cpp tools/gpu/problem.cpp)
-  veloxquant_compile_options(cuda_decode_test)
-  target_compile_options(cuda_decode_test PRIVATE -O1 -Wno-unknown-pragmas)
-  target_include_directories(cuda_decode_test BEFORE PRIVATE ${PROJECT_SOURCE_DIR}/tests/cuda_machine)
-  target_include_directories(cuda_decode_test PRIVATE ${PROJECT_SOURCE_DIR})
-  target_include_directories(cuda_decode_test SYSTEM PRIVATE ${VELOXQUANT_CUDA_INCLUDE})
-  target_link_libraries(cuda_decode_test PRIVATE veloxquant GTest::gtest_main)
-  gtest_discover_tests(cuda_decode_test DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
+  # sm_90's layout of shared memory, and that of an architecture with 99 KB.
+  foreach(arch 900 1200)
+    set(name cuda_decode_${arch}_test)
+    add_executable(${name} tests/cuda_machine/decode_test.cpp tests/cuda_machine/machine.cpp
+      tests/cuda_machine/runtime.cpp tools/gpu/problem.cpp)
+    veloxquant_compile_options(${name})
+    target_compile_options(${name} PRIVATE -O1 -Wno-unknown-pragmas)
+    target_compile_definitions(${name} PRIVATE VELOXQUANT_MACHINE_ARCH=${arch})
+    target_include_directories(${name} BEFORE PRIVATE ${PROJECT_SOURCE_DIR}/tests/cuda_machine)
+    target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR})
+    target_include_directories(${name} SYSTEM PRIVATE ${VELOXQUANT_CUDA_INCLUDE})
+    target_link_libraries(${name} PRIVATE veloxquant GTest::gtest_main)
+    gtest_discover_tests(${name} TEST_SUFFIX _sm${arch} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 600)
+  endforeach()
 endif()

@@ -114,7 +114,6 @@ Plan make_plan(const DecodeArgs& args) {
   p.n_groups = group <= 8 ? 1 : 2;
   p.q_type = type_of(args.q_dtype, "q_dtype");
   p.out_type = type_of(args.out_dtype, "out_dtype");
-  p.exact_bf16 = type_of(args.exact_dtype, "exact_dtype") == 2;
   p.n_pairs = args.batch * k.n_kv_heads * p.n_groups;
 
   impl::Choice choice;
@@ -125,6 +124,7 @@ Plan make_plan(const DecodeArgs& args) {
           "wanted the same for both");
   choice.by_lane = k.lookup == Lookup::by_lane;
   choice.heads = p.heads_per_group <= 4 ? 4 : 8;
+  choice.bf16 = type_of(args.exact_dtype, "exact_dtype") == 2;
   switch (k.head_dim) {
     case 64:
       plan.launcher = impl::launcher_64(choice);

@@ -60,6 +60,7 @@ struct Cut {
       before += __shfl_sync(0xffffffffu, sum, 31);
     }
     if (lane == 0) items[0] = 0;
+    __syncwarp();
   }
 
   __device__ __forceinline__ Item item(const DecodeParams& p, int index) const {

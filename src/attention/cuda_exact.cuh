@@ -40,7 +40,7 @@ __device__ __forceinline__ float2 unpack_16(uint32_t x) {
 // 8 dimensions of a row from `d` on, zero beyond head_dim.
 __device__ __forceinline__ uint4 load_dims(const uint16_t* row, int d, int head_dim) {
   if (d >= head_dim) return make_uint4(0, 0, 0, 0);
-  return __ldg(reinterpret_cast<const uint4*>(row + d));
+  return ptx::load_once(reinterpret_cast<const uint4*>(row + d));
 }
 
 // Rows of 16 tokens from `first` on set out for the second-level cache.
@@ -51,59 +51,53 @@ __device__ __forceinline__ void prefetch_rows(const uint16_t* rows, int64_t stri
   for (int d = 64 * (lane >> 4); d < head_dim; d += 128) ptx::prefetch(rows + token * stride + d);
 }
 
-// A lane's part of the queries as operand A: high and low terms of 8 dimensions of every 32.
-template <bool kBf16, int PIECES>
-struct ExactQuery {
-  uint32_t high[PIECES][4], low[PIECES][4];
-
-  // x: the head's query in shared memory, zero beyond head_dim. Returns what a unit stands for: a
-  // power of two that brings the largest to [1, 2).
-  __device__ __forceinline__ float load(const float* x, int i) {
-    float row[PIECES][8], top = 0.0f;
+// A warp: a head's query, fp32 in a slot -> two rows of 16 bits in its place, high and low terms,
+// for the exact tokens. Returns what a unit stands for: a power of two that brings the largest to
+// [1, 2).
+template <bool kBf16, class S>
+__device__ __forceinline__ float pack_exact_query(float* row) {
+  constexpr int kPairs = (S::DIM + 63) / 64;
+  const int lane = threadIdx.x & 31;
+  float2 x[kPairs];
+  float top = 0.0f;
 #pragma unroll
-    for (int q = 0; q < PIECES; ++q) {
-#pragma unroll
-      for (int k = 0; k < 8; k += 4) {
-        const float4 y = *reinterpret_cast<const float4*>(x + 32 * q + 8 * i + k);
-        row[q][k] = y.x, row[q][k + 1] = y.y, row[q][k + 2] = y.z, row[q][k + 3] = y.w;
-      }
-#pragma unroll
-      for (int k = 0; k < 8; ++k) top = fmaxf(top, fabsf(row[q][k]));
-    }
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    const int exponent = exponent_of(top);
-    const float inverse = power_of_two(-exponent);
-#pragma unroll
-    for (int q = 0; q < PIECES; ++q) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float a = row[q][2 * k] * inverse, b = row[q][2 * k + 1] * inverse;
-        high[q][k] = pack_16<kBf16>(a, b);
-        const float2 taken = unpack_16<kBf16>(high[q][k]);
-        low[q][k] = pack_16<kBf16>(a - taken.x, b - taken.y);
-      }
-    }
-    return power_of_two(exponent);
+  for (int k = 0; k < kPairs; ++k) {
+    const int d = min(2 * lane + 64 * k, S::DIM - 2);
+    x[k] = *reinterpret_cast<const float2*>(row + d);
+    top = fmaxf(top, fmaxf(fabsf(x[k].x), fabsf(x[k].y)));
   }
-};
+  const int exponent = exponent_of(warp_largest(top));
+  const float inverse = power_of_two(-exponent);
+  __syncwarp();
+#pragma unroll
+  for (int k = 0; k < kPairs; ++k) {
+    const int d = 2 * lane + 64 * k;
+    if (d >= S::DIM) break;
+    const float a = x[k].x * inverse, b = x[k].y * inverse;
+    const uint32_t high = pack_16<kBf16>(a, b);
+    const float2 taken = unpack_16<kBf16>(high);
+    uint32_t* to = reinterpret_cast<uint32_t*>(row) + d / 2;
+    to[0] = high;
+    to[Slot<S>::kQueryStride / 2] = pack_16<kBf16>(a - taken.x, b - taken.y);
+  }
+  return power_of_two(exponent);
+}
 
 // Where the exact tokens of an item's share lie, and which this warp begins with: chunks slot, slot
-// + kExactWarps ... of `n_chunks` fall to a warp.
+// + the number of such warps ... fall to a warp.
 template <class S>
 struct ExactShare {
   const uint16_t* keys;
   const uint16_t* values;
-  int first, end, n_tokens, slot;  // tokens; the warp has some where first < end
+  int first, end, turn, n_tokens, slot;  // tokens; the warp has some where first < end
 
-  // Chunks go on where dealing out the steps to the warps has ended.
-  __device__ __forceinline__ ExactShare(const DecodeParams& p, const Item& item) {
-    const int warp = threadIdx.x >> 5, after = item.end_step - item.first_step;
+  __device__ __forceinline__ ExactShare(const DecodeParams& p, const Item& item,
+                                        const Deal<S>& deal) {
     n_tokens = item.n_exact;
-    slot = (warp + S::WARPS - after % S::WARPS) % S::WARPS;
+    slot = same_in_warp(threadIdx.x >> 5) - deal.plain;
+    turn = kChunkTokens * deal.exact;
     first = kChunkTokens * (item.first_chunk + slot);
-    end = slot < S::kExactWarps ? min(kChunkTokens * (item.first_chunk + item.n_chunks), n_tokens)
-                                : first;
+    end = slot >= 0 ? min(kChunkTokens * (item.first_chunk + item.n_chunks), n_tokens) : first;
     if (first >= end) return;
     const Pair& pair = item.pair;
     keys = p.exact_keys.data + pair.sequence * p.exact_keys.batch_stride +
@@ -120,12 +114,11 @@ struct ExactShare {
   }
 };
 
-// A warp with a share, on its own; what it finds lies in result WARPS + slot of `shared`.
+// A warp with a share, on its own; what it finds becomes result WARPS + slot.
 template <bool kBf16, class S>
 __device__ __forceinline__ void attend_exact(const DecodeParams& p, const ExactShare<S>& share,
-                                             const Shared<S>& shared) {
+                                             const Slot<S>& slot, const Results<S>& results) {
   constexpr int HEADS = S::HEADS, kKeyPieces = S::DIM / 32, kValuePieces = (S::DIM + 63) / 64;
-  constexpr int kTurn = kChunkTokens * S::kExactWarps;
   const int D = S::head_dim(p), n_tokens = share.n_tokens;
   const int lane = threadIdx.x & 31, g = lane >> 2, i = lane & 3;
   const int64_t key_stride = p.exact_keys.token_stride, value_stride = p.exact_values.token_stride;
@@ -154,17 +147,23 @@ __device__ __forceinline__ void attend_exact(const DecodeParams& p, const ExactS
   };
   fetch(share.first);
   // What columns beyond the heads hold is nobody's.
-  const float* x = shared.queries() + g % HEADS * Shared<S>::kQueryStride;
-  ExactQuery<kBf16, kKeyPieces> query;
-  const float scale = p.scale * kLog2e * query.load(x, i);
+  // Operand A: a lane's 8 dimensions of every 32.
+  const float* x = slot.queries() + g % HEADS * Slot<S>::kQueryStride + 4 * i;
+  uint4 high[kKeyPieces], low[kKeyPieces];
+#pragma unroll
+  for (int q = 0; q < kKeyPieces; ++q) {
+    high[q] = *reinterpret_cast<const uint4*>(x + 16 * q);
+    low[q] = *reinterpret_cast<const uint4*>(x + Slot<S>::kQueryStride / 2 + 16 * q);
+  }
+  const float scale = slot.units()[HEADS + g % HEADS];
   float acc[kValuePieces][4][4] = {};
   float top = kNothing, sum = 0.0f;
 #pragma unroll 1
-  for (int first = share.first; first < share.end; first += kTurn) {
-    const bool more = first + kTurn < share.end;
+  for (int first = share.first; first < share.end; first += share.turn) {
+    const bool more = first + share.turn < share.end;
     if (more) {
-      prefetch_rows(share.keys, key_stride, first + kTurn, share.end, D, lane);
-      prefetch_rows(share.values, value_stride, first + kTurn, share.end, D, lane);
+      prefetch_rows(share.keys, key_stride, first + share.turn, share.end, D, lane);
+      prefetch_rows(share.values, value_stride, first + share.turn, share.end, D, lane);
     }
     float c[2][4] = {};
 #pragma unroll
@@ -172,10 +171,8 @@ __device__ __forceinline__ void attend_exact(const DecodeParams& p, const ExactS
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
         const uint4 row = kEarly ? k[tile][kEarly ? q : 0] : key(first, tile, q);
-        const uint32_t(&high)[4] = query.high[q];
-        const uint32_t(&low)[4] = query.low[q];
-        mma_16<kBf16>(c[tile], high[0], low[0], high[1], low[1], row.x, row.y);
-        mma_16<kBf16>(c[tile], high[2], low[2], high[3], low[3], row.z, row.w);
+        mma_16<kBf16>(c[tile], high[q].x, low[q].x, high[q].y, low[q].y, row.x, row.y);
+        mma_16<kBf16>(c[tile], high[q].z, low[q].z, high[q].w, low[q].w, row.z, row.w);
       }
     }
     float s[4];
@@ -231,7 +228,7 @@ __device__ __forceinline__ void attend_exact(const DecodeParams& p, const ExactS
         if constexpr (kBf16) mma_16<kBf16>(to, a0, a1, a2, a3, rest[0], rest[1]);
       }
     }
-    if (more) fetch(first + kTurn);
+    if (more) fetch(first + share.turn);
   }
   sum += __shfl_xor_sync(0xffffffffu, sum, 1);
   sum += __shfl_xor_sync(0xffffffffu, sum, 2);
@@ -243,13 +240,13 @@ __device__ __forceinline__ void attend_exact(const DecodeParams& p, const ExactS
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int head = 2 * i + (k & 1), d = 64 * q + 8 * g + 2 * w + (k >> 1);
-        if (head < HEADS && d < D) shared.rows[(result * HEADS + head) * D + d] = acc[q][w][k];
+        if (head < HEADS && d < D) results.rows[(result * HEADS + head) * D + d] = acc[q][w][k];
       }
     }
   }
   if (i == 0 && g < HEADS) {
-    shared.top()[g * Shared<S>::kWeights + result] = top;
-    shared.sum()[g * Shared<S>::kWeights + result] = sum;
+    results.tops[g * kWeights + result] = top;
+    results.sums[g * kWeights + result] = sum;
   }
 }
 

@@ -1,7 +1,5 @@
-
-
-// Transforms of the heads of a pair: dense, with the matrix on its way to shared memory before the
-// vectors are known, or Hadamard, in place.
+// Transforms of the heads of a pair: dense, with the matrix on its way to
+// shared memory before the vectors are known, or Hadamard, in place.
 #pragma once
 
 #include "src/attention/cuda_shape.cuh"
@@ -11,6 +9,20 @@ namespace veloxquant::attention::cuda {
 // Of a side that has one.
 __device__ __forceinline__ const float* matrix_of(const SideView& side, int kv_head, int D) {
   return side.matrix + static_cast<int64_t>(kv_head) * D * D;
+}
+
+// Where a column of a group's transforms comes from: item and head. Items have `n_heads` each.
+struct Column {
+  int item, head;
+
+  __device__ __forceinline__ Column(int column, int n_heads)
+      : item(quotient(column, n_heads)), head(column - item * n_heads) {}
+};
+
+// A number of a column in shared.turned or shared.output, where four columns lie side by side.
+template <class S>
+__device__ __forceinline__ int place_of(int column, int d) {
+  return ((column >> 2) * S::DIM + d) * 4 + (column & 3);
 }
 
 // A barrier of the first kWarps warps.
@@ -23,27 +35,36 @@ __device__ __forceinline__ void sync_warps() {
   }
 }
 
-// A matrix sets out for shared memory, by the warps that transform queries; nothing where there is
-// none, or no room.
+// Transforms' matrices on their way to shared memory, one after the other in the same place.
+// Nothing where there is none, or no room.
 template <class S>
-__device__ __forceinline__ void stage_matrix(const DecodeParams& p, const SideView& side,
-                                             int kv_head, const Shared<S>& shared) {
-  if (side.matrix == nullptr || !p.matrix_in_shared) return;
-  const int head_dim = S::head_dim(p);
-  const float* matrix = matrix_of(side, kv_head, head_dim);
-  const int t = threadIdx.x;
-  constexpr int step = 32 * S::kQueryWarps;
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared.matrix)) + 16 * t;
-  const float* from = matrix + 4 * t;
-  const int count = head_dim * head_dim / 4;
-  // As many turns for every thread: otherwise the compiler takes warps to be divided from here on.
-#pragma unroll 4
-  for (int e = 0; e < count; e += step) {
-    if (t < step && t + e < count) {
-      ptx::copy_async(to + 16 * e, from + 4 * e);
-    }
+struct Staging {
+  int count = 0;  // so far; all threads know it
+
+  // One warp; a barrier must follow.
+  __device__ __forceinline__ void begin(const Shared<S>& shared) const {
+    ptx::begin_bulk_copies(shared.arrival(), 32 * S::kQueryWarps);
+    ptx::begin_arrivals(shared.done(), S::WARPS);
+    __syncwarp();
   }
-}
+
+  // All threads; nobody reads the one before any more.
+  __device__ __forceinline__ void send(const DecodeParams& p, const SideView& side, int kv_head,
+                                       const Shared<S>& shared) {
+    if (!Shared<S>::kHasMatrix || side.matrix == nullptr) return;
+    ++count;
+    const int head_dim = S::head_dim(p);
+    ptx::copy_bulk<32 * S::kQueryWarps>(
+        static_cast<uint32_t>(__cvta_generic_to_shared(shared.matrix)),
+        matrix_of(side, kv_head, head_dim), 4 * head_dim * head_dim, shared.arrival());
+  }
+
+  // The last one sent for is there.
+  __device__ __forceinline__ void wait(const Shared<S>& shared) const {
+    if (count > 0) ptx::wait_for_phase(shared.arrival(), count);
+  }
+};
+
 // Groups of threads that take every n-th row, each thread four columns.
 template <int kWarps>
 __device__ __forceinline__ int matrix_groups(int head_dim) {
@@ -51,68 +72,67 @@ __device__ __forceinline__ int matrix_groups(int head_dim) {
   return fit < kWarps ? fit : kWarps;
 }
 
-// x[D][HEADS] -> shared.rows, [groups][HEADS][D], each group's share of the sums. From shared
-// memory where the matrix was staged there. By the first kWarps warps.
+// x[passes][DIM][4] -> shared.area, [passes][groups][4][D], each group's share of the sums, of the
+// first n_columns columns. From shared memory where the matrix was staged there. By the first
+// kWarps warps.
 template <class S, int kWarps>
 __device__ __forceinline__ void multiply_matrix(const DecodeParams& p, const SideView& side,
-                                                int kv_head, const float* x,
+                                                int kv_head, const float* x, int n_columns,
                                                 const Shared<S>& shared) {
-  constexpr int HEADS = S::HEADS;
   const int head_dim = S::head_dim(p);
-  float* const to = shared.rows;
-  const float* matrix = p.matrix_in_shared ? shared.matrix : matrix_of(side, kv_head, head_dim);
+  const float* matrix = Shared<S>::kHasMatrix ? shared.matrix : matrix_of(side, kv_head, head_dim);
   const int quads = head_dim / 4, n = matrix_groups<kWarps>(head_dim);
   const int quad = threadIdx.x % quads, group = threadIdx.x / quads;
   if (group >= n) return;
-  const float4* from = reinterpret_cast<const float4*>(matrix) + group * quads + quad;
-  const float* of = x + group * HEADS;
-  float4 sum[HEADS];
-#pragma unroll
-  for (int h = 0; h < HEADS; ++h) sum[h] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  // Of a thread's rows; for up to 128 dimensions all.
-  constexpr int kAhead = kWarps == S::WARPS ? 11 : 12;
+  constexpr int kAhead =
+      kWarps == S::WARPS ? 11 : 12;  // of a thread's rows, for up to 128 dimensions all
 #pragma unroll 1
-  for (int begin = group; begin < head_dim; begin += kAhead * n) {
+  for (int pass = 0; 4 * pass < n_columns; ++pass) {
+    const float4* from = reinterpret_cast<const float4*>(matrix) + group * quads + quad;
+    const float4* of = reinterpret_cast<const float4*>(x) + pass * S::DIM + group;
+    float4 sum[4];
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      if (begin + k * n >= head_dim) break;
-      const float4 m = from[k * n * quads];
+    for (int c = 0; c < 4; ++c) sum[c] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+    for (int begin = group; begin < head_dim; begin += kAhead * n) {
 #pragma unroll
-      for (int h = 0; h < HEADS; h += 4) {
-        const float4 y = *reinterpret_cast<const float4*>(of + k * n * HEADS + h);
-        add_scaled(sum[h], y.x, m);
-        add_scaled(sum[h + 1], y.y, m);
-        add_scaled(sum[h + 2], y.z, m);
-        add_scaled(sum[h + 3], y.w, m);
+      for (int k = 0; k < kAhead; ++k) {
+        if (begin + k * n >= head_dim) break;
+        const float4 m = from[k * n * quads], y = of[k * n];
+        add_scaled(sum[0], y.x, m);
+        add_scaled(sum[1], y.y, m);
+        add_scaled(sum[2], y.z, m);
+        add_scaled(sum[3], y.w, m);
       }
+      from += kAhead * n * quads;
+      of += kAhead * n;
     }
-    from += kAhead * n * quads;
-    of += kAhead * n * HEADS;
-  }
+    float4* to = reinterpret_cast<float4*>(shared.area) + ((pass * n + group) * 4) * quads + quad;
 #pragma unroll
-  for (int h = 0; h < HEADS; ++h)
-    reinterpret_cast<float4*>(to)[(group * HEADS + h) * quads + quad] = sum[h];
+    for (int c = 0; c < 4; ++c) to[c * quads] = sum[c];
+  }
 }
 
-// The share sums above, in order: dimensions d and d + 1 of head h.
+// The share sums above, in order: dimensions d and d + 1 of a column.
 template <class S, int kWarps>
-__device__ __forceinline__ float2 add_groups(const float* shares, int head_dim, int h, int d) {
+__device__ __forceinline__ float2 add_groups(const float* shares, int head_dim, int column, int d) {
   const int n = matrix_groups<kWarps>(head_dim);
+  shares += ((column >> 2) * n * 4 + (column & 3)) * head_dim + d;
   float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll 12
   for (int g = 0; g < n; ++g) {
-    const float2 x = *reinterpret_cast<const float2*>(shares + (g * S::HEADS + h) * head_dim + d);
+    const float2 x = *reinterpret_cast<const float2*>(shares + g * 4 * head_dim);
     total.x += x.x;
     total.y += x.y;
   }
   return total;
 }
 
-// x[D][HEADS] in place, without the scale, by the first kWarps warps; between barriers, and one
-// follows.
+// x[passes][DIM][4] in place, without the scale, by the first kWarps warps; between barriers, and
+// one follows.
 template <class S, int kWarps>
-__device__ __forceinline__ void hadamard_heads(float* x, int head_dim) {
-  constexpr int HEADS = S::HEADS;
+__device__ __forceinline__ void hadamard_heads(float* x, int n_columns, int head_dim) {
+  const int passes = (n_columns + 3) / 4;
 #pragma unroll 1
   for (int start = 0; start < head_dim;) {
     const int block = hadamard_block(head_dim - start);
@@ -120,12 +140,13 @@ __device__ __forceinline__ void hadamard_heads(float* x, int head_dim) {
 #pragma unroll 1
     for (int stride = 1; stride < block; stride *= 2) {
       const float unit = 2 * stride == block ? scale : 1.0f;
-      for (int e = threadIdx.x; e < HEADS * block / 2; e += 32 * kWarps) {
-        const int h = e % HEADS, k = e / HEADS;
-        float* low = x + (start + 2 * stride * (k / stride) + k % stride) * HEADS + h;
-        const float a = low[0], c = low[stride * HEADS];
+      for (int e = threadIdx.x; e < passes * 2 * block; e += 32 * kWarps) {
+        const int pass = e / (2 * block), k = e / 4 - pass * (block / 2);
+        float* low =
+            x + 4 * (pass * S::DIM + start + 2 * stride * (k / stride) + k % stride) + e % 4;
+        const float a = low[0], c = low[4 * stride];
         low[0] = (a + c) * unit;
-        low[stride * HEADS] = (a - c) * unit;
+        low[4 * stride] = (a - c) * unit;
       }
       sync_warps<S, kWarps>();
     }

@@ -16,20 +16,20 @@ struct Part {
   float4 quad = {0.0f, 0.0f, 0.0f, 0.0f};
 };
 
-// Results first .. end - 1 of a head -> one: a thread's four dimensions, maximum and sum.
-template <class S, int kMost>
+// Results first .. first + n - 1 of a head -> one: a thread's four dimensions, maximum and sum.
+template <class S>
 __device__ __forceinline__ Part merge_results(int first, int n, int h, int slot, int slots,
-                                              float unit, const Shared<S>& shared) {
-  const float* tops = shared.top() + h * Shared<S>::kWeights + first;
-  const float* sums = shared.sum() + h * Shared<S>::kWeights + first;
-  const float4* rows = reinterpret_cast<const float4*>(shared.rows) + first * slots + slot;
+                                              float unit, const Results<S>& results) {
+  const float* tops = results.tops + h * kWeights + first;
+  const float* sums = results.sums + h * kWeights + first;
+  const float4* rows = reinterpret_cast<const float4*>(results.rows) + first * slots + slot;
   Part part;
 #pragma unroll
-  for (int w = 0; w < kMost; ++w) {
+  for (int w = 0; w < S::WARPS; ++w) {
     if (w < n) part.top = fmaxf(part.top, tops[w]);
   }
 #pragma unroll
-  for (int w = 0; w < kMost; ++w) {
+  for (int w = 0; w < S::WARPS; ++w) {
     if (w < n) {
       const float weight = exp2_fast(tops[w] - part.top) * unit;
       part.sum = fmaf(weight, sums[w], part.sum);
@@ -39,22 +39,32 @@ __device__ __forceinline__ Part merge_results(int first, int n, int h, int slot,
   return part;
 }
 
-// Rows [2][HEADS][D] and tops [4][HEADS] (packed maximum, packed sum, the exact ones): a record.
+// Where a part of the item's pair leaves its record.
 template <class S>
-__device__ __forceinline__ void merge_warps(const DecodeParams& p, int n_exact_results, bool alone,
-                                            float* rows, float* tops, const Shared<S>& shared) {
+__device__ __forceinline__ float* record_of(const DecodeParams& p, const Item& item, int part) {
+  return reinterpret_cast<float*>(p.workspace + p.records_at) +
+         (item.index + part) * record_floats(S::HEADS, S::head_dim(p));
+}
+
+// A thread's share of an item's record, once all results are there: rows [2][HEADS][D] and tops
+// [4][HEADS] (packed maximum, packed sum, the exact ones), in its slot where it is all of its pair.
+template <class S>
+__device__ __forceinline__ void merge_warps(const DecodeParams& p, const Item& item, int more_exact,
+                                            const Slot<S>& slot_of_item,
+                                            const Results<S>& results) {
   constexpr int HEADS = S::HEADS;
   constexpr float kUnit = S::kValue != kInt8 ? 1.0f : 1.5279e-5f;  // 2^-15.998
   const int quads = S::head_dim(p) / 4, slots = HEADS * quads;
-  __syncthreads();
+  const Deal<S> deal(item, more_exact);
+  const bool alone = item.n_parts == 1;
+  float* const rows = alone ? slot_of_item.record() : record_of<S>(p, item, item.part);
+  float* const tops = alone ? slot_of_item.tops() : rows + 2 * HEADS * S::head_dim(p);
 #pragma unroll 1
   for (int e = threadIdx.x; e < 2 * slots; e += S::THREADS) {
     const bool exact = e >= slots;
     const int slot = exact ? e - slots : e, h = slot / quads;
-    const Part part = exact
-                          ? merge_results<S, S::kExactWarps>(S::WARPS, n_exact_results, h, slot,
-                                                             slots, 1.0f, shared)
-                          : merge_results<S, S::WARPS>(0, S::WARPS, h, slot, slots, kUnit, shared);
+    const Part part = merge_results<S>(exact ? S::WARPS : 0, exact ? deal.exact : deal.n_results(),
+                                       h, slot, slots, exact ? 1.0f : kUnit, results);
     float4* to = reinterpret_cast<float4*>(rows) + e;
     float* top = tops + (exact ? 2 * HEADS : 0) + h;
     const bool is_first = slot == h * quads;
@@ -75,13 +85,10 @@ __device__ __forceinline__ bool leaves_last(const DecodeParams& p, const Item& i
   __syncthreads();
   if (threadIdx.x == 0) {
     auto* counter = reinterpret_cast<unsigned long long*>(p.workspace) + item.index;
-    __threadfence();
-    const unsigned long long before = atomicAdd(counter, 1ull);
+    // The record is seen before it is counted, and those counted before are seen after.
+    const unsigned long long before = ptx::count_one(counter);
     const bool last = (before & kCounterBits) == static_cast<unsigned>(item.n_parts - 1);
-    if (last) {
-      *counter = kCounterMark;
-      __threadfence();
-    }
+    if (last) *counter = kCounterMark;
     *shared.last() = last;
   }
   __syncthreads();
@@ -140,17 +147,19 @@ __device__ __forceinline__ void gather_records(const DecodeParams& p, const Item
   }
 }
 
-// `groups` sums of a pair -> out and log-sum-exp. Between barriers.
+// `groups` sums of the group's i-th item -> its columns of shared.output, in codec coordinates,
+// what its exact tokens add, and the log-sum-exp.
 template <class S>
-__device__ __forceinline__ void finish(const DecodeParams& p, const Pair& pair, int groups,
-                                       float* sums, const Shared<S>& shared) {
+__device__ __forceinline__ void join_sums(const DecodeParams& p, const Pair& pair, int i,
+                                          int groups, const float* sums, const float* all_tops,
+                                          const Shared<S>& shared) {
   constexpr int HEADS = S::HEADS;
   const int D = S::head_dim(p), quads = D / 4, slots = HEADS * quads;
   const int64_t row = static_cast<int64_t>(pair.sequence) * p.n_q_heads + pair.first_head;
-  for (int slot = threadIdx.x; slot < slots; slot += S::THREADS) {
+  for (int slot = threadIdx.x; slot < pair.n_heads * quads; slot += S::THREADS) {
     const int h = slot / quads, d = 4 * (slot - h * quads);
     // The last group is the exact tokens'.
-    const float* tops = shared.merged_tops() + h;
+    const float* tops = all_tops + h;
     float both = tops[2 * groups * HEADS];
     for (int g = 0; g < groups; ++g) both = fmaxf(both, tops[2 * g * HEADS]);
     const float exact_weight = exp2_fast(tops[2 * groups * HEADS] - both);
@@ -166,41 +175,54 @@ __device__ __forceinline__ void finish(const DecodeParams& p, const Pair& pair, 
     const float keep = inverse * exact_weight;
     const float low = inverse * shared.value_scales()[d / S::kValueSub],
                 high = inverse * shared.value_scales()[(d + 2) / S::kValueSub];
-    float* x = shared.output() + d * HEADS + h;
+    const int column = i * pair.n_heads + h;
+    float* x = shared.output + place_of<S>(column, d);
     x[0] = packed.x * low;
-    x[HEADS] = packed.y * low;
-    x[2 * HEADS] = packed.z * high;
-    x[3 * HEADS] = packed.w * high;
-    reinterpret_cast<float4*>(shared.turned)[slot] =
+    x[4] = packed.y * low;
+    x[8] = packed.z * high;
+    x[12] = packed.w * high;
+    *reinterpret_cast<float4*>(shared.turned + column * S::DIM + d) =
         make_float4(exact.x * keep, exact.y * keep, exact.z * keep, exact.w * keep);
-    if (d == 0 && h < pair.n_heads && p.lse != nullptr)
+    if (d == 0 && p.lse != nullptr)
       p.lse[row + h] = total > 0.0f ? (both + __log2f(total)) * kLn2 : -INFINITY;
   }
-  __syncthreads();
+}
+
+// The columns of the group's n items -> out, of those whose bit is set. Between barriers.
+template <class S>
+__device__ __forceinline__ void write_outputs(const DecodeParams& p, const Group& group, int n,
+                                              unsigned finished, const Shared<S>& shared) {
+  const Pair& head = group.items[0].pair;
+  const int D = S::head_dim(p), n_heads = head.n_heads, n_columns = n * n_heads;
   const bool dense = p.values.matrix != nullptr;
   const float* lambda = nullptr;
   if (dense) {
-    multiply_matrix<S, S::WARPS>(p, p.values, pair.kv_head, shared.output(), shared);
+    multiply_matrix<S, S::WARPS>(p, p.values, head.kv_head, shared.output, n_columns, shared);
     __syncthreads();
   } else if (p.values.hadamard) {
-    hadamard_heads<S, S::WARPS>(shared.output(), D);
-    if (p.values.lambda != nullptr) lambda = p.values.lambda + pair.kv_head * D;
+    hadamard_heads<S, S::WARPS>(shared.output, n_columns, D);
+    if (p.values.lambda != nullptr) lambda = p.values.lambda + head.kv_head * D;
   }
-  for (int e = 2 * threadIdx.x; e < pair.n_heads * D; e += 2 * S::THREADS) {
-    const int h = e / D, d = e - h * D;
+  for (int e = 2 * threadIdx.x; e < n_columns * D; e += 2 * S::THREADS) {
+    const int c = e / D, d = e - c * D;
+    const Column column(c, n_heads);
+    if ((finished >> column.item & 1) == 0) continue;
     float2 y;
     if (dense) {
-      y = add_groups<S, S::WARPS>(shared.rows, D, h, d);
+      y = add_groups<S, S::WARPS>(shared.area, D, c, d);
     } else {
-      y = make_float2(shared.output()[d * HEADS + h], shared.output()[(d + 1) * HEADS + h]);
+      y = make_float2(shared.output[place_of<S>(c, d)], shared.output[place_of<S>(c, d + 1)]);
       if (lambda != nullptr) {
         y.x *= __ldg(lambda + d);
         y.y *= __ldg(lambda + d + 1);
       }
     }
-    y.x += shared.turned[e];
-    y.y += shared.turned[e + 1];
-    store_pair(p.out, row * D + e, p.out_type, y);
+    const float2 exact = *reinterpret_cast<const float2*>(shared.turned + c * S::DIM + d);
+    y.x += exact.x;
+    y.y += exact.y;
+    const int64_t row = static_cast<int64_t>(group.items[column.item].pair.sequence) * p.n_q_heads +
+                        head.first_head + column.head;
+    store_pair(p.out, row * D + d, p.out_type, y);
   }
 }
 

@@ -46,12 +46,10 @@ struct DecodeParams {
   uint8_t* workspace;
   float scale;
   int batch, n_q_heads, n_kv_heads, head_dim, group, n_groups, heads_per_group;
-  int q_type, out_type, exact_bf16;  // 0 fp32, 1 fp16, 2 bf16
+  int q_type, out_type;  // 0 fp32, 1 fp16, 2 bf16
   int n_ctas, n_pairs;
   int most_pieces, even_pieces;  // of a sequence: where a wave has only its items, or all alike
   int64_t records_at;            // offset in the workspace
-  int matrix_in_shared;          // whether shared memory has room for a transform's matrix too
-  int merge_over_tables;         // where shared memory has no room for both
 };
 
 #ifdef __CUDACC__
@@ -93,10 +91,8 @@ VQ_PLAN int first_unit(const Units& units, int part, int n_parts, float per_part
 }
 // The first part that has exact tokens, of those with any.
 VQ_PLAN int first_exact_part(const Units& units, int n_parts, float per_part) {
-  int part = static_cast<int>(static_cast<float>(units.blocks) / per_part);
-  part = part < n_parts ? part : n_parts - 1;
+  int part = n_parts - 1;
   while (part > 0 && first_unit(units, part, n_parts, per_part) > units.blocks) --part;
-  while (first_unit(units, part + 1, n_parts, per_part) <= units.blocks) ++part;
   return part;
 }
 

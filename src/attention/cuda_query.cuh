@@ -11,54 +11,76 @@
 
 namespace veloxquant::attention::cuda {
 
-// The queries of a pair on their way to shared memory, zero for heads that are none and up to DIM.
-// By the first kQueryWarps warps, as all here.
+// The queries of a group on their way to shared memory, zero in columns that are none and up to
+// DIM. By the first kQueryWarps warps, as all here.
 template <class S>
 struct Start {
-  static constexpr int kThreads = 32 * S::kQueryWarps, kPairs = S::HEADS * S::DIM / 2,
+  static constexpr int kThreads = 32 * S::kQueryWarps, kPairs = S::kColumns * S::DIM / 2,
                        kLoads = (kPairs + kThreads - 1) / kThreads;
   float2 x[kLoads];
 
-  __device__ __forceinline__ static Start fetch(const DecodeParams& p, const Pair& pair) {
+  // `n` items of the head of `pair`; sequence_of(i): of the i-th.
+  template <class SequenceOf>
+  __device__ __forceinline__ static Start fetch(const DecodeParams& p, const Pair& pair, int n,
+                                                SequenceOf sequence_of) {
     Start start;
     const int D = S::head_dim(p), t = threadIdx.x;
-    const int64_t row = (static_cast<int64_t>(pair.sequence) * p.n_q_heads + pair.first_head) * D;
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      const int e = t + k * kThreads, h = e / (S::DIM / 2), d = 2 * (e % (S::DIM / 2));
+      const int e = t + k * kThreads, d = 2 * (e % (S::DIM / 2));
+      const Column column(e / (S::DIM / 2), pair.n_heads);
       start.x[k] = make_float2(0.0f, 0.0f);
-      if (h < pair.n_heads && d < D) start.x[k] = load_pair(p.q, row + h * D + d, p.q_type);
+      if (column.item < n && e < kPairs && d < D) {
+        const int64_t row = static_cast<int64_t>(sequence_of(column.item)) * p.n_q_heads +
+                            pair.first_head + column.head;
+        start.x[k] = load_pair(p.q, row * D + d, p.q_type);
+      }
     }
     return start;
   }
 
-  __device__ __forceinline__ void store(const DecodeParams& p, const Pair& pair,
+  __device__ __forceinline__ void store(const DecodeParams& p, const Pair& pair, int n,
                                         const Shared<S>& shared) const {
     const int D = S::head_dim(p), t = threadIdx.x;
     const float* lambda =
         p.keys.hadamard && p.keys.lambda != nullptr ? p.keys.lambda + pair.kv_head * D : nullptr;
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      const int e = t + k * kThreads, h = e / (S::DIM / 2), d = 2 * (e % (S::DIM / 2));
+      const int e = t + k * kThreads, c = e / (S::DIM / 2), d = 2 * (e % (S::DIM / 2));
       if (e >= kPairs) break;
+      const Column column(c, pair.n_heads);
       float2 y = x[k];
-      *reinterpret_cast<float2*>(shared.queries() + h * Shared<S>::kQueryStride + d) = y;
+      if (column.item < n) {
+        *reinterpret_cast<float2*>(shared.slot(column.item).queries() +
+                                   column.head * Slot<S>::kQueryStride + d) = y;
+      }
       if (lambda != nullptr && d < D) {
         y.x *= __ldg(lambda + d);
         y.y *= __ldg(lambda + d + 1);
       }
-      shared.turned[d * S::HEADS + h] = y.x;
-      shared.turned[(d + 1) * S::HEADS + h] = y.y;
+      shared.turned[place_of<S>(c, d)] = y.x;
+      shared.turned[place_of<S>(c, d + 1)] = y.y;
+    }
+    // Operand rows of heads that are none.
+    constexpr int kWords = S::kRowBytes / 4;
+    const int none = S::HEADS - pair.n_heads, all = n * none * 2 * kWords;
+#pragma unroll 1
+    for (int e = t; e < all; e += kThreads) {
+      const int row = e / kWords, i = quotient(row, 2 * none), at = row - i * 2 * none;
+      const int term = at >= none, h = pair.n_heads + at - term * none;
+      const Slot<S> slot = shared.slot(i);
+      reinterpret_cast<uint32_t*>(slot.operand())[(term * S::HEADS + h) * kWords + e % kWords] = 0;
+      slot.units()[h] = 1e-30f;
     }
   }
 };
 
-// One thread, before its CTA counts a record of the item: whatever the pair's counter was is 0.
-__device__ __forceinline__ void prepare_counter(const DecodeParams& p, const Item& item) {
-  if (item.n_parts == 1) return;
+// One warp, before its CTA counts records of the items: whatever a pair's counter was is 0.
+__device__ __forceinline__ void prepare_counters(const DecodeParams& p, const Group& group) {
+  const int lane = threadIdx.x & 31;
+  const Item& item = group.items[min(lane, group.n - 1)];
   auto* counter = reinterpret_cast<unsigned long long*>(p.workspace) + item.index;
-  const unsigned long long count = __ldcg(counter);
-  if ((count & ~kCounterBits) != kCounterMark) atomicCAS(counter, count, kCounterMark);
+  ptx::mark(counter, lane < group.n && item.n_parts > 1, kCounterMark, kCounterBits);
 }
 
 // A warp: a head's row as two terms; values d, d + 1 for d = 2 lane + 64 k.
@@ -111,22 +133,35 @@ __device__ __forceinline__ float split_query(float2 (&x)[(S::DIM + 63) / 64], ui
   }
 }
 
-// A barrier of all must follow before the rows are read. Writes over `shared.rows`.
+// Of `n` items of the head of `pair`. A barrier of all must follow before the rows are read. Writes
+// over `shared.area`.
 template <class S>
-__device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Pair& pair,
+__device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Pair& pair, int n,
+                                                const Staging<S>& staging,
                                                 const Shared<S>& shared) {
   constexpr int kWarps = S::kQueryWarps;
-  const int D = S::head_dim(p), lane = threadIdx.x & 31;
-  ptx::wait_for_copies();
+  const int D = S::head_dim(p), lane = threadIdx.x & 31, n_columns = n * pair.n_heads;
+  staging.wait(shared);
   sync_warps<S, kWarps>();
   if (p.keys.matrix != nullptr) {
-    multiply_matrix<S, kWarps>(p, p.keys, pair.kv_head, shared.turned, shared);
+    multiply_matrix<S, kWarps>(p, p.keys, pair.kv_head, shared.turned, n_columns, shared);
     sync_warps<S, kWarps>();
   } else if (p.keys.hadamard) {
-    hadamard_heads<S, kWarps>(shared.turned, D);
+    hadamard_heads<S, kWarps>(shared.turned, n_columns, D);
   }
 #pragma unroll 1
-  for (int h = threadIdx.x >> 5; h < S::HEADS; h += kWarps) {
+  for (int task = threadIdx.x >> 5; task < 2 * n_columns; task += kWarps) {
+    const bool exact = task >= n_columns;
+    const int c = exact ? task - n_columns : task;
+    const Column column(c, pair.n_heads);
+    const Slot<S> slot = shared.slot(column.item);
+    const int h = column.head;
+    if (exact) {
+      float* row = slot.queries() + h * Slot<S>::kQueryStride;
+      const float unit = pack_exact_query<S::kBf16, S>(row);
+      if (lane == 0) slot.units()[S::HEADS + h] = unit * p.scale * kLog2e;
+      continue;
+    }
     float2 x[(S::DIM + 63) / 64];
 #pragma unroll
     for (int k = 0; k < (S::DIM + 63) / 64; ++k) {
@@ -134,15 +169,15 @@ __device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Pai
       x[k] = make_float2(0.0f, 0.0f);
       if (d >= D) continue;
       if (p.keys.matrix != nullptr) {
-        x[k] = add_groups<S, kWarps>(shared.rows, D, h, d);
+        x[k] = add_groups<S, kWarps>(shared.area, D, c, d);
       } else {
-        x[k] = make_float2(shared.turned[d * S::HEADS + h], shared.turned[(d + 1) * S::HEADS + h]);
+        x[k] = make_float2(shared.turned[place_of<S>(c, d)], shared.turned[place_of<S>(c, d + 1)]);
       }
     }
     const float unit =
-        split_query<S>(x, shared.operand() + h * S::kRowBytes,
-                       shared.operand() + (S::HEADS + h) * S::kRowBytes, shared.key_scales());
-    if (lane == 0) shared.units()[h] = unit * p.scale * kLog2e;
+        split_query<S>(x, slot.operand() + h * S::kRowBytes,
+                       slot.operand() + (S::HEADS + h) * S::kRowBytes, shared.key_scales());
+    if (lane == 0) slot.units()[h] = unit * p.scale * kLog2e;
   }
 }
 

@@ -16,11 +16,11 @@ struct Item {
 static_assert(sizeof(Item) % 16 == 0);
 
 // KC, VC: chunks of 8 sub-vectors of keys and values. kDim: head_dim, or what it is padded to.
-template <Kind kKeyKind, Kind kValueKind, int kHeads, bool kIsByLane, int kDim>
+template <Kind kKeyKind, Kind kValueKind, int kHeads, bool kIsByLane, int kDim, bool kIsBf16>
 struct Shape {
   static constexpr Kind kKey = kKeyKind, kValue = kValueKind;
   static constexpr int HEADS = kHeads, DIM = kDim;
-  static constexpr bool kByLane = kIsByLane;
+  static constexpr bool kByLane = kIsByLane, kBf16 = kIsBf16;  // kBf16: exact tokens
   static constexpr int kKeySub = kKey == kHalf2 ? 2 : 4, kValueSub = kValue == kHalf2 ? 2 : 4;
   static constexpr int KC = kDim / (8 * kKeySub), VC = kDim / (8 * kValueSub);
   static constexpr int kValueTable = kByLane ? 128 : 8192 * KC;  // where the values' tables begin
@@ -30,16 +30,17 @@ struct Shape {
   static constexpr int WARPS = kDim == 256 ? 8 : 12, THREADS = 32 * WARPS;
   // The last warp makes the plan while the others transform the queries.
   static constexpr int kQueryWarps = WARPS - 1;
-  // Warps that may have exact tokens: shared memory has no room for more results.
-  static constexpr int kExactWarps = kHeads == 4 && kDim <= 128 ? 8 : 4;
+  // Warps that may have exact tokens of an item, and of one that has the place of two: shared
+  // memory has no room for more results.
+  static constexpr int kExactWarps = 4, kMostExactWarps = kHeads == 4 && kDim <= 128 ? 8 : 4;
   static constexpr int kResults = WARPS + kExactWarps;
-
-  // Steps of codes that a warp has under way, where registers allow.
-  static constexpr int DEPTH = HEADS == 4 && KC <= 4 && VC <= 4 ? 2 : 1;
 
   // Shares of the parts of a pair that as many threads put together; a further one is the exact
   // tokens'.
   static constexpr int kFit = THREADS / (kHeads * kDim / 4), kGroups = kFit < 2 ? 1 : kFit - 1;
+
+  // Heads that are transformed together: of several items where they have fewer.
+  static constexpr int kColumns = 8, kPasses = kColumns / 4;
 
   // Operand rows of the queries, padded so that a warp's loads meet in few banks.
   static constexpr int kRowBytes = 32 * KC + 16;
@@ -49,64 +50,186 @@ struct Shape {
   }
 };
 
-// Shared memory: tables; what is not in use while they are (over them where there is no room
-// beside them); and what is always there.
+// Rounds of steps that take about as long as a warp's turn with exact tokens.
+constexpr int kExactRounds = 3;
+
+// How an item's work is dealt to the warps. The last ones have its exact tokens, a chunk each in
+// turn, and so fewer steps: those from `border` on, the others the steps before it.
 template <class S>
-struct Shared {
+struct Deal {
+  int plain, exact;  // warps
+  int border, n_steps;
+
+  // At most 4 << more warps have exact tokens.
+  __device__ __forceinline__ Deal(const Item& item, int more)
+      : exact(min(item.n_chunks, 4 << more)), n_steps(item.end_step - item.first_step) {
+    plain = S::WARPS - exact;
+    const int turns = (item.n_chunks + (4 << more) - 1) >> (2 + more);
+    border = n_steps - max(n_steps - plain * kExactRounds * turns, 0) * exact / S::WARPS;
+  }
+  // The number of a warp's result, if it has steps, and of all results.
+  __device__ __forceinline__ int result(int warp) const {
+    return warp < plain ? warp : min(plain, border) + warp - plain;
+  }
+  __device__ __forceinline__ int n_results() const {
+    return min(plain, border) + min(exact, n_steps - border);
+  }
+};
+
+// What is kept of an item of a group: its queries until its exact tokens are done, then its record
+// where it is all of its pair.
+template <class S>
+struct Slot {
+  static constexpr int kQueryStride = S::DIM + 8, kOperand = S::HEADS * kQueryStride;
+  static constexpr int kQueries = kOperand + 2 * S::HEADS * S::kRowBytes / 4;
+  static constexpr int kRecord = 2 * S::HEADS * S::DIM;
+  static constexpr int kTops = kQueries > kRecord ? kQueries : kRecord;
+  static constexpr int kUnits = kTops + 4 * S::HEADS, kFloats = kUnits + 2 * S::HEADS;
+
+  float* at;
+
+  // [HEADS][kQueryStride]: fp32, then 16 bits, a row of high and one of low terms.
+  __device__ __forceinline__ float* queries() const { return at; }
+  __device__ __forceinline__ uint8_t* operand() const {
+    return reinterpret_cast<uint8_t*>(at + kOperand);
+  }
+  __device__ __forceinline__ float* record() const { return at; }        // [2][HEADS][D]
+  __device__ __forceinline__ float* tops() const { return at + kTops; }  // [2][maximum, sum][HEADS]
+  // Of the operand's rows and of the queries in 16 bits.
+  __device__ __forceinline__ float* units() const { return at + kUnits; }
+};
+
+// What the warps have found of an item: first those of its steps, then those of its exact tokens.
+constexpr int kWeights = 20;  // results of a head, at most
+template <class S>
+struct Results {
+  float* rows;  // [results][HEADS][D]
+  float* tops;  // [HEADS][kWeights]
+  float* sums;
+};
+
+// Items side by side, of one head and with the same tables, whose queries are transformed together.
+constexpr int kGroupItems = 4;
+struct Group {
+  int first, n, end;  // of all items; `end`: of the CTA's
+  int padding;
+  Item items[kGroupItems];
+};
+
+// Shared memory a block may have, by the architecture of the code.
+constexpr int shared_limit(int arch) {
+  return arch == 800 || arch == 870 ? 166912 : arch == 900 || arch == 1000 ? 232448 : 101376;
+}
+
+// Where things lie in kLimit bytes of shared memory, all known to the compiler: tables; the results
+// of warps, of two items in turn where there is room, and in their place, before and after,
+// whatever transforms need (over the tables where there is no room beside them); what is always
+// there; slots for the items of a group; a transform's matrix, where there is room.
+template <class S, int kLimit>
+struct Layout {
   static constexpr int kPlanInts = kMaxBatch + 4;  // one more than sequences, and whole 16 bytes
-  static constexpr int kWeights = 20;              // results of a head
-  static_assert(S::kResults <= kWeights);
+  static_assert(S::WARPS + S::kMostExactWarps <= kWeights);
   // Offsets in floats of what is always there.
   static constexpr int kTokens = 0, kExact = kTokens + kPlanInts, kItems = kExact + kPlanInts;
-  static constexpr int kTop = kItems + kPlanInts, kSum = kTop + S::HEADS * kWeights;
-  static constexpr int kQueries = kSum + S::HEADS * kWeights, kQueryStride = S::DIM + 8;
-  static constexpr int kOutput = kQueries;  // the queries are not needed any more then
-  static constexpr int kMergedTops = kQueries + S::HEADS * kQueryStride;
+  static constexpr int kTop = kItems + kPlanInts, kTopFloats = 2 * S::HEADS * kWeights;
+  static constexpr int kFirstTops = kTop + 2 * kTopFloats;
+  static constexpr int kMergedTops = kFirstTops + S::HEADS * S::WARPS;
   static constexpr int kScales = kMergedTops + 2 * S::HEADS * (S::kGroups + 1);
-  static constexpr int kOperand = kScales + 8 * (S::KC + S::VC);
-  static constexpr int kUnits = kOperand + 2 * S::HEADS * S::kRowBytes / 4, kLast = kUnits + 8;
-  static constexpr int kItem = kLast + 4, kFloats = kItem + sizeof(Item) / 4;
-  static constexpr int kFixedBytes = 4 * kFloats;
+  static constexpr int kGroup = kScales + 8 * (S::KC + S::VC);
+  static constexpr int kLast = kGroup + 2 * sizeof(Group) / 4, kArrival = kLast + 2;
+  static constexpr int kDone = kArrival + 2, kFixed = kDone + 4;
+  static_assert(kFixed % 4 == 0 && kGroup % 4 == 0 && Slot<S>::kFloats % 4 == 0);
 
-  __host__ __device__ static constexpr int rows_bytes(int head_dim) {
-    return 4 * S::HEADS * (S::kResults * head_dim + 3 * S::DIM);
+  // Offsets in bytes.
+  static constexpr int kRowFloats = S::HEADS * S::kResults * S::DIM;
+  static constexpr int kColumnBytes = 4 * S::kColumns * S::DIM;  // a number for all columns
+  static constexpr int kInMatrix = 32 * S::WARPS / (S::DIM / 4);
+  static constexpr int kShareBytes = kColumnBytes * (kInMatrix < S::WARPS ? kInMatrix : S::WARPS);
+  static constexpr int kGatheredBytes = 4 * (S::kGroups + 1) * S::HEADS * S::DIM;
+  static constexpr int kScratch = kShareBytes > kGatheredBytes ? kShareBytes : kGatheredBytes;
+  static constexpr int area(int buffers) {
+    const int rows = 4 * buffers * kRowFloats, transforms = kScratch + 2 * kColumnBytes;
+    return rows > transforms ? rows : transforms;
   }
+  static constexpr int kSlotBytes = 4 * Slot<S>::kFloats, kMatrixBytes = 4 * S::DIM * S::DIM;
+  static constexpr int kRest = 4 * kFixed + kSlotBytes;
+  static constexpr bool kOver = S::kTableBytes + area(1) + kRest > kLimit;
+  static constexpr int kRows = kOver ? 0 : S::kTableBytes;
+  static constexpr bool kHasMatrix =
+      (kOver && area(1) < S::kTableBytes ? S::kTableBytes : kRows + area(1)) + kRest +
+          kMatrixBytes <=
+      kLimit;
+  static constexpr int kBuffers =
+      !kOver && kRows + area(2) + kRest + (kHasMatrix ? kMatrixBytes : 0) <= kLimit ? 2 : 1;
+  static constexpr int kAlways =
+      kOver && area(1) < S::kTableBytes ? S::kTableBytes : kRows + area(kBuffers);
+  static constexpr int kSlots = kAlways + 4 * kFixed;
+  static constexpr int kFit = (kLimit - kSlots - (kHasMatrix ? kMatrixBytes : 0)) / kSlotBytes;
+  static constexpr int kSlotCount = kOver ? 1 : kFit < kGroupItems ? kFit : kGroupItems;
+  static constexpr int kMatrix = kSlots + kSlotCount * kSlotBytes;
 
+  static constexpr int bytes(bool dense) {
+    return kMatrix + (dense && kHasMatrix ? kMatrixBytes : 0);
+  }
+};
+
+#ifdef __CUDA_ARCH__
+constexpr int kSharedLimit = shared_limit(__CUDA_ARCH__);
+#elif defined(VELOXQUANT_MACHINE_ARCH)  // tests/cuda_machine
+constexpr int kSharedLimit = shared_limit(VELOXQUANT_MACHINE_ARCH);
+#else
+constexpr int kSharedLimit = shared_limit(900);  // of no use on the host
+#endif
+
+template <class S>
+struct Shared : Layout<S, kSharedLimit> {
+  using L = Layout<S, kSharedLimit>;
   char* tables;
-  float* rows;    // [results][HEADS][D], of warps and then of exact tokens
-  float* turned;  // [D][HEADS] the queries, [HEADS][D] what the exact tokens add to the output
-  float* merged;  // [2][HEADS][D] an item's record
+  float* area;    // results of warps, or what transforms need
+  float* turned;  // [passes][DIM][4] the queries, [columns][DIM] what exact tokens add to outputs
+  float* output;  // [passes][DIM][4]
   float* fixed;
-  float* matrix;  // a transform's, where p.matrix_in_shared
+  float* matrix;
 
-  __device__ __forceinline__ Shared(char* base, const DecodeParams& p, int head_dim) {
-    const int over = p.merge_over_tables;
+  __device__ __forceinline__ explicit Shared(char* base) {
     tables = base;
-    rows = reinterpret_cast<float*>(base + (over ? 0 : S::kTableBytes));
-    turned = rows + S::kResults * S::HEADS * head_dim;
-    merged = turned + S::HEADS * S::DIM;
-    fixed = reinterpret_cast<float*>(base + (over ? over : S::kTableBytes + rows_bytes(head_dim)));
-    matrix = fixed + kFloats;
+    area = reinterpret_cast<float*>(base + L::kRows);
+    turned = area + L::kScratch / 4;
+    output = turned + L::kColumnBytes / 4;
+    fixed = reinterpret_cast<float*>(base + L::kAlways);
+    matrix = reinterpret_cast<float*>(base + L::kMatrix);
   }
 
-  __device__ __forceinline__ int* tokens() const { return ints(kTokens); }  // [batch]
-  __device__ __forceinline__ int* exact() const { return ints(kExact); }    // [batch]
-  __device__ __forceinline__ int* items() const { return ints(kItems); }    // [batch + 1]
-  __device__ __forceinline__ float* top() const { return fixed + kTop; }    // [HEADS][kWeights]
-  __device__ __forceinline__ float* sum() const { return fixed + kSum; }
-  __device__ __forceinline__ float* queries() const { return fixed + kQueries; }
-  __device__ __forceinline__ float* output() const { return fixed + kOutput; }  // [D][HEADS]
-  // [groups + 1][maximum and sum][HEADS]
-  __device__ __forceinline__ float* merged_tops() const { return fixed + kMergedTops; }
-  __device__ __forceinline__ float* key_scales() const { return fixed + kScales; }
-  __device__ __forceinline__ float* value_scales() const { return fixed + kScales + 8 * S::KC; }
-  __device__ __forceinline__ uint8_t* operand() const {
-    return reinterpret_cast<uint8_t*>(fixed + kOperand);
+  __device__ __forceinline__ int* tokens() const { return ints(L::kTokens); }  // [batch]
+  __device__ __forceinline__ int* exact() const { return ints(L::kExact); }    // [batch]
+  __device__ __forceinline__ int* items() const { return ints(L::kItems); }    // [batch + 1]
+  // Results of an item, in one of kBuffers places.
+  __device__ __forceinline__ Results<S> results(int buffer) const {
+    float* top = fixed + L::kTop + buffer * L::kTopFloats;
+    return {area + buffer * L::kRowFloats, top, top + S::HEADS * kWeights};
   }
-  __device__ __forceinline__ float* units() const { return fixed + kUnits; }
-  __device__ __forceinline__ int* last() const { return ints(kLast); }
-  // Kept here, since registers are short in the loop over the steps.
-  __device__ __forceinline__ Item& item() const { return *reinterpret_cast<Item*>(fixed + kItem); }
+  // [HEADS][WARPS], of the first steps of a group
+  __device__ __forceinline__ float* first_tops() const { return fixed + L::kFirstTops; }
+  // [groups + 1][maximum and sum][HEADS]
+  __device__ __forceinline__ float* merged_tops() const { return fixed + L::kMergedTops; }
+  __device__ __forceinline__ float* key_scales() const { return fixed + L::kScales; }
+  __device__ __forceinline__ float* value_scales() const { return fixed + L::kScales + 8 * S::KC; }
+  // The present group of items and the next one, in turn.
+  __device__ __forceinline__ Group& group(int turn) const {
+    return reinterpret_cast<Group*>(fixed + L::kGroup)[turn];
+  }
+  __device__ __forceinline__ int* last() const { return ints(L::kLast); }
+  // Of the matrix, an mbarrier.
+  __device__ __forceinline__ uint32_t arrival() const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(fixed + L::kArrival));
+  }
+  // Of the warps at the end of an item, another one.
+  __device__ __forceinline__ uint32_t done() const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(fixed + L::kDone));
+  }
+  __device__ __forceinline__ Slot<S> slot(int i) const {
+    return {fixed + L::kFixed + i * Slot<S>::kFloats};
+  }
 
  private:
   __device__ __forceinline__ int* ints(int at) const { return reinterpret_cast<int*>(fixed + at); }

@@ -6,42 +6,18 @@
 
 namespace veloxquant::attention::cuda {
 
-// Tables of one head on their way to shared memory. by_lane: keys [256][4], values [256][8]; thread
-// t has rows t, t + THREADS, which it fetches ahead of storing them. With them their scales.
+// Tables of one head, and of a sequence if each has its own, to shared memory. by_lane: keys
+// [256][4], values [256][8]; thread t has rows t, t + THREADS.
 template <class S>
 struct TableRows {
   static constexpr int kRows = (256 + S::THREADS - 1) / S::THREADS;
-  uint4 k[kRows], v[kRows][2];
-  float key_scale, value_scale;  // of sub-vector t
 
-  // Of a head, and of a sequence if each has its own.
   __device__ __forceinline__ static int index(const DecodeParams& p, const SideView& side,
-                                              int kv_head, int sequence) {
-    return (side.n_sequences == 1 ? 0 : sequence) * p.n_kv_heads + kv_head;
+                                              const Pair& pair) {
+    return (side.n_sequences == 1 ? 0 : pair.sequence) * p.n_kv_heads + pair.kv_head;
   }
   __device__ __forceinline__ static const uint4* entries(const SideView& side, int index) {
     return reinterpret_cast<const uint4*>(side.entries + index * side.entries_stride);
-  }
-
-  __device__ __forceinline__ static TableRows fetch(const DecodeParams& p, int kv_head,
-                                                    int sequence) {
-    TableRows rows;
-    const int keys = index(p, p.keys, kv_head, sequence);
-    const int values = index(p, p.values, kv_head, sequence);
-#pragma unroll
-    for (int n = 0; n < kRows; ++n) {
-      const int t = threadIdx.x + n * S::THREADS;
-      if (S::kByLane && t < 256) {
-        const uint4* of_values = entries(p.values, values) + 2 * t;
-        rows.k[n] = __ldg(entries(p.keys, keys) + t);
-        rows.v[n][0] = __ldg(of_values);
-        rows.v[n][1] = __ldg(of_values + 1);
-      }
-    }
-    const int t = threadIdx.x;
-    if (t < 8 * S::KC) rows.key_scale = __ldg(p.keys.scales + keys * 8 * S::KC + t);
-    if (t < 8 * S::VC) rows.value_scale = __ldg(p.values.scales + values * 8 * S::VC + t);
-    return rows;
   }
 
   // Each 16 bytes (the same entries for lanes 4g .. 4g + 3) at another place of the row, so that
@@ -68,14 +44,29 @@ struct TableRows {
     }
   }
 
-  __device__ __forceinline__ void store_scales(const Shared<S>& shared) const {
-    if (threadIdx.x < 8 * S::KC) shared.key_scales()[threadIdx.x] = key_scale;
-    if (threadIdx.x < 8 * S::VC) shared.value_scales()[threadIdx.x] = value_scale;
+  __device__ __forceinline__ static void place_scales(const DecodeParams& p, const Pair& pair,
+                                                      const Shared<S>& shared) {
+    const int t = threadIdx.x;
+    if (t < 8 * S::KC)
+      shared.key_scales()[t] = __ldg(p.keys.scales + index(p, p.keys, pair) * 8 * S::KC + t);
+    if (t < 8 * S::VC)
+      shared.value_scales()[t] = __ldg(p.values.scales + index(p, p.values, pair) * 8 * S::VC + t);
   }
 
-  __device__ __forceinline__ void store(const DecodeParams& p, int kv_head, int sequence,
-                                        const Shared<S>& shared) const {
+  __device__ __forceinline__ static void place(const DecodeParams& p, const Pair& pair,
+                                               const Shared<S>& shared) {
+    const uint4* keys = entries(p.keys, index(p, p.keys, pair));
+    const uint4* values = entries(p.values, index(p, p.values, pair));
     if constexpr (S::kByLane) {
+      uint4 k[kRows], v[kRows][2];
+#pragma unroll
+      for (int n = 0; n < kRows; ++n) {
+        const int t = threadIdx.x + n * S::THREADS;
+        if (t >= 256) break;
+        k[n] = __ldg(keys + t);
+        v[n][0] = __ldg(values + 2 * t);
+        v[n][1] = __ldg(values + 2 * t + 1);
+      }
 #pragma unroll
       for (int n = 0; n < kRows; ++n) {
         const int t = threadIdx.x + n * S::THREADS;
@@ -83,8 +74,6 @@ struct TableRows {
       }
     } else {
       uint4* to = reinterpret_cast<uint4*>(shared.tables);
-      const uint4* keys = entries(p.keys, index(p, p.keys, kv_head, sequence));
-      const uint4* values = entries(p.values, index(p, p.values, kv_head, sequence));
 #pragma unroll 8
       for (int e = threadIdx.x; e < 512 * S::KC; e += 32 * S::WARPS) to[e] = __ldg(keys + e);
 #pragma unroll 8
@@ -101,7 +90,7 @@ __device__ __forceinline__ void load_words(const uint8_t* step, int lane,
   if constexpr (CHUNKS % 2 == 0) {
 #pragma unroll
     for (int i = 0; i < CHUNKS / 2; ++i) {
-      const uint4 w = __ldcs(reinterpret_cast<const uint4*>(step) + i * 32 + lane);
+      const uint4 w = ptx::load_once(reinterpret_cast<const uint4*>(step) + i * 32 + lane);
       words[4 * i] = w.x;
       words[4 * i + 1] = w.y;
       words[4 * i + 2] = w.z;
@@ -110,51 +99,51 @@ __device__ __forceinline__ void load_words(const uint8_t* step, int lane,
   } else {
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {
-      const uint2 w = __ldcs(reinterpret_cast<const uint2*>(step) + i * 32 + lane);
+      const uint2 w = ptx::load_once(reinterpret_cast<const uint2*>(step) + i * 32 + lane);
       words[2 * i] = w.x;
       words[2 * i + 1] = w.y;
     }
   }
 }
 
-// The codes of a pair on their way into registers: warp after warp takes a step. A warp's n-th step
-// lies in buffer n % DEPTH, and a buffer is filled again as soon as its codes are looked up.
+// The codes of a pair on their way into registers: warp after warp takes a step. The next step's
+// are sent for as soon as a step's are looked up.
 template <class S>
 struct Walk {
-  static constexpr int KC = S::KC, VC = S::VC, WARPS = S::WARPS, DEPTH = S::DEPTH;
+  static constexpr int KC = S::KC, VC = S::VC;
   const uint8_t* keys;
   const uint8_t* values;
-  uint32_t k[DEPTH][2 * KC], v[DEPTH][2 * VC];
-  int step, end;
+  uint32_t k[2 * KC], v[2 * VC];
+  int step, end, stride;
 
-  __device__ __forceinline__ void load_keys(int buffer, int at, int lane) {
-    if (at < end) load_words<KC>(keys + static_cast<int64_t>(at) * (256 * KC), lane, k[buffer]);
+  __device__ __forceinline__ void load_keys(int at, int lane) {
+    if (at < end) load_words<KC>(keys + static_cast<int64_t>(at) * (256 * KC), lane, k);
   }
-  __device__ __forceinline__ void load_values(int buffer, int at, int lane) {
-    if (at < end) load_words<VC>(values + static_cast<int64_t>(at) * (256 * VC), lane, v[buffer]);
+  __device__ __forceinline__ void load_values(int at, int lane) {
+    if (at < end) load_words<VC>(values + static_cast<int64_t>(at) * (256 * VC), lane, v);
   }
-  __device__ __forceinline__ static Walk begin(const DecodeParams& p, const Pair& pair, int first,
-                                               int stop) {
-    const int lane = threadIdx.x & 31;
+  __device__ __forceinline__ static Walk begin(const DecodeParams& p, const Item& item,
+                                               const Deal<S>& deal) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const Pair& pair = item.pair;
     Walk walk;
     walk.keys =
         p.keys.codes + pair.sequence * p.keys.batch_stride + pair.kv_head * p.keys.head_stride;
     walk.values = p.values.codes + pair.sequence * p.values.batch_stride +
                   pair.kv_head * p.values.head_stride;
-    walk.step = first + (threadIdx.x >> 5);
-    walk.end = stop;
+    const bool plain = warp < deal.plain;
+    walk.step = item.first_step + (plain ? warp : deal.border + warp - deal.plain);
+    walk.end = plain ? item.first_step + deal.border : item.end_step;
+    walk.stride = plain ? deal.plain : deal.exact;
 #pragma unroll
-    for (int n = 0; n < DEPTH; ++n) {
-#pragma unroll
-      for (int w = 0; w < 2 * KC; ++w) walk.k[n][w] = 0;
-      walk.load_keys(n, walk.step + n * WARPS, lane);
-      walk.load_values(n, walk.step + n * WARPS, lane);
-    }
+    for (int w = 0; w < 2 * KC; ++w) walk.k[w] = 0;
+    walk.load_keys(walk.step, lane);
+    walk.load_values(walk.step, lane);
     return walk;
   }
 };
 
-// Of 16 bits of a probability 13 are left, or more, under the largest score.
+// Of 16 bits of a probability so many less are left, at most, under the largest score.
 constexpr float kMarginBits = 2.0f;
 
 // The largest score of each of the lane's heads over the lanes that have its others.
@@ -179,133 +168,156 @@ __device__ __forceinline__ void hide_padding(float (&s)[HEADS], int step, int n_
   }
 }
 
-// The steps of an item that fall to this warp -> its result in `shared`.
+// Of the warps at the ends of items: an item's results may be written when all have done with what
+// lay there before, and read when all have written theirs.
+template <class S>
+struct Turns {
+  int count = 0;  // that this warp has been at
+
+  // Before the warp writes its results.
+  __device__ __forceinline__ void wait(const Shared<S>& shared) const {
+    if constexpr (Shared<S>::kBuffers == 1) {
+      __syncthreads();
+    } else {
+      if (count > 0) ptx::wait_for_phase(shared.done(), count);
+    }
+  }
+};
+
+// The steps of an item that fall to this warp -> that result.
 //
 // A turn multiplies the values of one step and the keys of the next, so that the look-ups of the
 // latter fill the time that the exponentials take, and the other way round.
 template <class S>
 __device__ __forceinline__ void attend_steps(const DecodeParams& p, Walk<S>& walk, int n_tokens,
+                                             int result, bool together, const Slot<S>& slot,
+                                             const Turns<S>& turns, const Results<S>& results,
                                              const Shared<S>& shared) {
   constexpr int HEADS = S::HEADS, kMine = HEADS / 4;  // heads of a lane
-  constexpr int kStride = Shared<S>::kWeights;
   constexpr bool kHalfV = S::kValue != kInt8;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first_head = kMine * (lane & 3);
+  const int lane = threadIdx.x & 31, first_head = kMine * (lane & 3);
   const Tables<S::kByLane> key_tables(shared.tables, lane, lane & 3);
   const Tables<S::kByLane> value_tables(shared.tables + S::kValueTable, lane, lane >> 2);
   walk.step = same_in_warp(walk.step);
   walk.end = same_in_warp(walk.end);
+  const int stride = same_in_warp(walk.stride);
   n_tokens = same_in_warp(n_tokens);
+  if (walk.step >= walk.end) {
+    if (together) {  // the others do not wait for this warp's first scores
+      if (lane < 4) {
+#pragma unroll
+        for (int e = 0; e < kMine; ++e)
+          shared.first_tops()[(first_head + e) * S::WARPS + (threadIdx.x >> 5)] = kNothing;
+      }
+      ptx::arrive<2, S::THREADS>();
+    }
+    turns.wait(shared);
+    return;
+  }
   Query<S::kKey, HEADS, S::KC> query;
-  query.load(shared.operand(), S::kRowBytes, lane);
+  query.load(slot.operand(), S::kRowBytes, lane);
   using Sums = Output<S::kValue, HEADS, S::VC>;
   Sums output;
   output.clear();
   Scores<S::kKey, HEADS> scores;
   float s[HEADS], scale[kMine], top[kMine];
-  // probability = 2^(score + offset), offset = bits - reference. All warps begin with one
-  // reference, the largest score of their first steps and a margin, so that few must ever raise it.
-  //
-  // Also a warp without steps computes here, on whatever its registers hold: so what the loop uses
-  // of the loads above has been used on every way to it, and the loop does not wait for them.
+  // probability = 2^(score + offset), offset = bits - reference. The first reference is the largest
+  // score of the first step and a margin, so that it must rarely be raised; where the warps begin
+  // together, of all their first steps.
   float offset[kMine];
 #pragma unroll
-  for (int e = 0; e < kMine; ++e) scale[e] = shared.units()[first_head + e];
-  scores.make(walk.k[0], key_tables, query);
-  walk.load_keys(0, walk.step + S::DEPTH * S::WARPS, lane);
+  for (int e = 0; e < kMine; ++e) scale[e] = slot.units()[first_head + e];
+  scores.make(walk.k, key_tables, query);
+  walk.load_keys(walk.step + stride, lane);
   scores.join(s);
   if (walk.step >= n_tokens / vecinfer::kStepTokens)
     hide_padding<HEADS>(s, walk.step, n_tokens, lane);
 #pragma unroll
   for (int x = 0; x < HEADS; ++x) s[x] *= scale[x / 4];
   largest_of_heads<HEADS>(s, top);
-  if (lane < 4) {
+  if (together) {
+    float* const tops = shared.first_tops() + first_head * S::WARPS;
+    if (lane < 4) {
 #pragma unroll
-    for (int e = 0; e < kMine; ++e)
-      shared.top()[(first_head + e) * kStride + warp] = walk.step < walk.end ? top[e] : kNothing;
+      for (int e = 0; e < kMine; ++e) tops[e * S::WARPS + (threadIdx.x >> 5)] = top[e];
+    }
+    ptx::sync_threads<2, S::THREADS>();
+#pragma unroll
+    for (int e = 0; e < kMine; ++e) {
+#pragma unroll
+      for (int w = 0; w < S::WARPS; ++w) top[e] = fmaxf(top[e], tops[e * S::WARPS + w]);
+    }
   }
-  __syncthreads();
 #pragma unroll
-  for (int e = 0; e < kMine; ++e) {
-    float reference = kNothing;
-#pragma unroll
-    for (int w = 0; w < S::WARPS; ++w)
-      reference = fmaxf(reference, shared.top()[(first_head + e) * kStride + w]);
-    if (!kHalfV) reference = ceilf(reference) + kMarginBits;
-    offset[e] = Sums::kProbabilityBits - reference;
-  }
-  __syncthreads();
+  for (int e = 0; e < kMine; ++e)
+    offset[e] = Sums::kProbabilityBits - (kHalfV ? top[e] : ceilf(top[e]) + kMarginBits);
   // Steps from here on need a look: the last ones' padding; and integers of a column, which grow by
   // at most 255 * 127 * 32 a step, may have passed 2^30 after 1024 steps.
-  int guard = walk.step + (kHalfV ? 1 << 30 : 1024 * S::WARPS);
+  int guard = walk.step + (kHalfV ? 1 << 30 : 1024 * stride);
   const int n_full = n_tokens / vecinfer::kStepTokens;
 #pragma unroll 1
   while (walk.step < walk.end) {
+    const int step = walk.step;
+    walk.step += stride;
+    scores.join(s);
+    // Exponents relative to the reference, which is at least about as large as any score so far.
+    float exponent[HEADS];
 #pragma unroll
-    for (int n = 0; n < S::DEPTH; ++n) {
-      if (n > 0 && walk.step >= walk.end) break;
-      const int step = walk.step;
-      walk.step += S::WARPS;
-      scores.join(s);
-      // Exponents relative to the reference, which is at least about as large as any score so far.
-      float exponent[HEADS];
+    for (int x = 0; x < HEADS; ++x) exponent[x] = fmaf(s[x], scale[x / 4], offset[x / 4]);
+    const auto too_large = [&] {
+      float largest = exponent[0];
 #pragma unroll
-      for (int x = 0; x < HEADS; ++x) exponent[x] = fmaf(s[x], scale[x / 4], offset[x / 4]);
-      const auto too_large = [&] {
-        float largest = exponent[0];
+      for (int x = 1; x < HEADS; ++x) largest = fmaxf(largest, exponent[x]);
+      return largest > Sums::kProbabilityBits + Sums::kHeadroom;
+    };
+    if (__any_sync(0xffffffffu, too_large() || step >= min(guard, n_full))) {
+      hide_padding<HEADS>(s, step, n_tokens, lane);
+      const auto again = [&] {
 #pragma unroll
-        for (int x = 1; x < HEADS; ++x) largest = fmaxf(largest, exponent[x]);
-        return largest > Sums::kProbabilityBits + Sums::kHeadroom;
+        for (int x = 0; x < HEADS; ++x) exponent[x] = fmaf(s[x], scale[x / 4], offset[x / 4]);
       };
-      if (__any_sync(0xffffffffu, too_large() || step >= min(guard, n_full))) {
-        hide_padding<HEADS>(s, step, n_tokens, lane);
-        const auto again = [&] {
-#pragma unroll
-          for (int x = 0; x < HEADS; ++x) exponent[x] = fmaf(s[x], scale[x / 4], offset[x / 4]);
-        };
-        again();
-        bool halve = false;
-        if constexpr (!kHalfV) {
-          if (step >= guard) {
-            guard = step + 1024 * S::WARPS;
-            halve = output.large();
-          }
-        }
-        if (__any_sync(0xffffffffu, too_large() || halve)) {
-          largest_of_heads<HEADS>(s, top);
-          float delta[kMine];
-#pragma unroll
-          for (int e = 0; e < kMine; ++e) {
-            const float reference = Sums::kProbabilityBits - offset[e], score = top[e] * scale[e];
-            float risen = reference;
-            if (score > reference) risen = kHalfV ? score : ceilf(score) + kMarginBits;
-            if (halve) risen = fmaxf(risen, reference + 1.0f);
-            delta[e] = risen - reference;
-            offset[e] = Sums::kProbabilityBits - risen;
-          }
-          output.lower(delta);
-          again();
+      again();
+      bool halve = false;
+      if constexpr (!kHalfV) {
+        if (step >= guard) {
+          guard = step + 1024 * stride;
+          halve = output.large();
         }
       }
-      float probability[HEADS];
+      if (__any_sync(0xffffffffu, too_large() || halve)) {
+        largest_of_heads<HEADS>(s, top);
+        float delta[kMine];
 #pragma unroll
-      for (int x = 0; x < HEADS; ++x) probability[x] = exp2_fast(exponent[x]);
-      uint32_t b[2][2];
-      output.pack(probability, b);
-      output.step(walk.v[n], value_tables, b);
-      walk.load_values(n, step + S::DEPTH * S::WARPS, lane);
-      // After the last step these are scores of codes left in the registers, and nobody's.
-      constexpr int kLast = S::DEPTH - 1;
-      scores.make(walk.k[kLast - n], key_tables, query);
-      walk.load_keys(kLast - n, walk.step + S::DEPTH * S::WARPS, lane);
+        for (int e = 0; e < kMine; ++e) {
+          const float reference = Sums::kProbabilityBits - offset[e], score = top[e] * scale[e];
+          float risen = reference;
+          if (score > reference) risen = kHalfV ? score : ceilf(score) + kMarginBits;
+          if (halve) risen = fmaxf(risen, reference + 1.0f);
+          delta[e] = risen - reference;
+          offset[e] = Sums::kProbabilityBits - risen;
+        }
+        output.lower(delta);
+        again();
+      }
     }
+    float probability[HEADS];
+#pragma unroll
+    for (int x = 0; x < HEADS; ++x) probability[x] = exp2_fast(exponent[x]);
+    uint32_t b[2][2];
+    output.pack(probability, b);
+    output.step(walk.v, value_tables, b);
+    walk.load_values(step + stride, lane);
+    // After the last step these are scores of codes left in the registers, and nobody's.
+    scores.make(walk.k, key_tables, query);
+    walk.load_keys(walk.step + stride, lane);
   }
-  if (p.merge_over_tables) __syncthreads();  // others still look up
+  turns.wait(shared);
   const int D = S::head_dim(p);
-  output.write(shared.rows + warp * HEADS * D, shared.sum() + warp, kStride, D, lane);
+  output.write(results.rows + result * HEADS * D, results.sums + result, kWeights, D, lane);
   if (lane < 4) {
 #pragma unroll
     for (int e = 0; e < kMine; ++e)
-      shared.top()[(first_head + e) * kStride + warp] = Sums::kProbabilityBits - offset[e];
+      results.tops[(first_head + e) * kWeights + result] = Sums::kProbabilityBits - offset[e];
   }
 }
 

@@ -122,13 +122,5 @@ TEST(CudaDecode, LargeLogitsRaiseTheReference) {
   check(shape, 6);
 }
 
-TEST(CudaDecode, ResultsLieOverTheTablesWhereSharedMemoryIsShort) {
-  const backends::Device full = cuda_machine::device();
-  cuda_machine::device().shared_per_block = 101376;
-  check(shape_of(8, {500, 0, 133}, {68, 5, 131}), 2);
-  check(shape_of(8, {700}, {100}), 132);
-  cuda_machine::device() = full;
-}
-
 }  // namespace
 }  // namespace veloxquant

@@ -33,7 +33,6 @@ void Machine::run_cta() {
     Fiber& fiber = fibers_[t];
     fiber.done = false;
     fiber.generation = nullptr;
-    fiber.copies.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = stacks_[t].data();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -66,9 +65,14 @@ void Machine::run_cta() {
         running -= fiber.done;
       }
     }
+    if (copy_ && random() % 8 == 0) {
+      std::exchange(copy_, nullptr)();
+      progress = true;
+    }
     idle = progress ? 0 : idle + 1;
     if (idle > kIdleTurns) throw std::logic_error("threads wait for each other");
   }
+  if (copy_) throw std::logic_error("a copy arrives after its CTA's end");
   for (const Barrier& barrier : barriers_) {
     if (barrier.arrived > 0) throw std::logic_error("a barrier is left with threads at it");
   }

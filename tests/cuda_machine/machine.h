@@ -24,7 +24,6 @@ struct Fiber {
   bool done = false;
   const uint64_t* generation = nullptr;  // it waits for this to change from `before`
   uint64_t before = 0;
-  std::vector<std::function<void()>> copies;  // asynchronous, not waited for yet
 };
 
 // A meeting of the lanes of a warp: what each brings, for two meetings in turn, since a lane may be
@@ -68,23 +67,25 @@ class Machine {
   }
 
   void sync(int barrier, int n_threads) {
+    const uint64_t generation = barriers_[barrier].generation;
+    arrive(barrier, n_threads);
+    if (barriers_[barrier].generation == generation)
+      wait(&barriers_[barrier].generation, generation);
+  }
+  void arrive(int barrier, int n_threads) {
     Barrier& at = barriers_[barrier];
-    const uint64_t generation = at.generation;
     if (++at.arrived > n_threads) throw std::logic_error("more threads at a barrier than it has");
     if (at.arrived == n_threads) {
       at.arrived = 0;
       ++at.generation;
-    } else {
-      wait(&at.generation, generation);
     }
   }
   void sync_all() { sync(0, static_cast<int>(fibers_.size())); }
 
-  // A copy that happens as late as it may: when its thread waits for it.
-  void copy_later(std::function<void()> copy) { fiber().copies.push_back(std::move(copy)); }
-  void finish_copies() {
-    for (const auto& copy : fiber().copies) copy();
-    fiber().copies.clear();
+  // A copy that is there some time later.
+  void copy_for_all(std::function<void()> copy) {
+    if (copy_) throw std::logic_error("a copy is sent for while one is under way");
+    copy_ = std::move(copy);
   }
 
   char* shared() const { return shared_; }
@@ -107,6 +108,7 @@ class Machine {
   ucontext_t scheduler_;
   const std::function<void()>* kernel_ = nullptr;
   std::exception_ptr error_;
+  std::function<void()> copy_;  // under way
   char* shared_ = nullptr;
 };
 

@@ -76,18 +76,118 @@ __device__ __forceinline__ void sync_threads() {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
+// The thread is at that barrier and goes on.
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void arrive() {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
+// Memory that is read once: it leaves the first-level cache to what a kernel spills there.
+__device__ __forceinline__ uint4 load_once(const uint4* from) {
+  uint4 x;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "l"(from));
+  return x;
+}
+__device__ __forceinline__ uint2 load_once(const uint2* from) {
+  uint2 x;
+  asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(from));
+  return x;
+}
+
 // 128 bytes set out for the second-level cache.
 __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
-// 16 bytes set out for shared memory; `to` as shared memory counts addresses.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+// Bulk copies to shared memory, one at a time, each a phase of an mbarrier of 8 bytes; the
+// addresses are shared memory's. By a warp; a barrier must follow. Before sm_90 `n_threads` copy.
+__device__ __forceinline__ void begin_bulk_copies(uint32_t barrier, int n_threads) {
+  if ((threadIdx.x & 31) != 0) return;
+#if __CUDA_ARCH__ >= 900
+  n_threads = 1;
+#endif
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(n_threads) : "memory");
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
-// The thread's own copies are there; a barrier must follow.
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+// By all threads; thread kThreads sends for it, or before sm_90 those before it do.
+template <int kThreads>
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes,
+                                          uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  // By predicates: after a branch that one thread takes, warps are taken to be divided.
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.s32 p, %0, %1;\n"
+      "@p mbarrier.arrive.expect_tx.shared.b64 _, [%2], %3;\n"
+      "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%4], [%5], %3, [%2];"
+      "\n}" ::"r"(static_cast<int>(threadIdx.x)),
+      "n"(kThreads), "r"(barrier), "r"(bytes), "r"(to), "l"(from)
+      : "memory");
+#else
+  if (threadIdx.x >= kThreads) return;
+#pragma unroll 4
+  for (int e = 16 * threadIdx.x; e < bytes; e += 16 * kThreads) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + e),
+                 "l"(static_cast<const char*>(from) + e)
+                 : "memory");
+  }
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+// The count-th phase of an mbarrier is over: that copy is there, or all warps have arrived so
+// often. By whole warps, nobody a phase behind.
+__device__ __forceinline__ void wait_for_phase(uint32_t barrier, int count) {
+  uint32_t there;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, p;\n}"
+        : "=r"(there)
+        : "r"(barrier), "r"((count - 1) & 1)
+        : "memory");
+  } while (__any_sync(0xffffffffu, there == 0));
+}
+
+// An mbarrier at which n_warps warps arrive. By a warp; a barrier must follow.
+__device__ __forceinline__ void begin_arrivals(uint32_t barrier, int n_warps) {
+  if ((threadIdx.x & 31) != 0) return;
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(n_warps) : "memory");
+}
+// The warp, where `wanted`, is there and goes on; what it has written is seen behind the end of the
+// phase.
+__device__ __forceinline__ void arrive_warp(uint32_t barrier, bool wanted) {
+  __syncwarp();
+  // By a predicate: after a branch that one thread takes, warps are taken to be divided.
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .b64 state;\nsetp.eq.s32 p, %1, 0;\n"
+      "@p mbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier),
+      "r"(wanted ? static_cast<int>(threadIdx.x & 31) : 1)
+      : "memory");
+}
+
+// Adds 1; what this thread knows to be written is seen by who counts after it, and the other way
+// round.
+__device__ __forceinline__ unsigned long long count_one(unsigned long long* counter) {
+  unsigned long long before;
+  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], 1;"
+               : "=l"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
+}
+// Where `wanted`: a word without the mark, outside of `low` bits, becomes the mark. By predicates,
+// as above.
+__device__ __forceinline__ void mark(unsigned long long* word, bool wanted, uint64_t mark,
+                                     uint64_t low) {
+  asm volatile(
+      "{\n.reg .pred p, q;\n.reg .b64 x, y;\nsetp.ne.s32 p, %1, 0;\n"
+      "mov.b64 x, %2;\n@p ld.global.cg.b64 x, [%0];\nand.b64 y, x, %3;\nsetp.ne.u64 q, y, %2;\n"
+      "@q atom.global.cas.b64 y, [%0], x, %2;\n}" ::"l"(word),
+      "r"(static_cast<int>(wanted)), "l"(mark), "l"(~low)
+      : "memory");
 }
 
 }  // namespace veloxquant::ptx

@@ -5,6 +5,14 @@
 
 namespace veloxquant::backends {
 
+// 10 times the architecture that the kernel's code is for: 800, 900.
+template <class Params>
+int code_architecture(void (*kernel)(Params)) {
+  cudaFuncAttributes code;
+  check(cudaFuncGetAttributes(&code, kernel), "cuda");
+  return 10 * code.binaryVersion;
+}
+
 // The kernel waits for the end of the one ahead itself.
 template <class Params>
 void start_early(void (*kernel)(Params), const Params& params, int n_ctas, int n_threads,

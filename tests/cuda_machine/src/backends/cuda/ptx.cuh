@@ -76,10 +76,51 @@ void sync_threads() {
   cuda_machine::machine().sync(kBarrier, kThreads);
 }
 
-inline void prefetch(const void*) {}
-inline void copy_async(uint32_t to, const void* from) {
-  cuda_machine::machine().copy_later([=] { std::memcpy(__cvta_shared_to_generic(to), from, 16); });
+template <int kBarrier, int kThreads>
+void arrive() {
+  cuda_machine::machine().arrive(kBarrier, kThreads);
 }
-inline void wait_for_copies() { cuda_machine::machine().finish_copies(); }
+
+inline uint4 load_once(const uint4* from) { return *from; }
+inline uint2 load_once(const uint2* from) { return *from; }
+inline void prefetch(const void*) {}
+
+// The word at `barrier` is the number of phases that are over and, in its upper half, of warps that
+// have arrived since and that are to arrive. A copy arrives as late as it may.
+inline uint32_t* phases(uint32_t barrier) {
+  return static_cast<uint32_t*>(__cvta_shared_to_generic(barrier));
+}
+inline void begin_bulk_copies(uint32_t barrier, int) { *phases(barrier) = 0; }
+template <int kThreads>
+void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  if (cuda_machine::machine().thread.x != kThreads) return;
+  cuda_machine::machine().copy_for_all([=] {
+    std::memcpy(__cvta_shared_to_generic(to), from, bytes);
+    ++*phases(barrier);
+  });
+}
+inline void wait_for_phase(uint32_t barrier, int count) {
+  while (*phases(barrier) < static_cast<uint32_t>(count)) cuda_machine::machine().yield();
+  __syncwarp();
+}
+inline void begin_arrivals(uint32_t barrier, int n_warps) {
+  phases(barrier)[0] = 0;
+  phases(barrier)[1] = n_warps << 16;
+}
+inline void arrive_warp(uint32_t barrier, bool wanted) {
+  __syncwarp();
+  if (!wanted || threadIdx.x % 32 != 0) return;
+  uint32_t& arrived = phases(barrier)[1];
+  ++arrived;
+  if ((arrived & 0xffff) < arrived >> 16) return;
+  arrived &= 0xffff0000u;
+  ++*phases(barrier);
+}
+
+inline unsigned long long count_one(unsigned long long* counter) { return atomicAdd(counter, 1); }
+inline void mark(unsigned long long* word, bool wanted, uint64_t mark, uint64_t low) {
+  cuda_machine::machine().yield();
+  if (wanted && (*word & ~low) != mark) *word = mark;
+}
 
 }  // namespace veloxquant::ptx
