@@ -20,7 +20,7 @@ test:
 	$(PYTHON) tools/check_layers.py
 	$(call configure,TESTS)
 	cmake --build $(BUILD)
-	ctest --test-dir $(BUILD) --output-on-failure
+	ctest --test-dir $(BUILD) --output-on-failure --parallel $(CMAKE_BUILD_PARALLEL_LEVEL)
 	$(PYTHON) -m pytest
 
 bench: setup

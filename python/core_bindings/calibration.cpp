@@ -44,6 +44,16 @@ void bind_calibration(nb::module_& m) {
       "x [H, N, D], moments fp32 [H, D] of the queries or None (values), token_weights fp32 [H, N] "
       "or None -> both matrices fp32 [H, D, D], written. n_tables: of a head.");
   m.def(
+      "rotation_matrices",
+      [what](const CpuArray& rotation, const CpuArray& weight, const CpuArray& encode_matrix,
+             const CpuArray& query_matrix) {
+        rotation_matrices(view_of(rotation, what, "rotation"), view_of(weight, what, "weight"),
+                          writable(encode_matrix, what, "encode_matrix"),
+                          writable(query_matrix, what, "query_matrix"));
+      },
+      "rotation"_a, "weight"_a, "encode_matrix"_a, "query_matrix"_a,
+      "rotation fp32 [H, D, D], weight fp32 [H, D] -> both matrices fp32 [H, D, D], written.");
+  m.def(
       "train_tables",
       [what](const CpuArray& x, const std::string& transform, const std::optional<CpuArray>& scale,
              const std::optional<CpuArray>& encode_matrix,

@@ -43,6 +43,7 @@ NB_MODULE(_core, m) {
   m.def("set_num_threads", &set_num_threads, nb::arg("n"));
   bind_tables(m);
   bind_calibration(m);
+  bind_artifacts(m);
   bind_cpu(m);
   bind_cuda(m);
   bind_cuda_general(m);

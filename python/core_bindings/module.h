@@ -87,6 +87,7 @@ class SideTables {
 
 void bind_tables(nb::module_& m);        // SideTables
 void bind_calibration(nb::module_& m);   // fitting transforms and tables
+void bind_artifacts(nb::module_& m);     // files of `veloxquant calibrate`
 void bind_cpu(nb::module_& m);           // encode, attention on CPU arrays
 void bind_cuda(nb::module_& m);          // the same on the device
 void bind_cuda_general(nb::module_& m);  // and for sides without tables

@@ -135,3 +135,34 @@ def test_without_cuda_its_functions_say_so():
         pytest.skip("built with CUDA")
     with pytest.raises(Error, match="CUDA"):
         _core.cuda_device_name()
+
+
+def codebook(rng, transform, layers=2, sub_dim=4):
+    """What `veloxquant calibrate` makes, of random numbers; without the package with MLX the test is skipped."""
+    made = pytest.importorskip("veloxquant_mlx.cache.codebook")
+    rotations = None
+    if transform == "learned":
+        matrices = rng.standard_normal((2, layers, H, D, D)).astype(numpy.float32)
+        keys, values = (numpy.linalg.qr(m)[0].astype(numpy.float32) for m in matrices)
+        weights = (0.5 + rng.random((layers, H, D))).astype(numpy.float32)
+        rotations = made.Rotations(keys, values, weights)
+    keys, values = rng.standard_normal((2, layers, H, D // sub_dim, 256, sub_dim)).astype(numpy.float16)
+    factors = (0.5 + rng.random((layers, H, D))).astype(numpy.float32)
+    return made.Codebook(keys, values, factors, "model", transform, {}, rotations)
+
+
+def test_files_of_calibrate_are_read(rng, tmp_path):
+    store = pytest.importorskip("veloxquant_mlx.artifacts.npy_store").NpyArtifactStore(tmp_path)
+    want = codebook(rng, "learned")
+    store.save("vecinfer_codebook", want)
+    kind, attributes, arrays = _core.load_artifact(str(tmp_path), "vecinfer_codebook")
+    assert kind == "vecinfer_codebook" and '"learned"' in attributes
+    assert {name: a.dtype for name, a in arrays.items()}["keys"] == numpy.float16
+    assert numpy.array_equal(arrays["values"], want.values)
+    assert numpy.array_equal(arrays["key_rotation"], want.rotations.keys)
+    encode, query = (numpy.empty((H, D, D), numpy.float32) for _ in range(2))
+    _core.rotation_matrices(arrays["key_rotation"][1], arrays["key_weight"][1], encode, query)
+    matrices = want.rotations.key_matrices(1)
+    assert numpy.array_equal(encode, matrices["encode_matrix"]) and numpy.array_equal(query, matrices["query_matrix"])
+    with pytest.raises(Error, match="nothing"):
+        _core.load_artifact(str(tmp_path), "nothing")

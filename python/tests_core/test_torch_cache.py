@@ -385,6 +385,32 @@ def test_files_that_are_none_are_refused(tmp_path):
         vt.VeloxQuantCache(model, tables).save(path)
 
 
+@pytest.mark.parametrize("transform", ["learned", "hadamard"])
+def test_directories_of_calibrate_are_tables(transform, rng, tmp_path):
+    store = pytest.importorskip("veloxquant_mlx.artifacts.npy_store").NpyArtifactStore(tmp_path)
+    codebook = pytest.importorskip("test_core").codebook(rng, transform)
+    store.save("vecinfer_codebook", codebook)
+    tables = vt.Tables.load(tmp_path)
+    assert len(tables) == 2
+    for layer, made in enumerate(tables.layers):
+        assert numpy.array_equal(made.keys.arrays["tables"], codebook.keys[layer])
+        assert numpy.array_equal(made.values.arrays["tables"], codebook.values[layer])
+        if transform == "learned":
+            sides = codebook.rotations.key_matrices(layer), codebook.rotations.value_matrices(layer)
+            for side, matrices in zip((made.keys, made.values), sides, strict=True):
+                for name, matrix in matrices.items():
+                    assert numpy.array_equal(side.arrays[name], matrix), name
+        else:
+            assert numpy.array_equal(made.keys.arrays["scale"], codebook.smooth_factors[layer])
+            assert (made.values.arrays["scale"] == 1).all()
+    model, _ = on("cpu")
+    cache = vt.VeloxQuantCache(model, tables)
+    assert feed(model, cache, tokens(200), [200]).isfinite().all()
+    store.save("vecinfer_codebook", codebook.smooth_factors)
+    with pytest.raises(Error, match="kind 'array'"):
+        vt.Tables.load(tmp_path)
+
+
 def test_bytes_are_those_that_are_held():
     model, tables = on("cpu", bits=2)
     cache = vt.VeloxQuantCache(model, tables, max_length=4096)

@@ -116,6 +116,18 @@ TEST(CudaDecode, TablesOfEachSequence) {
   check(shape, 132);
 }
 
+TEST(CudaDecode, SharedMemoryHasRoomForWhatTheMeasuredRowsUse) {
+  using namespace attention::cuda;
+  using Four = Layout<Shape<kInt8, kInt8, 4, true, 128, false>, shared_limit(900)>;
+  EXPECT_EQ(Four::kBuffers, 2);  // warps need not wait for each other
+  EXPECT_TRUE(Four::kHasMatrix);
+  EXPECT_EQ(Four::kSlotCount, 4);
+  EXPECT_LE(Four::bytes(true), 232448);
+  using Short = Layout<Shape<kHalf2, kHalf2, 4, true, 256, false>, shared_limit(1200)>;
+  EXPECT_TRUE(Short::kOver);
+  EXPECT_LE(Short::bytes(false), 101376);
+}
+
 TEST(CudaDecode, LargeLogitsRaiseTheReference) {
   ProblemShape shape = shape_of(8, {1200, 33}, {7, 1});
   shape.logit_std = 8.0f;

@@ -1,14 +1,16 @@
-"""Tables and transforms of a model's attention layers: made by `calibrate`, kept in one safetensors file."""
+"""Tables and transforms of a model's attention layers: made by `calibrate`, kept in one safetensors file, or read from
+the directory that `veloxquant calibrate` (the package with MLX) has written."""
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from veloxquant import Error, SideTables
+from veloxquant import Error, SideTables, _core
 
 FORMAT = "veloxquant tables 1"
 ARRAYS = ("tables", "scale", "encode_matrix", "query_matrix")
@@ -124,6 +126,23 @@ class Tables:
             raise Error(f"[Tables] file: got one that does not hold '{FORMAT}' ({error})") from None
         return cls(layers)
 
+    @classmethod
+    def from_artifact(cls, directory):
+        """What `veloxquant calibrate` has written; a layer for each layer that it saw."""
+        kind, attributes, arrays = _core.load_artifact(str(directory), "vecinfer_codebook")
+        if kind != "vecinfer_codebook":
+            raise Error(f"[Tables] {directory}: got an artifact of kind {kind!r}, wanted vecinfer_codebook")
+        learned = json.loads(attributes)["transform"] == "learned"
+        made = []
+        for layer in range(len(arrays["keys"])):
+            sides = []
+            for side in ("keys", "values"):
+                given = _matrices(side, arrays, layer) if learned else _scale(side, arrays, layer)
+                tables = numpy.ascontiguousarray(arrays[side][layer])
+                sides.append(SideArrays(side, "dense" if learned else "hadamard", tables, **given))
+            made.append(LayerTables(*sides))
+        return cls(made)
+
     def fingerprint(self):
         arrays, description = self.to_arrays()
         digest = hashlib.sha256(description.encode())
@@ -137,6 +156,27 @@ class Tables:
 
     @classmethod
     def load(cls, path):
+        """path: a file of `save`, or a directory of `veloxquant calibrate --method vecinfer`. CUDA takes 2-bit tables
+        with int8 entries only (`--entries int8`, `--codebook-per lane`)."""
+        if Path(path).is_dir():
+            return cls.from_artifact(path)
         with safe_open(str(path), "pt") as file:
             description = (file.metadata() or {}).get("veloxquant", "null")
             return cls.from_arrays({name: file.get_tensor(name) for name in file.keys()}, description)
+
+
+def _matrices(side, arrays, layer):
+    """Of a learned rotation; that of the values is its own dual."""
+    if side == "values":
+        matrix = numpy.ascontiguousarray(arrays["value_rotation"][layer])
+        return {"encode_matrix": matrix, "query_matrix": matrix}
+    rotation = numpy.ascontiguousarray(arrays["key_rotation"][layer])
+    made = {name: numpy.empty_like(rotation) for name in ("encode_matrix", "query_matrix")}
+    _core.rotation_matrices(rotation, numpy.ascontiguousarray(arrays["key_weight"][layer]), *made.values())
+    return made
+
+
+def _scale(side, arrays, layer):
+    """What Hadamard smooths keys with; values are not smoothed."""
+    factors = numpy.ascontiguousarray(arrays["smooth_factors"][layer])
+    return {"scale": factors if side == "keys" else numpy.ones_like(factors)}
