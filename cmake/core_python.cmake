@@ -21,7 +21,7 @@ install(DIRECTORY python/veloxquant DESTINATION . COMPONENT core_python FILES_MA
 # The package as it will be installed, to be imported from the build folder: what the tests do.
 set(core_python_dir ${PROJECT_BINARY_DIR}/core_python)
 file(MAKE_DIRECTORY ${core_python_dir}/veloxquant)
-foreach(name __init__.py bench.py torch)
+foreach(name __init__.py bench.py eval.py torch)
   file(CREATE_LINK ${PROJECT_SOURCE_DIR}/python/veloxquant/${name} ${core_python_dir}/veloxquant/${name} SYMBOLIC)
 endforeach()
 set_target_properties(_core PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${core_python_dir}/veloxquant)
