@@ -30,6 +30,17 @@ def test_json_rows_and_chart(capfd, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_on_a_gpu_rows_say_so_and_count_no_threads(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "on_gpu", lambda: True)
+    arguments = ["bench", "kernels", "--tokens", "64", "--rounds", "1", "--only", "vecinfer_dequant"]
+    assert cli.main([*arguments, "--json", "--plot", str(tmp_path / "kernels.png")]) == 0
+    (row,) = json.loads(capfd.readouterr().out)["rows"]
+    assert set(row) == FIELDS and row["backend"] == "gpu" and row["simd"] == mx.device_info()["device_name"]
+    assert row["threads"] is row["us_1_thread"] is row["speedup_1_thread"] is None and row["copy_us"] > 0
+    assert cli.main(arguments) == 0
+    assert "threads" not in capfd.readouterr().out
+
+
 def test_every_function_agrees_with_every_formulation():
     for case in kernels.cases(tokens=64):
         assert len(case.formulations) >= 2, case.function

@@ -1,7 +1,7 @@
 """On a GPU machine, run by tools/gpu/mlx.sh: every operation on the GPU against the CPU, then what is asked for.
 
-mlx_check.py OUT PART[:i/n]...     functions, conformance, cache, selftest, snippets, generate, speed, launches; the
-                                   i-th of n shares of it
+mlx_check.py OUT PART[:i/n]...     functions, conformance, cache, selftest, snippets, generate, speed, launches,
+                                   bench; the i-th of n shares of it
 
 generate wants SmolLM2 as MODEL (a .gguf) and a calibrated ARTIFACTS directory in the environment.
 """
@@ -293,7 +293,21 @@ def selftest():
     check("devices --selftest", fields["passed"])
 
 
+def bench():
+    """The rows of `veloxquant bench kernels`; a result that differs from MLX's own operations is an error."""
+    from veloxquant_mlx.benchmarks import kernels, measure
+
+    for case in shared_out(kernels.cases()):
+        row = measure.row(case, 5)
+        check(f"bench: {row['function']} {row['shape']}", row["backend"] == "gpu")
+        print(
+            f"speed: {row['function']} {row['shape']}: {row['us']} us, {row['speedup']} x {row['baseline']}, "
+            f"{row['gbps']} GB/s, {row['fraction_of_copy']} of a pass over as many bytes"
+        )
+
+
 PARTS = {
+    "bench": bench,
     "functions": functions,
     "cache": cache,
     "selftest": selftest,

@@ -29,16 +29,24 @@ class Case:
     seed_row: str = ""  # the row of the seed's table that this is
 
 
+def on_gpu():
+    """Whether MLX's default device is a GPU: both sides run there then."""
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
 def row(case, rounds, report=lambda what: None):
-    """Measures a case: the fields of `bench kernels --json`."""
+    """Measures a case: the fields of `bench kernels --json`. On a GPU there are no threads to count."""
     report(f"{case.function}: checking the output")
     _verify(case, case.formulations)
     copy_bytes = case.n_bytes // 2  # a copy reads and writes them
     source = mx.zeros((copy_bytes,), mx.uint8)
     mx.eval(source)
-    threads = _ext.num_threads()
-    calls = {"ours": case.ours, "copy": lambda: _ext.copied(source)}
-    if threads > 1:
+    gpu = on_gpu()
+    threads = None if gpu else _ext.num_threads()
+    # On a GPU, MLX's simplest pass over as many bytes.
+    copy = mx.bitwise_invert if gpu else _ext.copied
+    calls = {"ours": case.ours, "copy": lambda: copy(source)}
+    if not gpu and threads > 1:
         calls["one thread"] = case.ours
     times = {name: [] for name in (*calls, *case.formulations)}
     formulations = dict(case.formulations)
@@ -61,21 +69,21 @@ def row(case, rounds, report=lambda what: None):
     median = {name: statistics.median(t) for name, t in times.items() if t}
     baseline = min(formulations, key=median.get)
     ours = median["ours"]
-    one = median.get("one thread", ours)
+    one = None if gpu else median.get("one thread", ours)
     return {
         "function": case.function,
         "shape": case.shape,
         "seed_row": case.seed_row,
-        "backend": _ext.backend(),
-        "simd": _ext.simd_level(),
+        "backend": "gpu" if gpu else _ext.backend(),
+        "simd": mx.device_info()["device_name"] if gpu else _ext.simd_level(),
         "threads": threads,
         "us": round(ours * 1e6, 1),
-        "us_1_thread": round(one * 1e6, 1),
+        "us_1_thread": None if gpu else round(one * 1e6, 1),
         "baseline": baseline,
         "baseline_us": round(median[baseline] * 1e6, 1),
         "baselines_us": {name: round(median[name] * 1e6, 1) for name in case.formulations},
         "speedup": round(median[baseline] / ours, 2),
-        "speedup_1_thread": round(median[baseline] / one, 2),
+        "speedup_1_thread": None if gpu else round(median[baseline] / one, 2),
         "gbps": round(case.n_bytes / ours / 1e9, 2),
         "copy_us": round(median["copy"] * 1e6, 1),
         "fraction_of_copy": round(median["copy"] / ours, 3),

@@ -46,10 +46,15 @@ def kernels(
         output.emit_json({"command": "bench kernels", "rows": rows, "plot": plot})
         return
     output.table(
-        f"Kernels on {rows[0]['backend']}/{rows[0]['simd']}, {rows[0]['threads']} threads (medians)",
+        f"Kernels on {_device(rows[0])} (medians)",
         _COLUMNS,
         [_cells(row) for row in rows],
     )
+
+
+def _device(row):
+    threads = "" if row["threads"] is None else f", {row['threads']} threads"
+    return f"{row['backend']}/{row['simd']}{threads}"
 
 
 def _cells(row):
@@ -57,11 +62,11 @@ def _cells(row):
         row["function"],
         row["shape"],
         f"{row['us']:,.0f}",
-        f"{row['us_1_thread']:,.0f}",
+        "-" if row["us_1_thread"] is None else f"{row['us_1_thread']:,.0f}",
         row["baseline"],
         f"{row['baseline_us']:,.0f}",
         f"{row['speedup']:.1f} x",
-        f"{row['speedup_1_thread']:.1f} x",
+        "-" if row["us_1_thread"] is None else f"{row['speedup_1_thread']:.1f} x",
         f"{row['gbps']:.1f}",
         f"{100 * row['fraction_of_copy']:.0f} %",
     ]
@@ -76,14 +81,15 @@ def _plot(rows, path):
     figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(rows) + 1.6), layout="constrained")
     labels = [f"{row['function']}\n{row['shape']}" for row in rows]
     places = range(len(rows))
-    axes.barh([p - 0.2 for p in places], [row["speedup"] for row in rows], 0.4, label=f"{rows[0]['threads']} threads")
-    axes.barh([p + 0.2 for p in places], [row["speedup_1_thread"] for row in rows], 0.4, label="1 thread")
+    axes.barh([p - 0.2 for p in places], [row["speedup"] for row in rows], 0.4, label=_device(rows[0]))
+    if rows[0]["threads"] is not None:
+        axes.barh([p + 0.2 for p in places], [row["speedup_1_thread"] for row in rows], 0.4, label="1 thread")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_yticks(places, labels, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("times faster than the best of the MLX formulations")
-    axes.set_title(f"VeloxQuant kernels, {rows[0]['backend']}/{rows[0]['simd']}", fontsize=10)
+    axes.set_title("VeloxQuant kernels", fontsize=10)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
