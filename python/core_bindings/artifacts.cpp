@@ -46,9 +46,8 @@ void bind_artifacts(nb::module_& m) {
         return nb::make_tuple(artifact.kind, artifact.attributes, arrays);
       },
       nb::arg("directory"), nb::arg("name"),
-      "(kind, attributes as JSON, {name: NumPy array}) of what `veloxquant calibrate` wrote; "
-      "checksums "
-      "are verified.");
+      "(kind, attributes as JSON, {name: NumPy array}) of what `veloxquant calibrate` wrote, its "
+      "checksums verified.");
 }
 
 }  // namespace veloxquant

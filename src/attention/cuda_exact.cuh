@@ -51,6 +51,26 @@ __device__ __forceinline__ void prefetch_rows(const uint16_t* rows, int64_t stri
   for (int d = 64 * (lane >> 4); d < head_dim; d += 128) ptx::prefetch(rows + token * stride + d);
 }
 
+// A warp: numbers d, d + 1 for d = 2 lane + 64 k of a row -> two rows of 16 bits, high and low
+// terms. Returns what a unit stands for: a power of two that brings `top`, the largest, to [1, 2).
+template <bool kBf16, class S>
+__device__ __forceinline__ float split_16(const float2 (&x)[(S::DIM + 63) / 64], float top,
+                                          uint32_t* high_row, uint32_t* low_row) {
+  const int exponent = exponent_of(top);
+  const float inverse = power_of_two(-exponent);
+#pragma unroll
+  for (int k = 0; k < (S::DIM + 63) / 64; ++k) {
+    const int d = 2 * (threadIdx.x & 31) + 64 * k;
+    if (d >= S::DIM) break;
+    const float a = x[k].x * inverse, b = x[k].y * inverse;
+    const uint32_t high = pack_16<kBf16>(a, b);
+    const float2 taken = unpack_16<kBf16>(high);
+    high_row[d / 2] = high;
+    low_row[d / 2] = pack_16<kBf16>(a - taken.x, b - taken.y);
+  }
+  return power_of_two(exponent);
+}
+
 // A warp: a head's query, fp32 in a slot -> two rows of 16 bits in its place, high and low terms,
 // for the exact tokens. Returns what a unit stands for: a power of two that brings the largest to
 // [1, 2).
@@ -66,21 +86,10 @@ __device__ __forceinline__ float pack_exact_query(float* row) {
     x[k] = *reinterpret_cast<const float2*>(row + d);
     top = fmaxf(top, fmaxf(fabsf(x[k].x), fabsf(x[k].y)));
   }
-  const int exponent = exponent_of(warp_largest(top));
-  const float inverse = power_of_two(-exponent);
+  top = warp_largest(top);
   __syncwarp();
-#pragma unroll
-  for (int k = 0; k < kPairs; ++k) {
-    const int d = 2 * lane + 64 * k;
-    if (d >= S::DIM) break;
-    const float a = x[k].x * inverse, b = x[k].y * inverse;
-    const uint32_t high = pack_16<kBf16>(a, b);
-    const float2 taken = unpack_16<kBf16>(high);
-    uint32_t* to = reinterpret_cast<uint32_t*>(row) + d / 2;
-    to[0] = high;
-    to[Slot<S>::kQueryStride / 2] = pack_16<kBf16>(a - taken.x, b - taken.y);
-  }
-  return power_of_two(exponent);
+  auto* to = reinterpret_cast<uint32_t*>(row);
+  return split_16<kBf16, S>(x, top, to, to + Slot<S>::kQueryStride / 2);
 }
 
 // Where the exact tokens of an item's share lie, and which this warp begins with: chunks slot, slot

@@ -65,13 +65,6 @@ struct Staging {
   }
 };
 
-// Groups of threads that take every n-th row, each thread four columns.
-template <int kWarps>
-__device__ __forceinline__ int matrix_groups(int head_dim) {
-  const int fit = 32 * kWarps / (head_dim / 4);
-  return fit < kWarps ? fit : kWarps;
-}
-
 // x[passes][DIM][4] -> shared.area, [passes][groups][4][D], each group's share of the sums, of the
 // first n_columns columns. From shared memory where the matrix was staged there. By the first
 // kWarps warps.
@@ -81,7 +74,7 @@ __device__ __forceinline__ void multiply_matrix(const DecodeParams& p, const Sid
                                                 const Shared<S>& shared) {
   const int head_dim = S::head_dim(p);
   const float* matrix = Shared<S>::kHasMatrix ? shared.matrix : matrix_of(side, kv_head, head_dim);
-  const int quads = head_dim / 4, n = matrix_groups<kWarps>(head_dim);
+  const int quads = head_dim / 4, n = matrix_groups(kWarps, head_dim);
   const int quad = threadIdx.x % quads, group = threadIdx.x / quads;
   if (group >= n) return;
   constexpr int kAhead =
@@ -116,7 +109,7 @@ __device__ __forceinline__ void multiply_matrix(const DecodeParams& p, const Sid
 // The share sums above, in order: dimensions d and d + 1 of a column.
 template <class S, int kWarps>
 __device__ __forceinline__ float2 add_groups(const float* shares, int head_dim, int column, int d) {
-  const int n = matrix_groups<kWarps>(head_dim);
+  const int n = matrix_groups(kWarps, head_dim);
   shares += ((column >> 2) * n * 4 + (column & 3)) * head_dim + d;
   float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll 12

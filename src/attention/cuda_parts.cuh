@@ -66,11 +66,6 @@ __device__ __forceinline__ float warp_largest(float x) {
   for (int step = 16; step >= 1; step >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
   return x;
 }
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step >= 1; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
 
 __device__ __forceinline__ void add_scaled(float4& sum, float factor, float4 x) {
   sum.x = fmaf(factor, x.x, sum.x);

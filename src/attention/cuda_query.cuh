@@ -101,19 +101,8 @@ __device__ __forceinline__ float split_query(float2 (&x)[(S::DIM + 63) / 64], ui
   }
   top = warp_largest(top);
   if constexpr (S::kKey == kHalf2) {
-    const int exponent = exponent_of(top);
-    const float inverse = power_of_two(-exponent);
-#pragma unroll
-    for (int k = 0; k < kPairs; ++k) {
-      const int d = 2 * lane + 64 * k;
-      if (d >= S::DIM) break;
-      const float a = x[k].x * inverse, b = x[k].y * inverse;
-      const uint32_t high = pack_16<false>(a, b);
-      const float2 taken = unpack_16<false>(high);
-      reinterpret_cast<uint32_t*>(high_row)[d / 2] = high;
-      reinterpret_cast<uint32_t*>(low_row)[d / 2] = pack_16<false>(a - taken.x, b - taken.y);
-    }
-    return power_of_two(exponent);
+    return split_16<false, S>(x, top, reinterpret_cast<uint32_t*>(high_row),
+                              reinterpret_cast<uint32_t*>(low_row));
   } else {
     constexpr float kLargest = 32639.0f;  // so that the high term is at most 127
     const float inverse = top > 0.0f ? kLargest * reciprocal(top) : 0.0f;

@@ -40,7 +40,7 @@ struct Shape {
   static constexpr int kFit = THREADS / (kHeads * kDim / 4), kGroups = kFit < 2 ? 1 : kFit - 1;
 
   // Heads that are transformed together: of several items where they have fewer.
-  static constexpr int kColumns = 8, kPasses = kColumns / 4;
+  static constexpr int kColumns = 8;
 
   // Operand rows of the queries, padded so that a warp's loads meet in few banks.
   static constexpr int kRowBytes = 32 * KC + 16;
@@ -61,6 +61,7 @@ struct Deal {
   int border, n_steps;
 
   // At most 4 << more warps have exact tokens.
+  static_assert(S::kExactWarps == 4);
   __device__ __forceinline__ Deal(const Item& item, int more)
       : exact(min(item.n_chunks, 4 << more)), n_steps(item.end_step - item.first_step) {
     plain = S::WARPS - exact;
@@ -121,6 +122,13 @@ constexpr int shared_limit(int arch) {
   return arch == 800 || arch == 870 ? 166912 : arch == 900 || arch == 1000 ? 232448 : 101376;
 }
 
+// Groups of threads of so many warps that each take every n-th row of a matrix, a thread four
+// columns.
+__host__ __device__ constexpr int matrix_groups(int warps, int head_dim) {
+  const int fit = 32 * warps / (head_dim / 4);
+  return fit < warps ? fit : warps;
+}
+
 // Where things lie in kLimit bytes of shared memory, all known to the compiler: tables; the results
 // of warps, of two items in turn where there is room, and in their place, before and after,
 // whatever transforms need (over the tables where there is no room beside them); what is always
@@ -143,8 +151,7 @@ struct Layout {
   // Offsets in bytes.
   static constexpr int kRowFloats = S::HEADS * S::kResults * S::DIM;
   static constexpr int kColumnBytes = 4 * S::kColumns * S::DIM;  // a number for all columns
-  static constexpr int kInMatrix = 32 * S::WARPS / (S::DIM / 4);
-  static constexpr int kShareBytes = kColumnBytes * (kInMatrix < S::WARPS ? kInMatrix : S::WARPS);
+  static constexpr int kShareBytes = kColumnBytes * matrix_groups(S::WARPS, S::DIM);
   static constexpr int kGatheredBytes = 4 * (S::kGroups + 1) * S::HEADS * S::DIM;
   static constexpr int kScratch = kShareBytes > kGatheredBytes ? kShareBytes : kGatheredBytes;
   static constexpr int area(int buffers) {

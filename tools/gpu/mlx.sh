@@ -61,7 +61,7 @@ export PYTHONPATH=$PWD/python:$PWD/python/tests:$build/site PYTHONUNBUFFERED=1 P
 # Products of a model in fp32, as the CPU has them: what differs then is ours.
 export MLX_ENABLE_TF32=${MLX_ENABLE_TF32:-0} VELOXQUANT_SEEDS=$PWD/seeds
 # ALONE=0: figures are not the point of this run.
-timed() { [ "${ALONE:-1}" = 1 ] && { [ "${1%%:*}" = speed ] || [ "${1%%:*}" = bench ] || [ "$1" = launches ]; }; }
+timed() { [[ ${ALONE:-1} = 1 && ${1%%:*} =~ ^(speed|bench|launches)$ ]]; }
 part() {  # its own kernels: MLX writes them without a lock
   local log=$build/${1//[:\/]/_}.log
   MLX_PTX_CACHE_DIR=${log%.log} timeout "${LIMIT:-100}" $python tools/gpu/mlx_check.py "$out" "$1" > "$log" 2>&1 || echo "exit status $?" >> "$log"
