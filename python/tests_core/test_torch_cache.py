@@ -381,6 +381,9 @@ def test_files_that_are_none_are_refused(tmp_path):
     assert vt.Tables.load(path).fingerprint() == tables.fingerprint()
     with pytest.raises(Error, match="hold"):
         vt.VeloxQuantCache.load(path, model)
+    (tmp_path / "text").write_text("no tables " * 100)
+    with pytest.raises(Error, match="no safetensors file"):
+        vt.Tables.load(tmp_path / "text")
     with pytest.raises(Error, match="empty"):
         vt.VeloxQuantCache(model, tables).save(path)
 
@@ -403,6 +406,8 @@ def test_directories_of_calibrate_are_tables(transform, rng, tmp_path):
         else:
             assert numpy.array_equal(made.keys.arrays["scale"], codebook.smooth_factors[layer])
             assert (made.values.arrays["scale"] == 1).all()
+    tables.save(tmp_path / "tables.safetensors")
+    assert vt.Tables.load(tmp_path / "tables.safetensors").fingerprint() == tables.fingerprint()
     model, _ = on("cpu")
     cache = vt.VeloxQuantCache(model, tables)
     assert feed(model, cache, tokens(200), [200]).isfinite().all()

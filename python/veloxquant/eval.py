@@ -74,8 +74,11 @@ def load(name, device, dtype):
     path = Path(name)
     kind = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     folder = str(path.parent) if kind else name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **kind)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **kind)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **kind)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **kind)
+    except (OSError, ValueError, ImportError) as error:
+        raise Error(f"[eval] model: got {name}, which transformers does not load: {error}") from None
     return model.eval().to(device), tokenizer
 
 
@@ -83,7 +86,11 @@ def windows_of(tokenizer, file, count, length):
     """int64 [count, length]: the first tokens of the text, without BOS."""
     import torch
 
-    ids = tokenizer(Path(file).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Error(f"[eval] text: got {file}, which cannot be read: {error}") from None
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) < count * length:
         raise Error(f"[eval] {file}: got {len(ids)} tokens, wanted {count * length} ({count} windows of {length})")
     return torch.tensor(ids[: count * length]).reshape(count, length)
@@ -122,7 +129,7 @@ def log_probs(model, ids, cache=None):
     return logits.float().log_softmax(-1)
 
 
-def in_one_pass(torch, model, ids, makers):
+def in_one_pass(torch, model, ids, makers, report):
     """{label: (Sums, bytes of the cache)} on a CPU, window by window, so that memory holds two windows of logits."""
     sums = {label: Sums(torch, len(ids), "cpu") for label in ("exact", *makers)}
     nbytes = {}
@@ -131,13 +138,14 @@ def in_one_pass(torch, model, ids, makers):
         exact, rows, targets = log_probs(model, window), slice(number, number + 1), window[None, 1:]
         sums["exact"].add(rows, exact[None], exact[None], targets)
         for label, make in makers.items():
+            report(f"window {number + 1} of {len(ids)}: {label}")
             cache = make(strict=True)
             sums[label].add(rows, exact[None], log_probs(model, window, cache)[None], targets)
             nbytes[label] = cache.nbytes * len(ids)
     return {label: (sums[label], nbytes.get(label, 0)) for label in sums}
 
 
-def token_by_token(torch, model, ids, makers):
+def token_by_token(torch, model, ids, makers, report):
     """The same on a CUDA device: all windows at once, steps of one token captured in a graph and replayed. Caches go on
     beside each other, each on a stream of its own: the kernels of so small a step leave most of a device idle."""
     from veloxquant.torch import CapturedStep
@@ -153,6 +161,8 @@ def token_by_token(torch, model, ids, makers):
     torch.cuda.synchronize(device)
     for t in range(length - 1):
         tokens, targets = ids[:, t : t + 1], ids[:, t + 1]
+        if t % 256 == 0:
+            report(f"token {t} of {length}, {count} windows and {len(makers)} caches at once")
         for label, cache in caches.items():
             with torch.cuda.stream(streams[label]):
                 if t == 0:
@@ -164,7 +174,7 @@ def token_by_token(torch, model, ids, makers):
     return {label: (sums[label], caches[label].nbytes if label in caches else 0) for label in sums}
 
 
-def evaluate(model, ids, tables):
+def evaluate(model, ids, tables, report=lambda what: None):
     """tables: {label: veloxquant.torch.Tables}. ids: int64 [windows, length]. {label: dictionary}, 'exact' first."""
     import torch
 
@@ -176,7 +186,7 @@ def evaluate(model, ids, tables):
     }
     run = in_one_pass if model.device.type == "cpu" else token_by_token
     with torch.no_grad():
-        found = run(torch, model, ids.to(model.device), makers)
+        found = run(torch, model, ids.to(model.device), makers, report)
     scores = {}
     for label, (sums, nbytes) in found.items():
         scores[label] = sums.score(ids.shape[1])
@@ -225,7 +235,7 @@ def compare(name, text, settings, calibration, windows=8, length=2048, tokens=24
     ids = windows_of(tokenizer, text, windows, length)
     tables = fitted(model, tokenizer, settings, calibration, tokens, kept, report)
     start = time.perf_counter()
-    scores = evaluate(model, ids, tables)
+    scores = evaluate(model, ids, tables, report)
     report(f"scored in {time.perf_counter() - start:.0f} s")
     return scores
 

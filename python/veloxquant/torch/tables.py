@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from veloxquant import Error, SideTables, _core
@@ -160,16 +160,20 @@ class Tables:
         with int8 entries only (`--entries int8`, `--codebook-per lane`)."""
         if Path(path).is_dir():
             return cls.from_artifact(path)
-        with safe_open(str(path), "pt") as file:
-            description = (file.metadata() or {}).get("veloxquant", "null")
-            return cls.from_arrays({name: file.get_tensor(name) for name in file.keys()}, description)
+        try:
+            with safe_open(str(path), "pt") as file:
+                description = (file.metadata() or {}).get("veloxquant", "null")
+                arrays = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise Error(f"[Tables] file: got {path}, which is no safetensors file ({error})") from None
+        return cls.from_arrays(arrays, description)
 
 
 def _matrices(side, arrays, layer):
     """Of a learned rotation; that of the values is its own dual."""
     if side == "values":
         matrix = numpy.ascontiguousarray(arrays["value_rotation"][layer])
-        return {"encode_matrix": matrix, "query_matrix": matrix}
+        return {"encode_matrix": matrix, "query_matrix": matrix.copy()}  # safetensors takes no array twice
     rotation = numpy.ascontiguousarray(arrays["key_rotation"][layer])
     made = {name: numpy.empty_like(rotation) for name in ("encode_matrix", "query_matrix")}
     _core.rotation_matrices(rotation, numpy.ascontiguousarray(arrays["key_weight"][layer]), *made.values())
