@@ -8,7 +8,9 @@
 #pragma once
 
 #include "src/attention/cuda_merge.cuh"
+#include "src/attention/cuda_query.cuh"
 #include "src/attention/cuda_steps.cuh"
+#include "src/attention/cuda_table_rows.cuh"
 
 namespace veloxquant::attention::cuda {
 
@@ -20,7 +22,7 @@ __device__ __forceinline__ int most_items(const DecodeParams& p, bool one_table)
 
 // One warp: the group of the CTA's items from `first` on.
 __device__ __forceinline__ void make_group(const DecodeParams& p, const Cut& cut, int first,
-                                           int end, int most, Group& group) {
+                                           int end, int most, int number, int ends, Group& group) {
   const int lane = threadIdx.x & 31, of_head = cut.per_head(p);
   const int left_of_head = of_head - (first - quotient(first, of_head) * of_head);
   const int n = min(most, min(end - first, left_of_head));
@@ -29,17 +31,26 @@ __device__ __forceinline__ void make_group(const DecodeParams& p, const Cut& cut
     group.first = first;
     group.n = max(n, 0);
     group.end = end;
+    group.number = number;
+    group.ends = ends;
+  }
+}
+
+// Between barriers: the next group becomes the present one.
+template <class S>
+__device__ __forceinline__ void next_is_present(const Shared<S>& shared) {
+  constexpr int kQuads = sizeof(Group) / 16;
+  static_assert(kQuads <= S::THREADS);
+  const int e = threadIdx.x;
+  if (e < kQuads) {
+    reinterpret_cast<uint4*>(&shared.group())[e] =
+        reinterpret_cast<const uint4*>(&shared.next_group())[e];
   }
 }
 
 template <class S>
-__global__ void __launch_bounds__(S::THREADS, 1)
-    decode_kernel(const __grid_constant__ DecodeParams p) {
+__global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__ DecodeParams p) {
   constexpr bool kOver = Shared<S>::kOver, kTwo = Shared<S>::kBuffers == 2;
-  // What shared memory knows is read again in the loops rather than kept in registers. Measured:
-  // the compiler's schedule of the loop over steps is better with int8 entries, worse with fp16
-  // ones.
-  constexpr bool kReadAgain = S::kKey == kInt8;
   extern __shared__ __align__(1024) char base[];
   const Shared<S> shared(base);
   const bool plans = same_in_warp(threadIdx.x >> 5) == S::kQueryWarps;
@@ -66,16 +77,13 @@ __global__ void __launch_bounds__(S::THREADS, 1)
       n = max(1, min(min(most, end - guess), p.batch - sequence));
     }
   }
-  Staging<S> staging;
-  if (plans) staging.begin(shared);
+  if (plans) Staging<S>::begin(shared);
   Walk<S> walk;
-  Turns<S> turns;
   bool planned = false, other_tables = true;
-  int turn = 0;
 #pragma unroll 1
   while (true) {
     // The queries' matrix first; the outputs' takes its place.
-    staging.send(p, p.keys.matrix != nullptr ? p.keys : p.values, pair.kv_head, shared);
+    Staging<S>::send(p, p.keys.matrix != nullptr ? p.keys : p.values, pair.kv_head, shared);
     // Queries; meanwhile the plan: the items of this group and of the next one.
     bool again;
 #pragma unroll 1
@@ -88,12 +96,12 @@ __global__ void __launch_bounds__(S::THREADS, 1)
       }
       wait_for_stream();
       const Start<S> start = Start<S>::fetch(p, pair, n, [&](int i) {
-        return planned ? shared.group(turn).items[i].pair.sequence : pair.sequence + i;
+        return planned ? shared.group().items[i].pair.sequence : pair.sequence + i;
       });
       __syncthreads();
       if (!plans) {
         start.store(p, pair, n, shared);
-        prepare_queries<S>(p, pair, n, staging, shared);
+        prepare_queries<S>(p, pair, n, planned ? shared.group().number : 0, shared);
       } else {
         const Cut cut = {shared.tokens(), shared.exact(), shared.items()};
         if (!planned) {
@@ -109,20 +117,22 @@ __global__ void __launch_bounds__(S::THREADS, 1)
             first = first_item(n_items, blockIdx.x, gridDim.x);
             end = first_item(n_items, blockIdx.x + 1, gridDim.x);
           }
-          make_group(p, cut, first, end, most, shared.group(0));
+          make_group(p, cut, first, end, most, 0, 0, shared.group());
           __syncwarp();
+          if (shared.group().n > 0) prefetch_codes<S>(p, shared.group().items[0]);
         }
-        const Group& group = shared.group(turn);
-        make_group(p, cut, group.first + group.n, group.end, most, shared.group(turn ^ 1));
+        const Group& group = shared.group();
+        make_group(p, cut, group.first + group.n, group.end, most, group.number + 1,
+                   group.ends + group.n - 1, shared.next_group());
       }
       __syncthreads();
       again = false;
       if (!planned) {
         planned = true;
-        const Group& group = shared.group(0);
+        const Group& group = shared.group();
         const int items = same_in_warp(group.n);
         if (items == 0) {
-          staging.wait(shared);  // nothing may arrive after the CTA's end
+          Staging<S>::wait(p, 0, false, shared);  // nothing may arrive after the CTA's end
           return;
         }
         const Item& item = group.items[0];
@@ -138,10 +148,10 @@ __global__ void __launch_bounds__(S::THREADS, 1)
         if (again) pair = item.pair;
       }
     } while (again);
-    const Group& group = shared.group(turn);
-    const Pair& head = kReadAgain ? group.items[0].pair : pair;
+    const Group& group = shared.group();
+    const Pair& head = group.items[0].pair;
     if (plans) prepare_counters(p, group);
-    if (p.keys.matrix != nullptr) staging.send(p, p.values, head.kv_head, shared);
+    if (p.keys.matrix != nullptr) Staging<S>::send(p, p.values, head.kv_head, shared);
     if (kOver) {
       TableRows<S>::place(p, head, shared);
       __syncthreads();
@@ -150,25 +160,30 @@ __global__ void __launch_bounds__(S::THREADS, 1)
     // last one: what they have found of it is merged an item later.
 #pragma unroll 1
     for (int i = 0;; ++i) {
-      const int n_items = kReadAgain ? same_in_warp(group.n) : n,
-                more_exact_now = more_exact(n_items);
+      const int n_items = same_in_warp(group.n), more_exact_now = more_exact(n_items);
       if (i == n_items + kTwo) break;
       if (i < n_items) {
         const Item& item = group.items[i];
-        const Deal<S> deal(item, more_exact_now);
-        const Results<S> results = shared.results(kTwo ? i & 1 : 0);
-        attend_steps<S>(p, walk, item.n_tokens, deal.result(threadIdx.x >> 5), i == 0,
-                        shared.slot(i), turns, results, shared);
-        const ExactShare<S> share(p, item, deal);
-        if (share.first < share.end) attend_exact<S::kBf16, S>(p, share, shared.slot(i), results);
-        const Group& next = shared.group(turn ^ 1);
+        const auto results = [&] { return shared.results(kTwo ? i & 1 : 0); };
+        const auto deal = [&] { return Deal<S>(item, more_exact(group.n)); };
+        const bool whole = i == 0 && same_in_warp(deal().n_results() == S::WARPS);
+        const auto place = [&] {
+          wait_for_place<S>(group.ends + i, shared);
+          return Result<S>{results(), deal().result(threadIdx.x >> 5)};
+        };
+        attend_steps<S>(p, walk, item.n_tokens, whole, shared.slot(i), place, shared);
+        const ExactShare<S> share(p, item, deal());
+        if (share.first < share.end) attend_exact<S::kBf16, S>(p, share, shared.slot(i), results());
+        const Group& next = shared.next_group();
         const bool in_group = i + 1 < n_items, more = in_group || next.n > 0;
-        Item after = in_group ? group.items[i + 1] : more ? next.items[0] : item;
-        // After the last item a walk without steps, so that no registers are kept for it.
-        if (!more) after.end_step = after.first_step, after.n_chunks = 0;
-        const Deal<S> next_deal(after, in_group ? more_exact_now : more_exact(next.n));
-        ExactShare<S>(p, after, next_deal).prefetch(p);
-        walk = Walk<S>::begin(p, after, next_deal);
+        if (more) {
+          const Item& after = in_group ? group.items[i + 1] : next.items[0];
+          const Deal<S> next_deal(after, more_exact(in_group ? n_items : next.n));
+          ExactShare<S>(p, after, next_deal).prefetch(p);
+          walk = Walk<S>::begin(p, after, next_deal);
+        } else {
+          walk = Walk<S>::none();  // so that no registers are kept for it
+        }
       }
       const int merged = kTwo ? i - 1 : i;
       if (!kTwo || i == n_items) __syncthreads();
@@ -178,18 +193,17 @@ __global__ void __launch_bounds__(S::THREADS, 1)
       }
       if constexpr (kTwo) {
         ptx::arrive_warp(shared.done(), i + 1 < n_items);
-        turns.count += i + 1 < n_items;
       }
     }
     __syncthreads();
     // Outputs.
     unsigned finished = 0;
 #pragma unroll 1
-    for (int i = 0; i < (kReadAgain ? group.n : n); ++i) {
+    for (int i = 0; i < group.n; ++i) {
       const Item& done = group.items[i];
       const bool alone = done.n_parts == 1;
       if (!alone) {
-        if (!leaves_last<S>(p, done, shared)) continue;
+        if (!leaves_last(p, done)) continue;
         gather_records<S>(p, done, record_of<S>(p, done, 0), shared.area, shared);
         __syncthreads();
       }
@@ -198,17 +212,18 @@ __global__ void __launch_bounds__(S::THREADS, 1)
                    alone ? slot.tops() : shared.merged_tops(), shared);
       finished |= 1u << i;
     }
-    staging.wait(shared);
+    Staging<S>::wait(p, group.number, true, shared);
     __syncthreads();
-    if (finished != 0) write_outputs<S>(p, group, kReadAgain ? group.n : n, finished, shared);
-    const Group& next = shared.group(turn ^ 1);
+    if (finished != 0) write_outputs<S>(p, group, group.n, finished, shared);
+    const Group& next = shared.next_group();
     n = same_in_warp(next.n);
     if (n == 0) return;
     const Pair after = next.items[0].pair;
     other_tables = same_in_warp(after.kv_head != head.kv_head ||
                                 (!one_table && after.sequence != head.sequence));
     pair = after;
-    turn ^= 1;
+    __syncthreads();
+    next_is_present(shared);
     __syncthreads();
   }
 }

@@ -244,13 +244,14 @@ __device__ __forceinline__ void attend_exact(const DecodeParams& p, const ExactS
   const int result = S::WARPS + share.slot;
 #pragma unroll
   for (int q = 0; q < kValuePieces; ++q) {
+    for (int k = 0; k < 2; ++k) {
+      const int head = 2 * i + k, d = 64 * q + 8 * g;
+      if (head >= HEADS || d >= D) continue;
+      auto* to = reinterpret_cast<float4*>(results.rows + (result * HEADS + head) * D + d);
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int head = 2 * i + (k & 1), d = 64 * q + 8 * g + 2 * w + (k >> 1);
-        if (head < HEADS && d < D) results.rows[(result * HEADS + head) * D + d] = acc[q][w][k];
-      }
+      for (int w = 0; w < 4; w += 2)
+        to[w / 2] =
+            make_float4(acc[q][w][k], acc[q][w][2 + k], acc[q][w + 1][k], acc[q][w + 1][2 + k]);
     }
   }
   if (i == 0 && g < HEADS) {

@@ -315,14 +315,17 @@ struct Output {
       if (g == 0) sums[head * stride] = joined(sum[0], sum[kTerms - 1], 0, e);
 #pragma unroll
       for (int r = 0; r < CHUNKS; ++r) {
+        const int d = (r * 8 + g) * 2 * kRows;  // and those after it, whole sub-vectors
+        if (d >= head_dim) continue;
+        float y[2 * kRows];
 #pragma unroll
-        for (int x = 0; x < kRows; ++x) {
-#pragma unroll
-          for (int y = 0; y < 2; ++y) {
-            const int d = (r * 8 + g) * 2 * kRows + 2 * x + y;
-            if (d < head_dim)
-              out[head * head_dim + d] = joined(acc[0][r][x], acc[kTerms - 1][r][x], y, e);
-          }
+        for (int x = 0; x < 2 * kRows; ++x)
+          y[x] = joined(acc[0][r][x / 2], acc[kTerms - 1][r][x / 2], x % 2, e);
+        float* to = out + head * head_dim + d;
+        if constexpr (kRows == 1) {
+          *reinterpret_cast<float2*>(to) = make_float2(y[0], y[1]);
+        } else {
+          *reinterpret_cast<float4*>(to) = make_float4(y[0], y[1], y[2], y[3]);
         }
       }
     }

@@ -39,29 +39,30 @@ __device__ __forceinline__ void sync_warps() {
 // Nothing where there is none, or no room.
 template <class S>
 struct Staging {
-  int count = 0;  // so far; all threads know it
-
   // One warp; a barrier must follow.
-  __device__ __forceinline__ void begin(const Shared<S>& shared) const {
+  __device__ __forceinline__ static void begin(const Shared<S>& shared) {
     ptx::begin_bulk_copies(shared.arrival(), 32 * S::kQueryWarps);
     ptx::begin_arrivals(shared.done(), S::WARPS);
     __syncwarp();
   }
 
   // All threads; nobody reads the one before any more.
-  __device__ __forceinline__ void send(const DecodeParams& p, const SideView& side, int kv_head,
-                                       const Shared<S>& shared) {
+  __device__ __forceinline__ static void send(const DecodeParams& p, const SideView& side,
+                                              int kv_head, const Shared<S>& shared) {
     if (!Shared<S>::kHasMatrix || side.matrix == nullptr) return;
-    ++count;
     const int head_dim = S::head_dim(p);
     ptx::copy_bulk<32 * S::kQueryWarps>(
         static_cast<uint32_t>(__cvta_generic_to_shared(shared.matrix)),
         matrix_of(side, kv_head, head_dim), 4 * head_dim * head_dim, shared.arrival());
   }
 
-  // The last one sent for is there.
-  __device__ __forceinline__ void wait(const Shared<S>& shared) const {
-    if (count > 0) ptx::wait_for_phase(shared.arrival(), count);
+  // That of the `number`-th group's queries, or of its outputs, is there. A group has both, and so
+  // two phases, or one that serves for either.
+  __device__ __forceinline__ static void wait(const DecodeParams& p, int number, bool outputs,
+                                              const Shared<S>& shared) {
+    const bool keys = p.keys.matrix != nullptr, values = p.values.matrix != nullptr;
+    if (!Shared<S>::kHasMatrix || !(keys || values)) return;
+    ptx::wait_for_phase(shared.arrival(), keys && values ? 2 * number + 1 + outputs : number + 1);
   }
 };
 

@@ -23,16 +23,23 @@ __device__ __forceinline__ Part merge_results(int first, int n, int h, int slot,
   const float* tops = results.tops + h * kWeights + first;
   const float* sums = results.sums + h * kWeights + first;
   const float4* rows = reinterpret_cast<const float4*>(results.rows) + first * slots + slot;
+  static_assert(S::WARPS % 4 == 0 && kWeights % 4 == 0);  // four at a time, and whole
+  float top[S::WARPS], of[S::WARPS];
+#pragma unroll
+  for (int w = 0; w < S::WARPS; w += 4) {
+    *reinterpret_cast<float4*>(top + w) = *reinterpret_cast<const float4*>(tops + w);
+    *reinterpret_cast<float4*>(of + w) = *reinterpret_cast<const float4*>(sums + w);
+  }
   Part part;
 #pragma unroll
   for (int w = 0; w < S::WARPS; ++w) {
-    if (w < n) part.top = fmaxf(part.top, tops[w]);
+    if (w < n) part.top = fmaxf(part.top, top[w]);
   }
 #pragma unroll
   for (int w = 0; w < S::WARPS; ++w) {
     if (w < n) {
-      const float weight = exp2_fast(tops[w] - part.top) * unit;
-      part.sum = fmaf(weight, sums[w], part.sum);
+      const float weight = exp2_fast(top[w] - part.top) * unit;
+      part.sum = fmaf(weight, of[w], part.sum);
       add_scaled(part.quad, weight, rows[w * slots]);
     }
   }
@@ -79,20 +86,17 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Item& i
 }
 
 // Whether this CTA leaves the last record of a pair. The counter is 0 again after that.
-template <class S>
-__device__ __forceinline__ bool leaves_last(const DecodeParams& p, const Item& item,
-                                            const Shared<S>& shared) {
+__device__ __forceinline__ bool leaves_last(const DecodeParams& p, const Item& item) {
   __syncthreads();
+  int last = 0;
   if (threadIdx.x == 0) {
     auto* counter = reinterpret_cast<unsigned long long*>(p.workspace) + item.index;
     // The record is seen before it is counted, and those counted before are seen after.
     const unsigned long long before = ptx::count_one(counter);
-    const bool last = (before & kCounterBits) == static_cast<unsigned>(item.n_parts - 1);
-    if (last) *counter = kCounterMark;
-    *shared.last() = last;
+    last = (before & kCounterBits) == static_cast<unsigned>(item.n_parts - 1);
+    if (last != 0) *counter = kCounterMark;
   }
-  __syncthreads();
-  return *shared.last() != 0;
+  return same_in_warp(__syncthreads_or(last)) != 0;
 }
 
 // All records of a pair -> to[groups + 1][HEADS][D] and tops[groups + 1][2][HEADS] (maximum, sum):

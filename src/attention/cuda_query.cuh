@@ -126,11 +126,10 @@ __device__ __forceinline__ float split_query(float2 (&x)[(S::DIM + 63) / 64], ui
 // over `shared.area`.
 template <class S>
 __device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Pair& pair, int n,
-                                                const Staging<S>& staging,
-                                                const Shared<S>& shared) {
+                                                int group_number, const Shared<S>& shared) {
   constexpr int kWarps = S::kQueryWarps;
   const int D = S::head_dim(p), lane = threadIdx.x & 31, n_columns = n * pair.n_heads;
-  staging.wait(shared);
+  Staging<S>::wait(p, group_number, false, shared);
   sync_warps<S, kWarps>();
   if (p.keys.matrix != nullptr) {
     multiply_matrix<S, kWarps>(p, p.keys, pair.kv_head, shared.turned, n_columns, shared);

@@ -26,8 +26,10 @@ struct Shape {
   static constexpr int kValueTable = kByLane ? 128 : 8192 * KC;  // where the values' tables begin
   static constexpr int kTableBytes = kByLane ? 65536 : 8192 * (KC + VC);
   // As many warps as their registers allow without spilling in the loop: local memory would go
-  // through the sliver of first-level cache that the tables leave.
+  // through the sliver of first-level cache that the tables leave. With int8 entries and 168
+  // registers, all there are, the compiler makes more addresses at once than are good for the loop.
   static constexpr int WARPS = kDim == 256 ? 8 : 12, THREADS = 32 * WARPS;
+  static constexpr int kRegisters = kDim == 256 ? 255 : kValue == kInt8 ? 160 : 168;
   // The last warp makes the plan while the others transform the queries.
   static constexpr int kQueryWarps = WARPS - 1;
   // Warps that may have exact tokens of an item, and of one that has the place of two: shared
@@ -51,7 +53,7 @@ struct Shape {
 };
 
 // Rounds of steps that take about as long as a warp's turn with exact tokens.
-constexpr int kExactRounds = 3;
+constexpr int kExactRounds = 2;
 
 // How an item's work is dealt to the warps. The last ones have its exact tokens, a chunk each in
 // turn, and so fewer steps: those from `border` on, the others the steps before it.
@@ -109,11 +111,26 @@ struct Results {
   float* sums;
 };
 
+// One of them.
+template <class S>
+struct Result {
+  Results<S> all;
+  int index;
+
+  __device__ __forceinline__ float* row(int head_dim) const {
+    return all.rows + index * S::HEADS * head_dim;
+  }
+  __device__ __forceinline__ float* tops() const { return all.tops + index; }
+  __device__ __forceinline__ float* sums() const { return all.sums + index; }
+};
+
 // Items side by side, of one head and with the same tables, whose queries are transformed together.
 constexpr int kGroupItems = 4;
 struct Group {
   int first, n, end;  // of all items; `end`: of the CTA's
-  int padding;
+  int number;         // of the CTA's groups before it
+  int ends;           // of items, at which warps arrived in those
+  int padding[3];
   Item items[kGroupItems];
 };
 
@@ -144,8 +161,8 @@ struct Layout {
   static constexpr int kMergedTops = kFirstTops + S::HEADS * S::WARPS;
   static constexpr int kScales = kMergedTops + 2 * S::HEADS * (S::kGroups + 1);
   static constexpr int kGroup = kScales + 8 * (S::KC + S::VC);
-  static constexpr int kLast = kGroup + 2 * sizeof(Group) / 4, kArrival = kLast + 2;
-  static constexpr int kDone = kArrival + 2, kFixed = kDone + 4;
+  static constexpr int kArrival = kGroup + 2 * sizeof(Group) / 4;
+  static constexpr int kDone = kArrival + 2, kFixed = kDone + 2;
   static_assert(kFixed % 4 == 0 && kGroup % 4 == 0 && Slot<S>::kFloats % 4 == 0);
 
   // Offsets in bytes.
@@ -221,11 +238,13 @@ struct Shared : Layout<S, kSharedLimit> {
   __device__ __forceinline__ float* merged_tops() const { return fixed + L::kMergedTops; }
   __device__ __forceinline__ float* key_scales() const { return fixed + L::kScales; }
   __device__ __forceinline__ float* value_scales() const { return fixed + L::kScales + 8 * S::KC; }
-  // The present group of items and the next one, in turn.
-  __device__ __forceinline__ Group& group(int turn) const {
-    return reinterpret_cast<Group*>(fixed + L::kGroup)[turn];
+  // The present group of items and the next one.
+  __device__ __forceinline__ Group& group() const {
+    return *reinterpret_cast<Group*>(fixed + L::kGroup);
   }
-  __device__ __forceinline__ int* last() const { return ints(L::kLast); }
+  __device__ __forceinline__ Group& next_group() const {
+    return reinterpret_cast<Group*>(fixed + L::kGroup)[1];
+  }
   // Of the matrix, an mbarrier.
   __device__ __forceinline__ uint32_t arrival() const {
     return static_cast<uint32_t>(__cvta_generic_to_shared(fixed + L::kArrival));

@@ -1,87 +1,10 @@
 // The steps of a pair that fall to a warp: codes on their way into registers, scores, values.
 #pragma once
 
-#include "src/attention/cuda_query.cuh"
+#include "src/attention/cuda_shape.cuh"
 #include "src/codecs/vecinfer/cuda_layout.h"
 
 namespace veloxquant::attention::cuda {
-
-// Tables of one head, and of a sequence if each has its own, to shared memory. by_lane: keys
-// [256][4], values [256][8]; thread t has rows t, t + THREADS.
-template <class S>
-struct TableRows {
-  static constexpr int kRows = (256 + S::THREADS - 1) / S::THREADS;
-
-  __device__ __forceinline__ static int index(const DecodeParams& p, const SideView& side,
-                                              const Pair& pair) {
-    return (side.n_sequences == 1 ? 0 : pair.sequence) * p.n_kv_heads + pair.kv_head;
-  }
-  __device__ __forceinline__ static const uint4* entries(const SideView& side, int index) {
-    return reinterpret_cast<const uint4*>(side.entries + index * side.entries_stride);
-  }
-
-  // Each 16 bytes (the same entries for lanes 4g .. 4g + 3) at another place of the row, so that
-  // the threads of a store meet in fewer banks.
-  __device__ __forceinline__ static void store_row(int t, uint4 k, const uint4 (&v)[2],
-                                                   char* tables) {
-    uint4* row = reinterpret_cast<uint4*>(tables) + 16 * t;
-    const uint32_t words[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int g = (i + t) & 7;
-      row[g] = k;
-    }
-#pragma unroll
-    for (int g = 0; g < 8; ++g) {
-      // Word (g + t) mod 8, chosen by three bits of t: registers take no index.
-      const uint32_t a = t & 1 ? words[(g + 1) & 7] : words[g];
-      const uint32_t c = t & 1 ? words[(g + 3) & 7] : words[(g + 2) & 7];
-      const uint32_t e = t & 1 ? words[(g + 5) & 7] : words[(g + 4) & 7];
-      const uint32_t h = t & 1 ? words[(g + 7) & 7] : words[(g + 6) & 7];
-      const uint32_t low = t & 2 ? c : a, high = t & 2 ? h : e;
-      const uint32_t word = t & 4 ? high : low;
-      row[8 + ((g + t) & 7)] = make_uint4(word, word, word, word);
-    }
-  }
-
-  __device__ __forceinline__ static void place_scales(const DecodeParams& p, const Pair& pair,
-                                                      const Shared<S>& shared) {
-    const int t = threadIdx.x;
-    if (t < 8 * S::KC)
-      shared.key_scales()[t] = __ldg(p.keys.scales + index(p, p.keys, pair) * 8 * S::KC + t);
-    if (t < 8 * S::VC)
-      shared.value_scales()[t] = __ldg(p.values.scales + index(p, p.values, pair) * 8 * S::VC + t);
-  }
-
-  __device__ __forceinline__ static void place(const DecodeParams& p, const Pair& pair,
-                                               const Shared<S>& shared) {
-    const uint4* keys = entries(p.keys, index(p, p.keys, pair));
-    const uint4* values = entries(p.values, index(p, p.values, pair));
-    if constexpr (S::kByLane) {
-      uint4 k[kRows], v[kRows][2];
-#pragma unroll
-      for (int n = 0; n < kRows; ++n) {
-        const int t = threadIdx.x + n * S::THREADS;
-        if (t >= 256) break;
-        k[n] = __ldg(keys + t);
-        v[n][0] = __ldg(values + 2 * t);
-        v[n][1] = __ldg(values + 2 * t + 1);
-      }
-#pragma unroll
-      for (int n = 0; n < kRows; ++n) {
-        const int t = threadIdx.x + n * S::THREADS;
-        if (t < 256) store_row(t, k[n], v[n], shared.tables);
-      }
-    } else {
-      uint4* to = reinterpret_cast<uint4*>(shared.tables);
-#pragma unroll 8
-      for (int e = threadIdx.x; e < 512 * S::KC; e += 32 * S::WARPS) to[e] = __ldg(keys + e);
-#pragma unroll 8
-      for (int e = threadIdx.x; e < 512 * S::VC; e += 32 * S::WARPS)
-        to[512 * S::KC + e] = __ldg(values + e);
-    }
-  }
-};
 
 // A lane's words of one step.
 template <int CHUNKS>
@@ -122,6 +45,16 @@ struct Walk {
   __device__ __forceinline__ void load_values(int at, int lane) {
     if (at < end) load_words<VC>(values + static_cast<int64_t>(at) * (256 * VC), lane, v);
   }
+  __device__ __forceinline__ static Walk none() {
+    Walk walk;
+    walk.keys = walk.values = nullptr;
+    walk.step = walk.end = walk.stride = 0;
+#pragma unroll
+    for (int w = 0; w < 2 * KC; ++w) walk.k[w] = 0;
+#pragma unroll
+    for (int w = 0; w < 2 * VC; ++w) walk.v[w] = 0;
+    return walk;
+  }
   __device__ __forceinline__ static Walk begin(const DecodeParams& p, const Item& item,
                                                const Deal<S>& deal) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -142,6 +75,22 @@ struct Walk {
     return walk;
   }
 };
+
+// A warp: the codes of a long item's first rounds set out for the second-level cache, a microsecond
+// before they can be loaded. Measured: 1 us less where an item has 16 rounds or more; of short
+// items, or further ahead, it costs what it gains or more.
+template <class S>
+__device__ __forceinline__ void prefetch_codes(const DecodeParams& p, const Item& item) {
+  const bool is_long = item.end_step - item.first_step >= 16 * S::WARPS;
+  const auto side = [&](const SideView& view, int step_bytes) {
+    ptx::prefetch_bulk(view.codes + item.pair.sequence * view.batch_stride +
+                           item.pair.kv_head * view.head_stride +
+                           static_cast<int64_t>(item.first_step) * step_bytes,
+                       is_long ? 2 * S::WARPS * step_bytes : 0);
+  };
+  side(p.keys, 256 * S::KC);
+  side(p.values, 256 * S::VC);
+}
 
 // Of 16 bits of a probability so many less, and one for rounding, are left under the largest score.
 // With 2 one shape of a thousand is beyond an error of 2e-3.
@@ -169,30 +118,26 @@ __device__ __forceinline__ void hide_padding(float (&s)[HEADS], int step, int n_
   }
 }
 
-// Of the warps at the ends of items: an item's results may be written when all have done with what
-// lay there before, and read when all have written theirs.
+// Before a warp writes what it has found of an item: what lay there before is read, which all warps
+// have said at the ends of `ends` items.
 template <class S>
-struct Turns {
-  int count = 0;  // that this warp has been at
-
-  // Before the warp writes its results.
-  __device__ __forceinline__ void wait(const Shared<S>& shared) const {
-    if constexpr (Shared<S>::kBuffers == 1) {
-      __syncthreads();
-    } else {
-      if (count > 0) ptx::wait_for_phase(shared.done(), count);
-    }
+__device__ __forceinline__ void wait_for_place(int ends, const Shared<S>& shared) {
+  if constexpr (Shared<S>::kBuffers == 1) {
+    __syncthreads();
+  } else {
+    if (ends > 0) ptx::wait_for_phase(shared.done(), ends);
   }
-};
+}
 
-// The steps of an item that fall to this warp -> that result.
+// The steps of an item that fall to this warp -> a result. `place` waits until it may be written
+// and says where; it is asked after the steps, so that nothing of it is kept in registers
+// meanwhile. `together`: all warps begin with a step, at the same time.
 //
 // A turn multiplies the values of one step and the keys of the next, so that the look-ups of the
 // latter fill the time that the exponentials take, and the other way round.
-template <class S>
+template <class S, class PlaceOf>
 __device__ __forceinline__ void attend_steps(const DecodeParams& p, Walk<S>& walk, int n_tokens,
-                                             int result, bool together, const Slot<S>& slot,
-                                             const Turns<S>& turns, const Results<S>& results,
+                                             bool together, const Slot<S>& slot, PlaceOf place,
                                              const Shared<S>& shared) {
   constexpr int HEADS = S::HEADS, kMine = HEADS / 4;  // heads of a lane
   constexpr bool kHalfV = S::kValue != kInt8;
@@ -204,15 +149,7 @@ __device__ __forceinline__ void attend_steps(const DecodeParams& p, Walk<S>& wal
   const int stride = same_in_warp(walk.stride);
   n_tokens = same_in_warp(n_tokens);
   if (walk.step >= walk.end) {
-    if (together) {  // the others do not wait for this warp's first scores
-      if (lane < 4) {
-#pragma unroll
-        for (int e = 0; e < kMine; ++e)
-          shared.first_tops()[(first_head + e) * S::WARPS + (threadIdx.x >> 5)] = kNothing;
-      }
-      ptx::arrive<2, S::THREADS>();
-    }
-    turns.wait(shared);
+    place();
     return;
   }
   Query<S::kKey, HEADS, S::KC> query;
@@ -242,7 +179,7 @@ __device__ __forceinline__ void attend_steps(const DecodeParams& p, Walk<S>& wal
 #pragma unroll
       for (int e = 0; e < kMine; ++e) tops[e * S::WARPS + (threadIdx.x >> 5)] = top[e];
     }
-    ptx::sync_threads<2, S::THREADS>();
+    __syncthreads();
 #pragma unroll
     for (int e = 0; e < kMine; ++e) {
 #pragma unroll
@@ -312,13 +249,13 @@ __device__ __forceinline__ void attend_steps(const DecodeParams& p, Walk<S>& wal
     scores.make(walk.k, key_tables, query);
     walk.load_keys(walk.step + stride, lane);
   }
-  turns.wait(shared);
+  const Result<S> to = place();
   const int D = S::head_dim(p);
-  output.write(results.rows + result * HEADS * D, results.sums + result, kWeights, D, lane);
+  output.write(to.row(D), to.sums(), kWeights, D, lane);
   if (lane < 4) {
 #pragma unroll
     for (int e = 0; e < kMine; ++e)
-      results.tops[(first_head + e) * kWeights + result] = Sums::kProbabilityBits - offset[e];
+      to.tops()[(first_head + e) * kWeights] = Sums::kProbabilityBits - offset[e];
   }
 }
 

@@ -17,7 +17,7 @@
 #undef __host__
 #undef __shared__
 #undef __forceinline__
-#undef __launch_bounds__
+#undef __maxnreg__
 #undef __align__
 #undef __grid_constant__
 #define __device__
@@ -25,7 +25,7 @@
 #define __host__
 #define __shared__
 #define __forceinline__ inline
-#define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __grid_constant__
 #define threadIdx cuda_machine::machine().thread
@@ -55,6 +55,7 @@ using std::min;
 inline int min(int a, unsigned b) { return std::min(a, static_cast<int>(b)); }
 
 inline void __syncthreads() { cuda_machine::machine().sync_all(); }
+inline int __syncthreads_or(int x) { return cuda_machine::machine().sync_all_or(x != 0); }
 inline void __syncwarp() { cuda_machine::all_of(0); }
 inline void __threadfence() {}
 

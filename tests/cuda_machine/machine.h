@@ -9,6 +9,7 @@
 #include <functional>
 #include <random>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace cuda_machine {
@@ -76,11 +77,18 @@ class Machine {
     Barrier& at = barriers_[barrier];
     if (++at.arrived > n_threads) throw std::logic_error("more threads at a barrier than it has");
     if (at.arrived == n_threads) {
+      if (barrier == 0) any_ = std::exchange(pending_, false);
       at.arrived = 0;
       ++at.generation;
     }
   }
   void sync_all() { sync(0, static_cast<int>(fibers_.size())); }
+  // Whether any of them said so.
+  bool sync_all_or(bool x) {
+    pending_ |= x;
+    sync_all();
+    return any_;
+  }
 
   // A copy that is there some time later.
   void copy_for_all(std::function<void()> copy) {
@@ -105,6 +113,8 @@ class Machine {
   std::vector<std::vector<char>> stacks_;
   std::vector<Warp> warps_;
   std::vector<Barrier> barriers_;
+  bool pending_ = false,
+       any_ = false;  // of the barrier of all: said before it, and at the last one
   ucontext_t scheduler_;
   const std::function<void()>* kernel_ = nullptr;
   std::exception_ptr error_;

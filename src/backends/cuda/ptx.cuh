@@ -76,12 +76,6 @@ __device__ __forceinline__ void sync_threads() {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
 
-// The thread is at that barrier and goes on.
-template <int kBarrier, int kThreads>
-__device__ __forceinline__ void arrive() {
-  asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
-}
-
 // Memory that is read once: it leaves the first-level cache to what a kernel spills there.
 __device__ __forceinline__ uint4 load_once(const uint4* from) {
   uint4 x;
@@ -99,6 +93,18 @@ __device__ __forceinline__ uint2 load_once(const uint2* from) {
 // 128 bytes set out for the second-level cache.
 __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+// By a warp: `bytes` set out for the second-level cache, where it is more than none; a multiple of
+// 16, as the address. By a predicate, as below.
+__device__ __forceinline__ void prefetch_bulk(const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.s32 p, %2, 0;\n"
+      "@p cp.async.bulk.prefetch.L2.global [%0], %1;\n}" ::"l"(from),
+      "r"(bytes), "r"(bytes > 0 ? static_cast<int>(threadIdx.x & 31) : 1)
+      : "memory");
+#endif
 }
 
 // Bulk copies to shared memory, one at a time, each a phase of an mbarrier of 8 bytes; the

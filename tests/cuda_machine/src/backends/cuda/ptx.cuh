@@ -76,14 +76,10 @@ void sync_threads() {
   cuda_machine::machine().sync(kBarrier, kThreads);
 }
 
-template <int kBarrier, int kThreads>
-void arrive() {
-  cuda_machine::machine().arrive(kBarrier, kThreads);
-}
-
 inline uint4 load_once(const uint4* from) { return *from; }
 inline uint2 load_once(const uint2* from) { return *from; }
 inline void prefetch(const void*) {}
+inline void prefetch_bulk(const void*, int) {}
 
 // The word at `barrier` is the number of phases that are over and, in its upper half, of warps that
 // have arrived since and that are to arrive. A copy arrives as late as it may.
