@@ -111,33 +111,50 @@ VQ_FN void all_ones(VQ_THREAD float* to) {
   for (int i = 0; i < 4; ++i) to[i] = 1.0f;
 }
 
+// Field number `field` of eight, each four codes of 3 bits, in three words: the middle one and that
+// of the outer two which the field needs.
+VQ_FN uint32_t field_of_three(uint32_t outer, uint32_t middle, uint field) {
+  const uint64_t low = field < 4u ? outer : middle, high = field < 4u ? middle : outer;
+  return (uint32_t)((high << 32 | low) >> (12u * (field % 4u) + (field < 4u ? 0u : 16u)));
+}
+
 // Field n of a stream of `bits` bits each, four codes of 1 to 4 bits. A simdgroup whose lanes read
 // neighbouring fields loads every word once: eight fields of 12 bits are three words, the outer
 // two by one load, the middle one by another.
 template <int BITS, class Words>
 VQ_FN uint32_t four_codes(Words words, uint n) {
   if (BITS != 3) return words[n * BITS / 8u] >> (n * BITS % 8u * 4u);
-  const uint field = n % 8u, shift = 12u * (field % 4u) + (field < 4u ? 0u : 16u);
   Words three = words + n / 8u * 3u;
-  const uint64_t outer = three[field < 4u ? 0 : 2], middle = three[1];
-  return (uint32_t)((field < 4u ? middle << 32 | outer : outer << 32 | middle) >> shift);
+  return field_of_three(three[n % 8u < 4u ? 0 : 2], three[1], n % 8u);
 }
 
 // Fields m of tokens 4 w .. 4 w + 3 of a stream of FIELDS each. Of two tokens that end and begin in
-// one word every lane reads that word for both.
+// one word (eight fields are BITS words, of which it is the middle one) every lane reads that word
+// for both.
 template <int BITS, int FIELDS, class Words>
 VQ_FN void four_tokens(Words words, uint w, uint m, VQ_THREAD uint32_t* to) {
-  if (BITS != 1 || FIELDS % 8 != 4 || FIELDS < 8) {
+  if (BITS % 2 == 0 || FIELDS % 8 != 4 || FIELDS < 8) {
     for (uint i = 0; i < 4; ++i) to[i] = four_codes<BITS>(words, (4u * w + i) * FIELDS + m);
     return;
   }
-  const uint shared = FIELDS / 8, behind = shared + (m + 4u) / 8u;
+  const uint shared = FIELDS / 8, middle = BITS / 2, behind = shared + (m + 4u) / 8u;
   for (uint pair = 0; pair < 2; ++pair) {
-    Words two = words + (2u * w + pair) * (2u * shared + 1u);
-    const uint32_t both = two[shared];
-    const uint32_t before = two[min(m / 8u, shared - 1u)], after = two[max(behind, shared + 1u)];
-    to[2u * pair] = (m / 8u == shared ? both : before) >> (m % 8u * 4u);
-    to[2u * pair + 1u] = (behind == shared ? both : after) >> ((m + 4u) % 8u * 4u);
+    Words two = words + (2u * w + pair) * (uint)(FIELDS * BITS / 4);
+    const uint32_t both = two[shared * BITS + middle];
+    const uint32_t before = two[min(m / 8u, shared - 1u) * BITS + middle];
+    const uint32_t after = two[max(behind, shared + 1u) * BITS + middle];
+    const uint32_t here = m / 8u == shared ? both : before;
+    const uint32_t next = behind == shared ? both : after;
+    const uint field = m % 8u, other = (m + 4u) % 8u;
+    if (BITS == 1) {
+      to[2u * pair] = here >> (field * 4u);
+      to[2u * pair + 1u] = next >> (other * 4u);
+    } else {
+      const uint32_t outer = two[m / 8u * BITS + (field < 4u ? 0u : 2u)];
+      const uint32_t outer_next = two[behind * BITS + (other < 4u ? 0u : 2u)];
+      to[2u * pair] = field_of_three(outer, here, field);
+      to[2u * pair + 1u] = field_of_three(outer_next, next, other);
+    }
   }
 }
 
