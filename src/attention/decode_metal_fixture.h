@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <functional>
 
 #include "src/attention/attention_fixture.h"
 #include "src/attention/kernel_calls.h"
@@ -154,6 +155,7 @@ struct MetalDecode {
   DecodeShape shape;
   std::vector<msl::Report> reports;
   size_t n_items = 0;
+  std::function<void(int, metal::Kernel&)> plant;  // a fault in a pass's text, 1 or 2
 
   MetalDecode(const Scenario& p, const MetalSide& keys, const MetalSide& values)
       : p(p), keys(keys), values(values) {
@@ -182,6 +184,12 @@ struct MetalDecode {
                     {q, Input(Type::float32, {keys.matrices, shape.head_dim, shape.key_rows()},
                               keys.queries.data())})
         .output<float>(0);
+  }
+
+  metal::Kernel planted(int pass, const metal::Call& call) const {
+    metal::Kernel kernel = *call.kernel;
+    if (plant) plant(pass, kernel);
+    return kernel;
   }
 
   Result run(int cores, const msl::Options& options = {}) {
@@ -284,7 +292,7 @@ struct MetalDecode {
                                                c.mask_broadcast ? 0 : Lq * c.length, c.length, 1});
     }
     metal::Call call = first_pass_call(shape, static_cast<int>(items.size()));
-    const msl::Result parts = msl::run(*call.kernel, call.launch, inputs, options);
+    const msl::Result parts = msl::run(planted(1, call), call.launch, inputs, options);
     reports.push_back(parts.report);
 
     std::vector<float> sinks(Hq, -std::numeric_limits<float>::infinity());
@@ -293,7 +301,7 @@ struct MetalDecode {
     const int64_t rows = shape.n_rows(), n = static_cast<int64_t>(items.size());
     call = second_pass_call(shape);
     const msl::Result merged = msl::run(
-        *call.kernel, call.launch,
+        planted(2, call), call.launch,
         {Input(Type::float32, {c.batch, H, n, rows, shape.value_rows()}, parts.outputs[0].data()),
          Input(Type::float32, {c.batch, H, n, rows, 2}, parts.outputs[1].data()),
          Input(Type::int32, {3}, counts), Input(Type::float32, {Hq}, sinks.data()), values.move()});

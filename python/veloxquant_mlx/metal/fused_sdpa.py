@@ -17,8 +17,8 @@ EncodedTensor = _ext.EncodedTensor
 
 def supports_shape(batch: int, heads: int, seq_len: int, head_dim: int) -> bool:
     """True where a fused kernel runs: batch, heads and seq_len of at least 1 and any head_dim that is a multiple of
-    8 up to 256. Where the default device is a GPU, it runs up to 16 queries on codes of method vecinfer there, the
-    rest on the CPU."""
+    8 up to 256. Where the default device is a GPU it runs there, for every method's codes within the limits that
+    `veloxquant devices` names, and on the CPU beyond them."""
     return min(batch, heads, seq_len) >= 1 and 8 <= head_dim <= 256 and head_dim % 8 == 0
 
 
