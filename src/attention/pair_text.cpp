@@ -78,25 +78,15 @@ std::string pair_tile_text(const char* side, const CodeFormat& f) {
 
 void add_pair_arguments(const std::string& side, const CodeFormat& f, int rows,
                         std::vector<metal::TemplateArgument>& arguments) {
-  arguments.push_back({side + "ROWS", rows});
-  arguments.push_back({side + "BITS", f.bits});
-  switch (f.kind) {
-    case TileKind::vecinfer:
-      arguments.push_back({side + "SUB", f.sub_dim});
-      arguments.push_back({side + "C", f.n_centroids});
-      arguments.push_back({side + "TABLES", f.tables});
-      arguments.push_back({side + "VALUES", side == "V" ? 1 : 0});
-      arguments.push_back({side + "CHUNKS", f.chunks});
-      if (staged(f)) {
-        arguments.push_back({side + "UNITS", f.n_centroids * f.sub_dim / unit_dims(f)});
-      }
-      break;
-    case TileKind::scalar:
-      arguments.push_back({side + "STAGES", f.stages});
-      arguments.push_back({side + "PAIRS", level_pairs(f)});
-      break;
-    default:
-      break;
+  add_tile_arguments(side, f, rows, arguments);
+  if (f.kind == TileKind::vecinfer) {
+    arguments.push_back({side + "VALUES", side == "V" ? 1 : 0});
+    arguments.push_back({side + "CHUNKS", f.chunks});
+    if (staged(f)) {
+      arguments.push_back({side + "UNITS", f.n_centroids * f.sub_dim / unit_dims(f)});
+    }
+  } else if (f.kind == TileKind::scalar) {
+    arguments.push_back({side + "PAIRS", level_pairs(f)});
   }
 }
 

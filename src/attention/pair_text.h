@@ -13,7 +13,7 @@ namespace veloxquant::attention {
 std::string pair_stage_text(const char* side, const CodeFormat& f);
 // The table, by all threads, and the variable k_tile or v_tile; a barrier must follow.
 std::string pair_tile_text(const char* side, const CodeFormat& f);
-// Arguments of these texts; rows: of a side (head_dim, or the signs of a sketch).
+// Arguments of these texts, as add_tile_arguments() has them and what pairs want beside.
 void add_pair_arguments(const std::string& side, const CodeFormat& f, int rows,
                         std::vector<metal::TemplateArgument>& arguments);
 

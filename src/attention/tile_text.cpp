@@ -148,6 +148,7 @@ void add_tile_arguments(const std::string& side, const CodeFormat& f, int rows,
   arguments.push_back({side + "BITS", f.bits});
   switch (f.kind) {
     case TileKind::vecinfer:
+    case TileKind::pairs:
       arguments.push_back({side + "SUB", f.sub_dim});
       arguments.push_back({side + "C", f.n_centroids});
       arguments.push_back({side + "TABLES", f.tables});
@@ -171,11 +172,6 @@ void add_tile_arguments(const std::string& side, const CodeFormat& f, int rows,
       arguments.push_back({side + "M_OUT", f.m_out});
       arguments.push_back({side + "OUTLIERS", f.outliers});
       arguments.push_back({side + "FIXED", f.fixed ? 1 : 0});
-      break;
-    case TileKind::pairs:
-      arguments.push_back({side + "SUB", f.sub_dim});
-      arguments.push_back({side + "C", f.n_centroids});
-      arguments.push_back({side + "TABLES", f.tables});
       break;
     case TileKind::commvq:
       arguments.push_back({side + "STAGES", f.stages});
