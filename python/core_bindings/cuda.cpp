@@ -27,7 +27,8 @@ class CudaLayer {
 
   void bind(CudaArray key_codes, CudaArray value_codes, CudaArray exact_keys,
             CudaArray exact_values, CudaArray lengths) {
-    held_ = CudaStorage({keys_.format.n_kv_heads, keys_.format.head_dim, keys_.format.block_bytes(),
+    held_ = CudaStorage("CudaLayer",
+                        {keys_.format.n_kv_heads, keys_.format.head_dim, keys_.format.block_bytes(),
                          values_.format.block_bytes(), sinks_ + window_ + kBlockTokens},
                         std::move(key_codes), std::move(value_codes), std::move(exact_keys),
                         std::move(exact_values), std::move(lengths));

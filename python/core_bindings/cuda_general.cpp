@@ -38,7 +38,8 @@ class CudaGeneralLayer {
             CudaArray exact_values, CudaArray lengths) {
     const int64_t slots = append_.sinks + append_.window + kBlockTokens;
     const Codec& codec = *keys_.codec();
-    held_ = CudaStorage({codec.n_kv_heads(), codec.head_dim(), keys_.cuda_block_bytes(),
+    held_ = CudaStorage("CudaGeneralLayer",
+                        {codec.n_kv_heads(), codec.head_dim(), keys_.cuda_block_bytes(),
                          values_.cuda_block_bytes(), slots},
                         std::move(key_codes), std::move(value_codes), std::move(exact_keys),
                         std::move(exact_values), std::move(lengths));

@@ -47,7 +47,8 @@ class CudaStorage {
     int64_t heads, dim, key_block_bytes, value_block_bytes, slots;
   };
   CudaStorage() = default;
-  CudaStorage(const Wanted& wanted, CudaArray key_codes, CudaArray value_codes,
+  // user: the class of Python that binds, for Errors.
+  CudaStorage(const char* user, const Wanted& wanted, CudaArray key_codes, CudaArray value_codes,
               CudaArray exact_keys, CudaArray exact_values, CudaArray lengths);
 
   int batch() const { return static_cast<int>(key_codes_.shape[0]); }

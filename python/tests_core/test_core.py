@@ -1,5 +1,7 @@
 """The bindings on NumPy arrays: encode, decode, attention on codes, calibration, errors."""
 
+import ctypes
+
 import numpy
 import pytest
 
@@ -128,6 +130,37 @@ def test_bad_arguments_are_one_sentence(rng):
         q = numpy.zeros((H, 1, D), numpy.float32)
         exact = numpy.zeros((H, 132, D), numpy.float16)
         _core.cpu_attend_row(good, good, q, codes[0], codes[0], 999, exact, exact, 0, 4, None, None, 1.0, q)
+
+
+class DLTensor(ctypes.Structure):
+    """DLManagedTensor of DLPack 0.8, of zeros: memory of a device, if one believes it."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p), ("device", ctypes.c_int32 * 2), ("ndim", ctypes.c_int32), ("type", ctypes.c_uint32),
+        ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.c_void_p), ("offset", ctypes.c_uint64),
+        ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p),
+    ]  # fmt: skip
+
+    def __init__(self, *shape):
+        self.numbers, self.sizes = ctypes.create_string_buffer(256), (ctypes.c_int64 * len(shape))(*shape)
+        cuda, bytes_of_one = 2, 1 | 8 << 8 | 1 << 16
+        super().__init__(ctypes.addressof(self.numbers), (cuda, 0), len(shape), bytes_of_one, self.sizes)
+
+    def __dlpack__(self):
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        return new(ctypes.addressof(self), b"dltensor", None)
+
+
+@pytest.mark.parametrize("name", ["CudaLayer", "CudaGeneralLayer"])
+def test_a_layer_on_cuda_names_itself(rng, name):
+    general = name == "CudaGeneralLayer"
+    sides = [SideTables.turboquant(s, H, D, 2) if general else side(rng, s) for s in ("keys", "values")]
+    blobs = [DLTensor(one.cuda_blob().size) for one in sides]
+    layer = getattr(_core, name)(*sides, *blobs, 4, 4, 64)
+    five = [DLTensor(1, 1, 1, 1) for _ in range(5)]
+    with pytest.raises(Error, match=rf"^\[{name}\] codes: got another shape, wanted uint8 \[B, 2, blocks"):
+        layer.bind(*five)
 
 
 def test_without_cuda_its_functions_say_so():
