@@ -1,11 +1,15 @@
 """The bindings on NumPy arrays: encode, decode, attention on codes, calibration, errors."""
 
 import ctypes
+import importlib.util
+import tomllib
+from pathlib import Path
 
 import numpy
 import pytest
 
 from veloxquant import Error, SideTables, _core
+from veloxquant import eval as evaluation
 
 H, D, N = 2, 64, 256
 
@@ -168,6 +172,16 @@ def test_without_cuda_its_functions_say_so():
         pytest.skip("built with CUDA")
     with pytest.raises(Error, match="CUDA"):
         _core.cuda_device_name()
+
+
+def test_a_gguf_without_its_packages_says_what_to_install(monkeypatch):
+    project = Path(__file__).parents[1] / "core/pyproject.toml"
+    if project.exists():  # tools/gpu takes the tests along without it
+        extras = tomllib.loads(project.read_text())["project"]["optional-dependencies"]
+        assert set(extras["gguf"]) == set(evaluation.GGUF_NEEDS)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else name)
+    with pytest.raises(Error, match=r"^\[eval\] model: got some\.gguf without accelerate, .*\[torch,gguf\]\"`$"):
+        evaluation.load("some.gguf", "cpu", "float32")
 
 
 def codebook(rng, transform, layers=2, sub_dim=4):

@@ -9,6 +9,7 @@ all windows at once, a step captured in a CUDA graph.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -26,6 +27,7 @@ HOW = {
     "head": "a table a head",
     "turboquant": "turboquant",
 }
+GGUF_NEEDS = ("gguf", "accelerate")  # the extra `gguf` of python/core
 COLUMNS = ("cache", "perplexity", "increase", "KL", "top-1", "tables MB", "bytes/token")
 
 
@@ -68,10 +70,15 @@ def settings_of(text):
 
 def load(name, device, dtype):
     """(model, tokenizer) of a folder, a hub name or a .gguf file."""
+    path = Path(name)
+    if path.suffix == ".gguf" and (missing := [one for one in GGUF_NEEDS if importlib.util.find_spec(one) is None]):
+        raise Error(
+            f"[eval] model: got {name} without {' and '.join(missing)}, with which transformers reads .gguf, "
+            'wanted `pip install "python/core[torch,gguf]"`'
+        )
     import torch
     import transformers
 
-    path = Path(name)
     kind = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     folder = str(path.parent) if kind else name
     try:
