@@ -3,7 +3,8 @@
 // The CPU kernels are compiled once per SIMD level and picked at run time. The choice can be
 // narrowed by the environment (read once, at first use) or by code:
 //   VELOXQUANT_BACKEND=cpu|reference      VELOXQUANT_SIMD=<one of simd_levels()>
-//   VELOXQUANT_THREADS=<n>
+//   VELOXQUANT_THREADS=<n>                VELOXQUANT_LOOKUPS=registers|memory
+// A value that is none of these is an Error at first use.
 #pragma once
 
 #include <cstdint>

@@ -4,42 +4,24 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <mutex>
 #include <set>
 #include <thread>
 
 #include "src/backends/cpu/simd_targets.h"
+#include "src/backends/environment.h"
 #include "veloxquant/error.h"
 
 namespace veloxquant {
 namespace {
 
-bool environment_flag(const char* name) {
-  const char* value = std::getenv(name);
-  return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
-}
-
-Backend backend_from_environment() {
-  const char* value = std::getenv("VELOXQUANT_BACKEND");
-  if (value == nullptr || *value == '\0' || std::strcmp(value, "cpu") == 0) return Backend::cpu;
-  if (std::strcmp(value, "reference") == 0) return Backend::reference;
-  fail("[backend] VELOXQUANT_BACKEND: got '", value, "', wanted cpu or reference");
-}
-
 std::atomic<int>& chosen_backend() {
-  static std::atomic<int> backend{static_cast<int>(backend_from_environment())};
+  static std::atomic<int> backend{static_cast<int>(environment().backend)};
   return backend;
 }
 
-int threads_from_environment() {
-  const char* value = std::getenv("VELOXQUANT_THREADS");
-  return value == nullptr ? 0 : std::max(0, std::atoi(value));
-}
-
 std::atomic<int>& thread_limit() {
-  static std::atomic<int> limit{threads_from_environment()};
+  static std::atomic<int> limit{environment().threads};
   return limit;
 }
 
@@ -63,11 +45,7 @@ void set_num_threads(int n) {
   thread_limit() = n;
 }
 
-bool debug_enabled() {
-  static const bool enabled =
-      environment_flag("VELOXQUANT_DEBUG") || environment_flag("MLX_METAL_DEBUG");
-  return enabled;
-}
+bool debug_enabled() { return environment().debug; }
 
 void log_once(const std::string& text) {
   if (!debug_enabled()) return;

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "src/backends/environment.h"
+
 namespace veloxquant {
 namespace {
 
@@ -38,6 +40,7 @@ std::string shape_text(const int64_t* shape, int n) {
 }  // namespace
 
 CodecPtr make_codec(const CodecSpec& spec, const CodecTables& tables) {
+  environment();  // checked before anything is stored
   const auto found = registry().find(spec.method);
   require(found != registry().end(), "[codec] method: got '", spec.method, "', wanted one of ",
           joined(codec_methods()));

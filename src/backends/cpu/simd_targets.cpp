@@ -12,9 +12,9 @@ const char* target_name() { return hwy::TargetName(HWY_TARGET); }
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
-#include <cstdlib>
 #include <mutex>
 
+#include "src/backends/environment.h"
 #include "veloxquant/error.h"
 
 namespace veloxquant {
@@ -92,9 +92,9 @@ void restrict_target(const std::string& name) {
 void apply_environment() {
   static std::once_flag once;
   std::call_once(once, [] {
+    const std::string& level = environment().simd;
     std::lock_guard<std::mutex> lock(mutex());
-    const char* level = std::getenv("VELOXQUANT_SIMD");
-    restrict_locked(level == nullptr ? "" : level, "VELOXQUANT_SIMD");
+    restrict_locked(level, "VELOXQUANT_SIMD");
   });
 }
 

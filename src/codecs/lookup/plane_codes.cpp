@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "src/backends/cpu/convert.h"
+#include "src/backends/environment.h"
 #include "src/codecs/lookup/chunks.h"
 #include "src/codecs/lookup/plane_kernels.h"
 #include "veloxquant/error.h"
@@ -27,16 +27,9 @@ constexpr int kKeyZero = 1 << 13, kKeyMost = kKeyZero - 1;  // 14 bits, in plane
 constexpr int kKeyLowBits = 7, kValueLowBits = 8;
 constexpr int kValueMost = (1 << 13) - 1;  // 14 bits
 
-PlaneUse use_of_environment() {
-  const char* text = std::getenv("VELOXQUANT_LOOKUPS");
-  const std::string use = text == nullptr ? "" : text;
-  require(use.empty() || use == "memory" || use == "registers",
-          "[environment] VELOXQUANT_LOOKUPS: got '", use, "', wanted 'memory' or 'registers'");
-  return use == "memory" ? PlaneUse::never : PlaneUse::fast;
-}
-
 std::atomic<PlaneUse>& chosen_use() {
-  static std::atomic<PlaneUse> use{use_of_environment()};
+  static std::atomic<PlaneUse> use{environment().lookups_in_registers ? PlaneUse::fast
+                                                                      : PlaneUse::never};
   return use;
 }
 
