@@ -16,10 +16,7 @@ struct AppendSide {
   const uint8_t* blob;
   uint8_t* codes;
   int64_t batch_stride, head_stride;
-  uint16_t* exact;
-  int64_t exact_batch, exact_head, exact_token;
-  const void* x;
-  int64_t x_batch, x_head;
+  ExactRows exact;
 };
 
 struct AppendParams {
@@ -54,19 +51,15 @@ __global__ void __launch_bounds__(kEncodeThreads)
   attention::cuda::let_next_start();
   attention::cuda::wait_for_stream();
   const int n_packed = p.lengths[sequence], n_exact = p.lengths[p.batch + sequence];
-  uint16_t* rows = side.exact + sequence * side.exact_batch + head * side.exact_head;
-  for (int d = t; d < D; d += kEncodeThreads) {
-    const float x = load_clean(side.x, sequence * side.x_batch + head * side.x_head + d, p.x_type);
-    rows[n_exact * side.exact_token + d] = narrow_clean(x, p.exact_bf16);
-  }
+  side.exact.store(sequence, head, n_exact, D, p.x_type, p.exact_bf16, kEncodeThreads);
   if (n_exact + 1 < p.capacity) return;
 
   __syncthreads();
   const int type = p.exact_bf16 ? 2 : 1;
-  const uint16_t* oldest = rows + p.sinks * side.exact_token;
-  const auto load = [&](int token, int d) {
-    return load_clean(oldest, token * side.exact_token + d, type);
-  };
+  const int64_t stride = side.exact.exact_token;
+  uint16_t* rows = side.exact.rows(sequence, head);
+  const uint16_t* oldest = rows + p.sinks * stride;
+  const auto load = [&](int token, int d) { return load_clean(oldest, token * stride + d, type); };
   encode_block(f, side.blob, head, sequence, kBlockTokens, load, shared,
                side.codes + sequence * side.batch_stride + head * side.head_stride +
                    static_cast<int64_t>(n_packed / kBlockTokens) * block_stride(f));
@@ -76,7 +69,7 @@ __global__ void __launch_bounds__(kEncodeThreads)
     __syncthreads();
     for (int e = t; e < count * D; e += kEncodeThreads) {
       const int64_t token = to + e / D, d = e % D;
-      rows[token * side.exact_token + d] = rows[(token + kBlockTokens) * side.exact_token + d];
+      rows[token * stride + d] = rows[(token + kBlockTokens) * stride + d];
     }
   }
 }
@@ -116,19 +109,12 @@ void append_token(const AppendArgs& args, Stream stream) {
     require(packed.format.n_sequences == 1 || packed.format.n_sequences == args.batch,
             "[append_token] batch: got ", args.batch, ", wanted ", packed.format.n_sequences,
             ", for which there are tables");
-    AppendSide s;
-    s.format = packed.format;
-    s.blob = static_cast<const uint8_t*>(packed.tables);
-    s.codes = codes;
-    s.batch_stride = packed.batch_stride;
-    s.head_stride = packed.head_stride;
-    s.exact = static_cast<uint16_t*>(const_cast<void*>(exact.data));
-    s.exact_batch = exact.batch_stride;
-    s.exact_head = exact.head_stride;
-    s.exact_token = exact.token_stride;
-    s.x = x.data;
-    s.x_batch = x.batch_stride;
-    s.x_head = x.head_stride;
+    const AppendSide s{packed.format,
+                       static_cast<const uint8_t*>(packed.tables),
+                       codes,
+                       packed.batch_stride,
+                       packed.head_stride,
+                       exact_rows(exact, x)};
     const int bytes = encode_shared_bytes(packed.format);
     if (bytes > shared) shared = bytes;
     return s;

@@ -9,40 +9,27 @@ namespace {
 
 constexpr int kThreads = 128;
 
-struct Rows {
-  uint16_t* exact;
-  int64_t exact_batch, exact_head, exact_token;
-  const void* x;
-  int64_t x_batch, x_head;
-};
-
 struct Params {
-  Rows sides[2];
+  ExactRows sides[2];
   const int32_t* lengths;
   int batch, heads, dim, sinks, x_type, exact_bf16;
 };
 
 // One block of threads a sequence, KV head and side.
 __global__ void __launch_bounds__(kThreads) store_token(const __grid_constant__ Params p) {
-  const Rows& side = p.sides[blockIdx.y];
   const int head = blockIdx.x % p.heads, sequence = blockIdx.x / p.heads;
-  const int64_t slot = p.lengths[p.batch + sequence];
-  uint16_t* row =
-      side.exact + sequence * side.exact_batch + head * side.exact_head + slot * side.exact_token;
-  for (int d = threadIdx.x; d < p.dim; d += kThreads) {
-    const float x = load_clean(side.x, sequence * side.x_batch + head * side.x_head + d, p.x_type);
-    row[d] = narrow_clean(x, p.exact_bf16);
-  }
+  p.sides[blockIdx.y].store(sequence, head, p.lengths[p.batch + sequence], p.dim, p.x_type,
+                            p.exact_bf16, kThreads);
 }
 
 // The tail moves up by the block that was sealed. A thread moves its dimensions of every token in
 // order: nothing is overwritten before it has moved.
 __global__ void __launch_bounds__(kThreads) move_tail(const __grid_constant__ Params p) {
-  const Rows& side = p.sides[blockIdx.y];
+  const ExactRows& side = p.sides[blockIdx.y];
   const int head = blockIdx.x % p.heads, sequence = blockIdx.x / p.heads;
   if (p.lengths[2 * p.batch + sequence] == p.lengths[sequence]) return;
   const int end = p.lengths[3 * p.batch + sequence];
-  uint16_t* rows = side.exact + sequence * side.exact_batch + head * side.exact_head;
+  uint16_t* rows = side.rows(sequence, head);
   for (int d = threadIdx.x; d < p.dim; d += kThreads) {
     for (int64_t t = p.sinks; t < end; ++t) {
       rows[t * side.exact_token + d] = rows[(t + kBlockTokens) * side.exact_token + d];
@@ -68,18 +55,9 @@ Params params_of(const BlockAppendArgs& args) {
           "[append_token] exact_dtype: got ", dtype_name(args.exact_dtype),
           ", wanted float16 or bfloat16");
   Params p;
-  const auto side = [](const ExactSide& exact, const ExactSide& x) {
-    return Rows{static_cast<uint16_t*>(const_cast<void*>(exact.data)),
-                exact.batch_stride,
-                exact.head_stride,
-                exact.token_stride,
-                x.data,
-                x.batch_stride,
-                x.head_stride};
-  };
-  p.sides[0] = side(args.exact_keys, args.new_keys);
-  p.sides[1] = side(args.exact_values, args.new_values);
-  for (const Rows& rows : p.sides) {
+  p.sides[0] = exact_rows(args.exact_keys, args.new_keys);
+  p.sides[1] = exact_rows(args.exact_values, args.new_values);
+  for (const ExactRows& rows : p.sides) {
     require(rows.exact != nullptr,
             "[append_token] exact_keys, exact_values: got null, wanted "
             "storage of sinks + window + 64 tokens a head");
