@@ -61,6 +61,13 @@ foreach(name cuda_text_test cuda_general_text_test)
       VELOXQUANT_NVRTC="${VELOXQUANT_NVRTC}" VELOXQUANT_CUDA_INCLUDE="${VELOXQUANT_CUDA_INCLUDE}")
   endif()
 endforeach()
+if(VELOXQUANT_CUDA_INCLUDE)
+  # The layout of the decode kernels' shared memory, for the host as below.
+  target_include_directories(cuda_shared_memory_test BEFORE PRIVATE ${PROJECT_SOURCE_DIR}/tests/cuda_machine)
+  target_include_directories(cuda_shared_memory_test SYSTEM PRIVATE ${VELOXQUANT_CUDA_INCLUDE})
+  target_compile_definitions(cuda_shared_memory_test PRIVATE VELOXQUANT_MACHINE_ARCH=900)
+  target_compile_options(cuda_shared_memory_test PRIVATE -O1 -Wno-unknown-pragmas)
+endif()
 # The decode kernels themselves on the CUDA machine: their source, compiled for the host. Its folder comes first, so
 # that its ptx.cuh and start.cuh stand for those of src/backends/cuda. Sanitizers do not know fibers.
 if(VELOXQUANT_CUDA_INCLUDE AND NOT VELOXQUANT_HAVE_CUDA AND NOT VELOXQUANT_SANITIZE)

@@ -1,5 +1,6 @@
 #include "src/attention/cuda_general_call.h"
 
+#include <algorithm>
 #include <climits>
 
 namespace veloxquant::cuda {
@@ -129,6 +130,17 @@ Workspace workspace_of(const RaggedShape& shape, const attention::RaggedItems& i
   return at;
 }
 
+bool fits_shared_memory(Lookup lookup, int64_t table_bytes, int head_dim, int heads,
+                        int shared_per_block) {
+  // The least that stands beside tables. Results may lie over tables, but those of eight heads of
+  // 256 dimensions, 12 x 8 x 256 numbers, are more than tables by lane, and 32 KB stand beside
+  // them.
+  constexpr int kLaneTables = 64 << 10, kBesideTables = 16 << 10, kLargeResults = 130 << 10;
+  if (lookup == Lookup::by_lane) table_bytes = kLaneTables;
+  const int64_t results = head_dim > 128 && heads > 4 ? kLargeResults : 0;
+  return std::max(table_bytes + kBesideTables, results) <= shared_per_block;
+}
+
 const char* not_fast_because(const AttendArgs& args, int shared_per_block) {
   if (args.n_packed == nullptr) return "no packed tokens";
   const auto &k = args.keys.codec->fragments, &v = args.values.codec->fragments;
@@ -158,10 +170,10 @@ const char* not_fast_because(const AttendArgs& args, int shared_per_block) {
     return "queries or outputs off two elements";
   }
   if (k->lookup != v->lookup) return "tables by lane on one side, by sub-vector on the other";
-  constexpr int kBesideTables = 16 << 10;
-  if (k->lookup == Lookup::by_subvector &&
-      k->entries_stride + v->entries_stride + kBesideTables > shared_per_block) {
-    return "tables that fit no multiprocessor";
+  const int group = args.n_q_heads / k->n_kv_heads, heads = group <= 8 ? group : (group + 1) / 2;
+  if (!fits_shared_memory(k->lookup, k->entries_stride + v->entries_stride, k->head_dim, heads,
+                          shared_per_block)) {
+    return "tables, or the results of a KV head's queries, that fit no multiprocessor";
   }
   return nullptr;
 }

@@ -16,6 +16,11 @@ struct Workspace {
 };
 Workspace workspace_of(const attention::RaggedShape& shape, const attention::RaggedItems& items);
 
+// Whether the tensor-core kernels' shared memory fits a multiprocessor: what their layout asks for
+// (cuda_shape.cuh, which the test holds this against) without nvcc. heads: of a KV head, that a
+// kernel takes together, up to 8; head_dim: as the kernels pad it; table_bytes: of both sides.
+bool fits_shared_memory(Lookup lookup, int64_t table_bytes, int head_dim, int heads,
+                        int shared_per_block);
 // Why the tensor-core kernels do not take the call; nullptr where they do. shared_per_block: bytes.
 const char* not_fast_because(const AttendArgs& args, int shared_per_block);
 DecodeArgs fast_args(const AttendArgs& args);
