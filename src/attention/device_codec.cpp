@@ -4,10 +4,10 @@
 #include <array>
 #include <cstring>
 
-#include "src/codecs/qjl/sketch.h"
-#include "src/codecs/rotation.h"
+#include "src/attention/code_format.h"
 #include "src/codecs/turboquant/sketch.h"
 #include "src/codecs/vecinfer/format.h"
+#include "veloxquant/rabitq.h"
 
 namespace veloxquant::attention {
 namespace {
@@ -21,9 +21,9 @@ struct Options {
   const CodecSpec& spec;
   const CodecTables& tables;
 
-  int64_t integer(const char* name, int64_t otherwise) const {
-    const auto it = spec.options.find(name);
-    return it == spec.options.end() ? otherwise : std::get<int64_t>(it->second);
+  uint64_t seed() const {
+    const auto it = spec.options.find("seed");
+    return it == spec.options.end() ? 0 : static_cast<uint64_t>(std::get<int64_t>(it->second));
   }
   int choice(const char* name, std::initializer_list<const char*> values) const {
     const auto it = spec.options.find(name);
@@ -65,7 +65,7 @@ void set_vecinfer(DeviceCodec& codec, const Options& options) {
   s.bits = vecinfer::code_bits(s.n_centroids);
   s.transform = options.choice("transform", {"none", "hadamard", "dense"});
   codec.kernels = s;
-  codec.format = {s.sub_dim, s.n_centroids, s.bits, s.tables};
+  codec.format = code_format(s);
   codec.transform = s.transform;
   codec.table = add(codec, Type::float16,
                     {codec.n_sequences, heads, s.tables, s.n_centroids, s.sub_dim}, tables.data);
@@ -93,21 +93,18 @@ void set_vecinfer(DeviceCodec& codec, const Options& options) {
 }
 
 // Signs of the rotation that a codec's coordinates have.
-BlobArray add_rotation(DeviceCodec& codec, const Rotation& rotation) {
+BlobArray add_rotation(DeviceCodec& codec, uint64_t seed) {
   codec.transform = 3;
-  return add(codec, Type::float32, {2, codec.head_dim}, rotation.signs());
+  return add(codec, {2, codec.head_dim}, turboquant::rotation_signs(codec.head_dim, seed));
 }
 
 void set_scalar(DeviceCodec& codec, const Options& options) {
   const int64_t dim = codec.head_dim;
-  const uint64_t seed = static_cast<uint64_t>(options.integer("seed", 0));
+  const uint64_t seed = options.seed();
   const turboquant::BlockKernelShape s = turboquant::block_shape_of(options.spec);
   codec.kernels = s;
-  codec.format.kind = TileKind::scalar;
-  codec.format.bits = s.bits;
-  codec.format.stages = s.stages;
-  codec.format.by_token = s.by_token;
-  codec.move = add_rotation(codec, Rotation(codec.head_dim, seed));
+  codec.format = code_format(s);
+  codec.move = add_rotation(codec, seed);
   const BlobArray quantizers =
       add(codec, {s.stages, 16}, turboquant::quantizer_numbers(s.dim, s.bits, s.stages));
   BlobArray columns = one_number(codec), rows = columns;
@@ -128,17 +125,15 @@ void set_rabitq(DeviceCodec& codec, const Options& options) {
   const TensorView* mean = options.table("mean");
   const rabitq::BlockKernelShape s = rabitq::block_shape_of(options.spec, mean != nullptr);
   codec.kernels = s;
-  codec.format.kind = TileKind::planes;
-  codec.format.bits = s.bits;
-  codec.format.mean = s.mean;
-  const Rotation rotation(codec.head_dim, static_cast<uint64_t>(options.integer("seed", 0)));
-  codec.move = add_rotation(codec, rotation);
+  codec.format = code_format(s);
+  const uint64_t seed = options.seed();
+  codec.move = add_rotation(codec, seed);
   std::vector<float> numbers = {1.0f};
   BlobArray moved = one_number(codec);
   if (s.mean) {
     const float* given = static_cast<const float*>(mean->data);
     std::vector<float> rows(given, given + heads * dim);
-    rotation.forward(Backend::reference, rows.data(), heads);
+    rabitq_rotate(Backend::reference, rows.data(), heads, codec.head_dim, seed);
     moved = add(codec, {heads, dim}, rows);
     numbers.insert(numbers.end(), rows.begin(), rows.end());
   }
@@ -161,7 +156,7 @@ std::vector<int32_t> sorted_rows(const TensorView& channels) {
 
 void set_qjl(DeviceCodec& codec, const Options& options) {
   const int dim = codec.head_dim;
-  const uint64_t seed = static_cast<uint64_t>(options.integer("seed", 0));
+  const uint64_t seed = options.seed();
   const TensorView *given = options.table("sketch"), *channels = options.table("outlier_channels");
   const qjl::BlockKernelShape s = qjl::block_shape_of(
       options.spec, given == nullptr ? 0 : static_cast<int>(given->shape[0]), channels != nullptr);
@@ -176,27 +171,20 @@ void set_qjl(DeviceCodec& codec, const Options& options) {
           : add(codec, Type::int32, {codec.n_kv_heads, s.outliers}, sorted_rows(*channels).data());
   codec.encode_arrays = {numbers, named};
   codec.decode_arrays = {numbers, named, add(codec, {2}, qjl::score_constants(s))};
-  codec.format.kind = TileKind::planes;
-  codec.format.bits = 1;
+  codec.format = code_format(s, channels != nullptr);
   if (s.outliers > 0) {
     codec.no_attention = "attention has no kernel for outlier channels of qjl";
     return;
   }
-  const qjl::Sketch sketch =
-      s.dense ? qjl::Sketch::dense(dim, m, static_cast<const float*>(given->data))
-              : qjl::Sketch::structured(dim, m, seed, 0);
-  codec.format.n_rows = m;
-  codec.table = add(codec, {1}, {sketch.score_constant()});
+  codec.table = add(codec, {1}, {qjl::score_constants(s)[0]});
   if (s.sketched()) {  // one rotation: the codec's coordinates are the sketched
-    codec.move = add_rotation(codec, sketch.rotation());
+    codec.transform = 3;
+    codec.move = {numbers.at, Type::float32, {2, dim}};
     return;
   }
-  // Column d of the sketch is what it makes of the unit vector d.
-  std::vector<float> units(static_cast<size_t>(dim) * dim, 0.0f), matrix(units.size() / dim * m);
-  for (int d = 0; d < dim; ++d) units[static_cast<size_t>(d) * dim + d] = 1.0f;
-  sketch.project(units.data(), dim, matrix.data());
+  const float* matrix = s.dense ? static_cast<const float*>(given->data) : nullptr;
   codec.transform = 2;
-  codec.turn = add(codec, {1, dim, m}, matrix);
+  codec.turn = add(codec, {1, dim, m}, qjl::query_matrix(s, matrix, seed));
   codec.move = one_number(codec);
 }
 

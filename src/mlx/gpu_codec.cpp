@@ -2,6 +2,7 @@
 
 #include <mlx/transforms.h>
 
+#include "src/attention/code_format.h"
 #include "src/codecs/exact/kernel_calls.h"
 #include "src/codecs/vecinfer/format.h"
 #include "src/mlx/gpu_codec_parts.h"
@@ -64,7 +65,7 @@ MaybeGpuCodec vecinfer_gpu_codec(const CodecArrays& codec) {
   }
   for (float x : factors) inverse.push_back(1.0f / x);  // as the CPU rounds it
   const mx::array smooth = floats_of(factors, {heads, dim});
-  GpuCodec gpu{{blocks.sub_dim, blocks.n_centroids, blocks.bits, blocks.tables},
+  GpuCodec gpu{attention::code_format(blocks),
                blocks.transform,
                smooth,
                tables,

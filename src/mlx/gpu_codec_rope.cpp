@@ -3,6 +3,7 @@
 #include <deque>
 #include <mutex>
 
+#include "src/attention/code_format.h"
 #include "src/codecs/commvq/kernel_calls.h"
 #include "src/codecs/registry.h"
 #include "src/codecs/rope/kernel_calls.h"
@@ -125,7 +126,7 @@ MaybeGpuCodec vecinfer_rope_gpu_codec(const CodecArrays& codec) {
   const auto made = vecinfer_tables(codec);
   if (const auto* reason = std::get_if<std::string>(&made)) return *reason;
   const auto& [blocks, tables] = std::get<VecInferTables>(made);
-  attention::CodeFormat format{blocks.sub_dim, blocks.n_centroids, blocks.bits, blocks.tables};
+  attention::CodeFormat format = attention::code_format(blocks);
   format.kind = TileKind::pairs;
   const mx::array none = one_number();
   GpuCodec gpu{format, 0, none, tables, none, {}, {}, {}, 0};

@@ -1,6 +1,7 @@
 // Codecs behind the seeded rotation for the GPU: turboquant and rvq, rabitq, qjl.
 #include <algorithm>
 
+#include "src/attention/code_format.h"
 #include "src/codecs/qjl/kernel_calls.h"
 #include "src/codecs/rabitq/kernel_calls.h"
 #include "src/codecs/turboquant/kernel_calls.h"
@@ -11,8 +12,6 @@
 namespace veloxquant {
 namespace mx = mlx::core;
 namespace {
-
-using attention::TileKind;
 
 GpuCodec rotated(const attention::CodeFormat& format, const mx::array& signs,
                  const mx::array& tables) {
@@ -26,17 +25,12 @@ MaybeGpuCodec scalar_gpu_codec(const CodecArrays& codec) {
   if (auto reason = turboquant::no_kernel_because(blocks)) return *reason;
   const int dim = blocks.dim, stages = blocks.stages;
   const uint64_t seed = seed_of(codec.spec);
-  attention::CodeFormat format;
-  format.kind = blocks.prod ? TileKind::sketched : TileKind::scalar;
-  format.bits = blocks.bits;
-  format.stages = stages;
-  format.by_token = blocks.by_token;
   const std::vector<float> signs = turboquant::rotation_signs(dim, seed);
   const mx::array rotation = floats_of(signs, {2, dim});
   const mx::array quantizers =
       floats_of(turboquant::quantizer_numbers(dim, blocks.bits, stages), {stages, 16});
   GpuCodec gpu =
-      rotated(format, rotation,
+      rotated(attention::code_format(blocks), rotation,
               floats_of(turboquant::level_numbers(dim, blocks.bits, stages), {stages, 16}));
   mx::array columns = one_number(), rows = columns;
   if (blocks.prod) {
@@ -48,7 +42,6 @@ MaybeGpuCodec scalar_gpu_codec(const CodecArrays& codec) {
       both.insert(both.end(), sketch->rows.begin(), sketch->rows.end());
       gpu.inverse = floats_of(both, {2 + dim, dim});
     } else {
-      gpu.format.n_rows = 2 * dim;
       gpu.transform = 2;
       gpu.query_matrix = floats_of(turboquant::sketched_queries(dim, seed), {1, dim, 2 * dim});
     }
@@ -63,10 +56,6 @@ MaybeGpuCodec rabitq_gpu_codec(const CodecArrays& codec) {
   const rabitq::BlockKernelShape blocks = rabitq::block_shape_of(codec.spec, mean != nullptr);
   if (auto reason = rabitq::no_kernel_because(blocks)) return *reason;
   const int heads = blocks.heads, dim = blocks.dim;
-  attention::CodeFormat format;
-  format.kind = TileKind::planes;
-  format.bits = blocks.bits;
-  format.mean = blocks.mean;
   std::vector<float> numbers = {1.0f};  // of the stored scalars; then the means, rotated
   mx::array means = one_number();
   if (mean != nullptr) {
@@ -76,7 +65,7 @@ MaybeGpuCodec rabitq_gpu_codec(const CodecArrays& codec) {
     numbers.insert(numbers.end(), moved.begin(), moved.end());
   }
   const mx::array signs = floats_of(turboquant::rotation_signs(dim, seed_of(codec.spec)), {2, dim});
-  GpuCodec gpu = rotated(format, signs, floats_of(numbers));
+  GpuCodec gpu = rotated(attention::code_format(blocks), signs, floats_of(numbers));
   set_steps(gpu, blocks, rabitq::encode_blocks_call, {signs, means}, rabitq::decode_blocks_call,
             {means});
   return gpu;
@@ -90,13 +79,7 @@ MaybeGpuCodec qjl_gpu_codec(const CodecArrays& codec) {
   const int dim = blocks.dim, m = blocks.layout.m, m_out = blocks.layout.m_out;
   const uint64_t seed = seed_of(codec.spec);
   const float* matrix = blocks.dense ? given->data<float>() : nullptr;
-  attention::CodeFormat format;
-  format.kind = blocks.outliers > 0 ? TileKind::outliers : TileKind::planes;
-  format.bits = blocks.outliers > 0 ? m : 1;
-  format.n_rows = blocks.outliers > 0 ? m + dim : m;
-  format.m_out = m_out;
-  format.outliers = blocks.outliers;
-  format.fixed = chosen != nullptr;
+  const attention::CodeFormat format = attention::code_format(blocks, chosen != nullptr);
   // Signs of the rotations, or the matrix; queries meet the keys' signs behind the same.
   const std::vector<float> rotations =
       blocks.dense ? std::vector<float>{} : qjl::sketch_signs(blocks, seed);
