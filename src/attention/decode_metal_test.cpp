@@ -153,6 +153,16 @@ TEST(MetalDecode, ReadsThePackedBytesOnce) {
   }
 }
 
+TEST(MetalDecode, CoresByTheNameOfTheArchitecture) {
+  EXPECT_EQ(metal_cores("applegpu_g13p"), 6);
+  EXPECT_EQ(metal_cores("applegpu_g16g"), 20);
+  EXPECT_EQ(metal_cores("applegpu_g15s"), 40);
+  EXPECT_EQ(metal_cores("applegpu_g14d"), 80);
+  for (const char* other : {"", "applegpu_", "sm_90", "NVIDIA H200s"}) {
+    EXPECT_EQ(metal_cores(other), 20) << other;
+  }
+}
+
 // At 4096 tokens and batch 1 every core of an M1 (8) to an M5 Max (40) has 8 threadgroups.
 TEST(MetalDecode, PlanFillsTheCores) {
   DecodeShape s;

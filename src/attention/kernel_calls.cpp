@@ -130,6 +130,20 @@ Stretch seen_part(const Stretch& stretch, const std::vector<int32_t>& seen) {
   return part;
 }
 
+int metal_cores(const std::string& architecture) {
+  switch (architecture.rfind("applegpu_", 0) == 0 ? architecture.back() : ' ') {
+    case 'p':
+      return 6;
+    case 's':
+    case 'c':
+      return 40;
+    case 'd':
+      return 80;
+    default:
+      return 20;
+  }
+}
+
 std::vector<Item> plan_items(const DecodeShape& s, const std::vector<Stretch>& stretches, int cores,
                              int least_blocks) {
   int64_t blocks = 0;

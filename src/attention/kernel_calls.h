@@ -81,6 +81,11 @@ std::vector<int32_t> seen_numbers(const Visibility& visibility, const AttentionM
 // The stretch less tokens that no query sees; of packed ones whole blocks at its start.
 Stretch seen_part(const Stretch& stretch, const std::vector<int32_t>& seen);
 
+// GPU cores to plan for, at most what Macs with such a GPU have, by the last letter of its
+// architecture's name as Metal gives it ("applegpu_g13s"): p phones and tablets, g an M and its
+// Pro, s and c a Max, d an Ultra. 20 where it says nothing.
+int metal_cores(const std::string& architecture);
+
 // Stretches cut so that `cores` GPU cores get at least 8 threadgroups each, where the context has
 // as many blocks; packed ones first. least_blocks: of an item; a block keeps one of the four
 // simdgroups of a threadgroup busy.

@@ -1,9 +1,13 @@
 #include "src/mlx/gpu_cache.h"
 
+#include <mlx/backend/metal/metal.h>
+#include <mlx/device.h>
 #include <mlx/ops.h>
 
 #include <algorithm>
 #include <limits>
+#include <string>
+#include <variant>
 
 #include "src/cache/kernel_calls.h"
 #include "src/mlx/function_op.h"
@@ -19,10 +23,21 @@ namespace {
 using attention::DecodeShape;
 using attention::Item;
 
-// Threadgroups are cut for so many cores (MLX does not say how many a Mac has), into so many blocks
-// at least.
-constexpr int kMetalCores = 20, kCudaCores = 128, kCudaBlocks = 4;
+// Threadgroups are cut for so many cores, into so many blocks at least.
+constexpr int kCudaCores = 128, kCudaBlocks = 4;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+// What MLX says of a Mac: not how many cores it has, but its architecture.
+int mac_cores() {
+  static const int cores = [] {
+    if (!mx::metal::is_available()) return attention::metal_cores("");
+    const auto& info = mx::device_info(mx::Device::gpu);
+    const auto found = info.find("architecture");
+    const auto* name = found == info.end() ? nullptr : std::get_if<std::string>(&found->second);
+    return attention::metal_cores(name == nullptr ? "" : *name);
+  }();
+  return cores;
+}
 
 void set_codecs(DecodeShape& shape, const GpuCodec& keys, const GpuCodec& values) {
   shape.keys = keys.format;
@@ -119,7 +134,7 @@ std::pair<mx::array, mx::array> attend_part(Attention& a, const mx::array& queri
 
 std::vector<Item> planned(const DecodeShape& shape, const std::vector<Item>& stretches, Gpu gpu) {
   const bool metal = gpu == Gpu::metal;
-  return attention::plan_items(shape, stretches, metal ? kMetalCores : kCudaCores,
+  return attention::plan_items(shape, stretches, metal ? mac_cores() : kCudaCores,
                                metal ? 1 : kCudaBlocks);
 }
 
