@@ -110,8 +110,8 @@ Plan make_plan(const DecodeArgs& args) {
   p.n_kv_heads = k.n_kv_heads;
   p.head_dim = k.head_dim;
   p.group = group;
-  p.heads_per_group = group <= 8 ? group : (group + 1) / 2;
-  p.n_groups = group <= 8 ? 1 : 2;
+  p.heads_per_group = impl::heads_together(group);
+  p.n_groups = impl::divide_up(group, p.heads_per_group);
   p.q_type = type_of(args.q_dtype, "q_dtype");
   p.out_type = type_of(args.out_dtype, "out_dtype");
   p.n_pairs = args.batch * k.n_kv_heads * p.n_groups;

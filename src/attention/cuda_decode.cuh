@@ -164,6 +164,7 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
       if (i == n_items + kTwo) break;
       if (i < n_items) {
         const Item& item = group.items[i];
+        // Asked again where they are wanted, so that no registers are kept for them in the loop.
         const auto results = [&] { return shared.results(kTwo ? i & 1 : 0); };
         const auto deal = [&] { return Deal<S>(item, more_exact(group.n)); };
         const bool whole = i == 0 && same_in_warp(deal().n_results() == S::WARPS);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <climits>
 
+#include "src/attention/cuda_plan.h"
+
 namespace veloxquant::cuda {
 
 using attention::DecodeShape;
@@ -170,7 +172,7 @@ const char* not_fast_because(const AttendArgs& args, int shared_per_block) {
     return "queries or outputs off two elements";
   }
   if (k->lookup != v->lookup) return "tables by lane on one side, by sub-vector on the other";
-  const int group = args.n_q_heads / k->n_kv_heads, heads = group <= 8 ? group : (group + 1) / 2;
+  const int heads = attention::cuda::heads_together(args.n_q_heads / k->n_kv_heads);
   if (!fits_shared_memory(k->lookup, k->entries_stride + v->entries_stride, k->head_dim, heads,
                           shared_per_block)) {
     return "tables, or the results of a KV head's queries, that fit no multiprocessor";

@@ -58,6 +58,9 @@ struct DecodeParams {
 #define VQ_PLAN inline
 #endif
 
+// Query heads of a KV head that a CTA takes together: up to 8, else half of them.
+VQ_PLAN int heads_together(int group) { return group <= 8 ? group : (group + 1) / 2; }
+
 // What an item costs beside its units: queries, tables, merge.
 constexpr int kItemUnits = 16;
 // Items of a call whose pairs are cut, at most: more waves than this are not worth a finer cut.

@@ -131,7 +131,7 @@ Stretch seen_part(const Stretch& stretch, const std::vector<int32_t>& seen) {
 }
 
 int metal_cores(const std::string& architecture) {
-  switch (architecture.rfind("applegpu_", 0) == 0 ? architecture.back() : ' ') {
+  switch (architecture.starts_with("applegpu_") ? architecture.back() : ' ') {
     case 'p':
       return 6;
     case 's':

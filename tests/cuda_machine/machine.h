@@ -113,8 +113,8 @@ class Machine {
   std::vector<std::vector<char>> stacks_;
   std::vector<Warp> warps_;
   std::vector<Barrier> barriers_;
-  bool pending_ = false,
-       any_ = false;  // of the barrier of all: said before it, and at the last one
+  bool pending_ = false;  // whether any has said so before the next barrier of all
+  bool any_ = false;      // and before the last one
   ucontext_t scheduler_;
   const std::function<void()>* kernel_ = nullptr;
   std::exception_ptr error_;
