@@ -23,13 +23,17 @@ __device__ __forceinline__ int most_items(const DecodeParams& p, bool one_table)
 // One warp: the group of the CTA's items from `first` on.
 __device__ __forceinline__ void make_group(const DecodeParams& p, const Cut& cut, int first,
                                            int end, int most, int number, int ends, Group& group) {
-  const int lane = threadIdx.x & 31, of_head = cut.per_head(p);
-  const int left_of_head = of_head - (first - quotient(first, of_head) * of_head);
-  const int n = min(most, min(end - first, left_of_head));
-  if (lane < n) group.items[lane] = cut.item(p, first + lane);
+  const int lane = threadIdx.x & 31;
+  int n = 0;
+  if (first < end) {
+    const int of_head = cut.per_head(p);
+    const int left_of_head = of_head - (first - quotient(first, of_head) * of_head);
+    n = min(most, min(end - first, left_of_head));
+    if (lane < n) group.items[lane] = cut.item(p, first + lane);
+  }
   if (lane == 0) {
     group.first = first;
-    group.n = max(n, 0);
+    group.n = n;
     group.end = end;
     group.number = number;
     group.ends = ends;
@@ -98,6 +102,8 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
       const Start<S> start = Start<S>::fetch(p, pair, n, [&](int i) {
         return planned ? shared.group().items[i].pair.sequence : pair.sequence + i;
       });
+      Cut::Lengths lengths;
+      if (plans && !planned) lengths = Cut::fetch(p, threadIdx.x & 31);
       __syncthreads();
       if (!plans) {
         start.store(p, pair, n, shared);
@@ -105,7 +111,7 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
       } else {
         const Cut cut = {shared.tokens(), shared.exact(), shared.items()};
         if (!planned) {
-          cut.make(p);
+          cut.make(p, lengths);
           const int of_head = cut.per_head(p);
           int first, end;
           if (in_turn) {
