@@ -208,15 +208,8 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
 #pragma unroll 1
     for (int i = 0; i < group.n; ++i) {
       const Item& done = group.items[i];
-      const bool alone = done.n_parts == 1;
-      if (!alone) {
-        if (!leaves_last(p, done)) continue;
-        gather_records<S>(p, done, record_of<S>(p, done, 0), shared.area, shared);
-        __syncthreads();
-      }
-      const Slot<S> slot = shared.slot(i);
-      join_sums<S>(p, done.pair, i, alone ? 1 : S::kGroups, alone ? slot.record() : shared.area,
-                   alone ? slot.tops() : shared.merged_tops(), shared);
+      if (done.n_parts > 1 && !leaves_last(p, done)) continue;
+      join_parts<S>(p, done, i, shared.slot(i), shared);
       finished |= 1u << i;
     }
     Staging<S>::wait(p, group.number, true, shared);

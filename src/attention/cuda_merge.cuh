@@ -10,38 +10,43 @@
 
 namespace veloxquant::attention::cuda {
 
-// A sum of parts, by a thread for four dimensions of a head.
+// A sum of parts: a thread's two or four dimensions of a head.
+template <class V>
 struct Part {
   float top = kNothing, sum = 0.0f;
-  float4 quad = {0.0f, 0.0f, 0.0f, 0.0f};
+  V x = {};
 };
 
-// Results first .. first + n - 1 of a head -> one: a thread's four dimensions, maximum and sum.
+// Results first .. first + n - 1 of a head -> one. All loads are on their way before the first is
+// waited for: of results that are none, the last one's row is read again, and counts nothing.
 template <class S>
-__device__ __forceinline__ Part merge_results(int first, int n, int h, int slot, int slots,
-                                              float unit, const Results<S>& results) {
+__device__ __forceinline__ Part<float4> merge_results(int first, int n, int h, int slot, int slots,
+                                                      float unit, const Results<S>& results) {
   const float* tops = results.tops + h * kWeights + first;
   const float* sums = results.sums + h * kWeights + first;
   const float4* rows = reinterpret_cast<const float4*>(results.rows) + first * slots + slot;
   static_assert(S::WARPS % 4 == 0 && kWeights % 4 == 0);  // four at a time, and whole
+  Part<float4> part;
+  if (n <= 0) return part;
   float top[S::WARPS], of[S::WARPS];
 #pragma unroll
   for (int w = 0; w < S::WARPS; w += 4) {
     *reinterpret_cast<float4*>(top + w) = *reinterpret_cast<const float4*>(tops + w);
     *reinterpret_cast<float4*>(of + w) = *reinterpret_cast<const float4*>(sums + w);
   }
-  Part part;
+  float4 row[S::WARPS];
+#pragma unroll
+  for (int w = 0; w < S::WARPS; ++w) row[w] = rows[min(w, n - 1) * slots];
 #pragma unroll
   for (int w = 0; w < S::WARPS; ++w) {
-    if (w < n) part.top = fmaxf(part.top, top[w]);
+    if (w >= n) top[w] = kNothing;
+    part.top = fmaxf(part.top, top[w]);
   }
 #pragma unroll
   for (int w = 0; w < S::WARPS; ++w) {
-    if (w < n) {
-      const float weight = exp2_fast(top[w] - part.top) * unit;
-      part.sum = fmaf(weight, of[w], part.sum);
-      add_scaled(part.quad, weight, rows[w * slots]);
-    }
+    const float weight = w < n ? exp2_fast(top[w] - part.top) * unit : 0.0f;
+    part.sum = fmaf(weight, w < n ? of[w] : 0.0f, part.sum);
+    add_scaled(part.x, weight, row[w]);
   }
   return part;
 }
@@ -53,8 +58,9 @@ __device__ __forceinline__ float* record_of(const DecodeParams& p, const Item& i
          (item.index + part) * record_floats(S::HEADS, S::head_dim(p));
 }
 
-// A thread's share of an item's record, once all results are there: rows [2][HEADS][D] and tops
-// [4][HEADS] (packed maximum, packed sum, the exact ones), in its slot where it is all of its pair.
+// A thread's share of an item's record, once all results are there: rows [2][HEADS][D] and of each
+// maximum and sum, [2][HEADS][2], first packed tokens, then exact ones. In its slot where it is all
+// of its pair.
 template <class S>
 __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Item& item, int more_exact,
                                             const Slot<S>& slot_of_item,
@@ -70,17 +76,17 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Item& i
   for (int e = threadIdx.x; e < 2 * slots; e += S::THREADS) {
     const bool exact = e >= slots;
     const int slot = exact ? e - slots : e, h = slot / quads;
-    const Part part = merge_results<S>(exact ? S::WARPS : 0, exact ? deal.exact : deal.n_results(),
+    const Part<float4> part = merge_results<S>(exact ? S::WARPS : 0, exact ? deal.exact : deal.n_results(),
                                        h, slot, slots, exact ? 1.0f : kUnit, results);
     float4* to = reinterpret_cast<float4*>(rows) + e;
-    float* top = tops + (exact ? 2 * HEADS : 0) + h;
+    float2* top = reinterpret_cast<float2*>(tops) + (exact ? HEADS : 0) + h;
     const bool is_first = slot == h * quads;
     if (alone) {
-      *to = part.quad;
-      if (is_first) top[0] = part.top, top[HEADS] = part.sum;
+      *to = part.x;
+      if (is_first) *top = make_float2(part.top, part.sum);
     } else {
-      __stcg(to, part.quad);
-      if (is_first) __stcg(top, part.top), __stcg(top + HEADS, part.sum);
+      __stcg(to, part.x);
+      if (is_first) __stcg(top, make_float2(part.top, part.sum));
     }
   }
 }
@@ -99,100 +105,90 @@ __device__ __forceinline__ bool leaves_last(const DecodeParams& p, const Item& i
   return same_in_warp(__syncthreads_or(last)) != 0;
 }
 
-// All records of a pair -> to[groups + 1][HEADS][D] and tops[groups + 1][2][HEADS] (maximum, sum):
-// `groups` shares of the packed parts, then the exact ones.
-template <class S>
-__device__ __forceinline__ void gather_records(const DecodeParams& p, const Item& item,
-                                               const float* records, float* to,
-                                               const Shared<S>& shared) {
-  constexpr int HEADS = S::HEADS, kAhead = 8, kGroups = S::kGroups;
-  const int D = S::head_dim(p), quads = D / 4, slots = HEADS * quads;
-  const int size = static_cast<int>(record_floats(HEADS, D));
+// Parts begin .. n - 1 of a head -> one, in order; rows and tops of consecutive ones lie `size`
+// floats apart. Loads as in merge_results.
+template <int kAhead, class V>
+__device__ __forceinline__ Part<V> sum_parts(const float* rows, const float* tops, int begin, int n,
+                                             int size) {
+  Part<V> total;
 #pragma unroll 1
-  for (int e = threadIdx.x; e < (kGroups + 1) * slots; e += S::THREADS) {
-    const int g = e / slots, slot = e - g * slots, h = slot / quads;
-    const bool exact = g == kGroups;
-    const int n = exact && item.n_exact == 0 ? 0 : item.n_parts, step = exact ? 1 : kGroups;
-    const float* rows = records + (exact ? HEADS * D : 0) + 4 * slot;
-    const float* tops = records + 2 * HEADS * D + (exact ? 2 * HEADS : 0) + h;
-    Part sum;
-#pragma unroll 1
-    for (int begin = exact ? Cut::parts_before_exact(item) : g; begin < n; begin += kAhead * step) {
-      Part part[kAhead];
+  for (; begin < n; begin += kAhead) {
+    float2 top[kAhead];
+    V x[kAhead];
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        const int at = begin + k * step;
-        if (at < n) {
-          part[k].top = __ldcg(tops + at * size);
-          part[k].sum = __ldcg(tops + at * size + HEADS);
-          part[k].quad = __ldcg(reinterpret_cast<const float4*>(rows + at * size));
-        }
-      }
-      float next = sum.top;
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) next = fmaxf(next, part[k].top);
-      const float keep = exp2_fast(sum.top - next);
-      sum.top = next;
-      sum.sum *= keep;
-      sum.quad =
-          make_float4(sum.quad.x * keep, sum.quad.y * keep, sum.quad.z * keep, sum.quad.w * keep);
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        const float weight = exp2_fast(part[k].top - next);
-        sum.sum = fmaf(weight, part[k].sum, sum.sum);
-        add_scaled(sum.quad, weight, part[k].quad);
-      }
+    for (int k = 0; k < kAhead; ++k) {
+      const int at = min(begin + k, n - 1) * size;
+      top[k] = __ldcg(reinterpret_cast<const float2*>(tops + at));
+      x[k] = __ldcg(reinterpret_cast<const V*>(rows + at));
     }
-    reinterpret_cast<float4*>(to)[e] = sum.quad;
-    if (slot == h * quads) {
-      shared.merged_tops()[2 * g * HEADS + h] = sum.top;
-      shared.merged_tops()[(2 * g + 1) * HEADS + h] = sum.sum;
+    const float before = total.top;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) total.top = fmaxf(total.top, top[k].x);
+    const float keep = exp2_fast(before - total.top);
+    total.sum *= keep;
+    total.x = scaled(keep, total.x);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const float weight = begin + k < n ? exp2_fast(top[k].x - total.top) : 0.0f;
+      total.sum = fmaf(weight, top[k].y, total.sum);
+      add_scaled(total.x, weight, x[k]);
     }
   }
+  return total;
 }
 
-// `groups` sums of the group's i-th item -> its columns of shared.output, in codec coordinates,
-// what its exact tokens add, and the log-sum-exp.
+// The group's i-th item -> its columns of shared.output, in codec coordinates, of shared.turned,
+// where the exact tokens' sums lie, and of merged_tops: of one item its record, else all of the
+// pair's. Nothing is divided by the sum of probabilities yet.
 template <class S>
-__device__ __forceinline__ void join_sums(const DecodeParams& p, const Pair& pair, int i,
-                                          int groups, const float* sums, const float* all_tops,
-                                          const Shared<S>& shared) {
+__device__ __forceinline__ void join_parts(const DecodeParams& p, const Item& item, int i,
+                                           const Slot<S>& slot, const Shared<S>& shared) {
   constexpr int HEADS = S::HEADS;
-  const int D = S::head_dim(p), quads = D / 4, slots = HEADS * quads;
-  const int64_t row = static_cast<int64_t>(pair.sequence) * p.n_q_heads + pair.first_head;
-  for (int slot = threadIdx.x; slot < pair.n_heads * quads; slot += S::THREADS) {
-    const int h = slot / quads, d = 4 * (slot - h * quads);
-    // The last group is the exact tokens'.
-    const float* tops = all_tops + h;
-    float both = tops[2 * groups * HEADS];
-    for (int g = 0; g < groups; ++g) both = fmaxf(both, tops[2 * g * HEADS]);
-    const float exact_weight = exp2_fast(tops[2 * groups * HEADS] - both);
-    float total = exact_weight * tops[(2 * groups + 1) * HEADS];
-    float4 packed = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int g = 0; g < groups; ++g) {
-      const float weight = exp2_fast(tops[2 * g * HEADS] - both);
-      total = fmaf(weight, tops[(2 * g + 1) * HEADS], total);
-      add_scaled(packed, weight, reinterpret_cast<const float4*>(sums)[g * slots + slot]);
+  const Pair& pair = item.pair;
+  const int D = S::head_dim(p), n_packed = pair.n_heads * D / 2, n_parts = item.n_parts;
+  const int size = static_cast<int>(record_floats(HEADS, D));
+  const bool alone = n_parts == 1;
+  const float* const records = record_of<S>(p, item, 0);
+  // A task: two dimensions of packed tokens' sums, or four of exact ones'.
+#pragma unroll 1
+  for (int e = threadIdx.x; e < n_packed + n_packed / 2; e += S::THREADS) {
+    const bool exact = e >= n_packed;
+    const int task = exact ? 2 * (e - n_packed) : e, h = task / (D / 2), d = 2 * (task % (D / 2));
+    const int column = i * pair.n_heads + h, row = h * D + d, top = 2 * HEADS * D + 2 * h;
+    float2& merged = shared.merged_tops()[2 * column + exact];
+    if (!exact) {
+      Part<float2> part;
+      if (alone) {
+        part.x = *reinterpret_cast<const float2*>(slot.record() + row);
+        part.top = slot.tops()[2 * h];
+        part.sum = slot.tops()[2 * h + 1];
+      } else {
+        part = sum_parts<S::DIM <= 128 ? 16 : 8, float2>(records + row, records + top, 0, n_parts,
+                                                         size);
+      }
+      float* x = shared.output + place_of<S>(column, d);
+      const float scale = shared.value_scales()[d / S::kValueSub];
+      x[0] = part.x.x * scale;
+      x[4] = part.x.y * scale;
+      if (d == 0) merged = make_float2(part.top, part.sum);
+    } else {
+      Part<float4> part;
+      if (alone) {
+        part.x = *reinterpret_cast<const float4*>(slot.record() + HEADS * D + row);
+        part.top = slot.tops()[2 * HEADS + 2 * h];
+        part.sum = slot.tops()[2 * HEADS + 2 * h + 1];
+      } else if (item.n_exact > 0) {
+        part = sum_parts<4, float4>(records + HEADS * D + row, records + top + 2 * HEADS,
+                                    Cut::parts_before_exact(item), n_parts, size);
+      }
+      *reinterpret_cast<float4*>(shared.turned + column * S::DIM + d) = part.x;
+      if (d == 0) merged = make_float2(part.top, part.sum);
     }
-    const float4 exact = reinterpret_cast<const float4*>(sums)[groups * slots + slot];
-    const float inverse = total > 0.0f ? reciprocal(total) : 0.0f;
-    const float keep = inverse * exact_weight;
-    const float low = inverse * shared.value_scales()[d / S::kValueSub],
-                high = inverse * shared.value_scales()[(d + 2) / S::kValueSub];
-    const int column = i * pair.n_heads + h;
-    float* x = shared.output + place_of<S>(column, d);
-    x[0] = packed.x * low;
-    x[4] = packed.y * low;
-    x[8] = packed.z * high;
-    x[12] = packed.w * high;
-    *reinterpret_cast<float4*>(shared.turned + column * S::DIM + d) =
-        make_float4(exact.x * keep, exact.y * keep, exact.z * keep, exact.w * keep);
-    if (d == 0 && p.lse != nullptr)
-      p.lse[row + h] = total > 0.0f ? (both + __log2f(total)) * kLn2 : -INFINITY;
   }
 }
 
-// The columns of the group's n items -> out, of those whose bit is set. Between barriers.
+// The columns of the group's n items -> out and log-sum-exp, of those whose bit is set. Between
+// barriers.
 template <class S>
 __device__ __forceinline__ void write_outputs(const DecodeParams& p, const Group& group, int n,
                                               unsigned finished, const Shared<S>& shared) {
@@ -221,11 +217,19 @@ __device__ __forceinline__ void write_outputs(const DecodeParams& p, const Group
         y.y *= __ldg(lambda + d + 1);
       }
     }
-    const float2 exact = *reinterpret_cast<const float2*>(shared.turned + c * S::DIM + d);
-    y.x += exact.x;
-    y.y += exact.y;
+    // Packed and exact tokens' sums have a reference and a sum of probabilities each.
+    const float2 packed = shared.merged_tops()[2 * c], exact = shared.merged_tops()[2 * c + 1];
+    const float top = fmaxf(packed.x, exact.x), packed_weight = exp2_fast(packed.x - top),
+                exact_weight = exp2_fast(exact.x - top);
+    const float total = packed_weight * packed.y + exact_weight * exact.y;
+    const float inverse = total > 0.0f ? reciprocal(total) : 0.0f;
+    const float2 more = *reinterpret_cast<const float2*>(shared.turned + c * S::DIM + d);
+    y.x = (y.x * packed_weight + more.x * exact_weight) * inverse;
+    y.y = (y.y * packed_weight + more.y * exact_weight) * inverse;
     const int64_t row = static_cast<int64_t>(group.items[column.item].pair.sequence) * p.n_q_heads +
                         head.first_head + column.head;
+    if (d == 0 && p.lse != nullptr)
+      p.lse[row] = total > 0.0f ? (top + __log2f(total)) * kLn2 : -INFINITY;
     store_pair(p.out, row * D + d, p.out_type, y);
   }
 }

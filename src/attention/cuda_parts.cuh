@@ -74,6 +74,17 @@ __device__ __forceinline__ void add_scaled(float4& sum, float factor, float4 x) 
   sum.w = fmaf(factor, x.w, sum.w);
 }
 
+__device__ __forceinline__ void add_scaled(float2& sum, float factor, float2 x) {
+  sum.x = fmaf(factor, x.x, sum.x);
+  sum.y = fmaf(factor, x.y, sum.y);
+}
+__device__ __forceinline__ float2 scaled(float factor, float2 x) {
+  return make_float2(factor * x.x, factor * x.y);
+}
+__device__ __forceinline__ float4 scaled(float factor, float4 x) {
+  return make_float4(factor * x.x, factor * x.y, factor * x.z, factor * x.w);
+}
+
 // Which part of the problem a CTA is at.
 struct Pair {
   int index, sequence, kv_head, first_head, n_heads;

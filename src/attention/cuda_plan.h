@@ -73,8 +73,8 @@ VQ_PLAN int divide_up(int a, int b) { return (a + b - 1) / b; }
 constexpr uint64_t kCounterMark = 0x9e3779b97f4a0000u;
 constexpr uint64_t kCounterBits = 0xffffu;
 
-// Floats of a record: packed and exact outputs [2][heads][D], then of each the maximum and the sum
-// of each head, [2][2][heads].
+// Floats of a record: packed and exact outputs [2][heads][D], then of each head's the maximum and
+// the sum, [2][heads][2].
 VQ_PLAN int64_t record_floats(int heads, int head_dim) {
   return static_cast<int64_t>(2 * heads) * head_dim + 4 * heads;
 }

@@ -37,10 +37,6 @@ struct Shape {
   static constexpr int kExactWarps = 4, kMostExactWarps = kHeads == 4 && kDim <= 128 ? 8 : 4;
   static constexpr int kResults = WARPS + kExactWarps;
 
-  // Shares of the parts of a pair that as many threads put together; a further one is the exact
-  // tokens'.
-  static constexpr int kFit = THREADS / (kHeads * kDim / 4), kGroups = kFit < 2 ? 1 : kFit - 1;
-
   // Heads that are transformed together: of several items where they have fewer.
   static constexpr int kColumns = 8;
 
@@ -159,7 +155,7 @@ struct Layout {
   static constexpr int kTop = kItems + kPlanInts, kTopFloats = 2 * S::HEADS * kWeights;
   static constexpr int kFirstTops = kTop + 2 * kTopFloats;
   static constexpr int kMergedTops = kFirstTops + S::HEADS * S::WARPS;
-  static constexpr int kScales = kMergedTops + 2 * S::HEADS * (S::kGroups + 1);
+  static constexpr int kScales = kMergedTops + 4 * S::kColumns;
   static constexpr int kGroup = kScales + 8 * (S::KC + S::VC);
   static constexpr int kArrival = kGroup + 2 * sizeof(Group) / 4;
   static constexpr int kDone = kArrival + 2, kFixed = kDone + 2;
@@ -168,9 +164,7 @@ struct Layout {
   // Offsets in bytes.
   static constexpr int kRowFloats = S::HEADS * S::kResults * S::DIM;
   static constexpr int kColumnBytes = 4 * S::kColumns * S::DIM;  // a number for all columns
-  static constexpr int kShareBytes = kColumnBytes * matrix_groups(S::WARPS, S::DIM);
-  static constexpr int kGatheredBytes = 4 * (S::kGroups + 1) * S::HEADS * S::DIM;
-  static constexpr int kScratch = kShareBytes > kGatheredBytes ? kShareBytes : kGatheredBytes;
+  static constexpr int kScratch = kColumnBytes * matrix_groups(S::WARPS, S::DIM);
   static constexpr int area(int buffers) {
     const int rows = 4 * buffers * kRowFloats, transforms = kScratch + 2 * kColumnBytes;
     return rows > transforms ? rows : transforms;
@@ -234,8 +228,10 @@ struct Shared : Layout<S, kSharedLimit> {
   }
   // [HEADS][WARPS], of the first steps of a group
   __device__ __forceinline__ float* first_tops() const { return fixed + L::kFirstTops; }
-  // [groups + 1][maximum and sum][HEADS]
-  __device__ __forceinline__ float* merged_tops() const { return fixed + L::kMergedTops; }
+  // [kColumns][packed, exact], maximum and sum
+  __device__ __forceinline__ float2* merged_tops() const {
+    return reinterpret_cast<float2*>(fixed + L::kMergedTops);
+  }
   __device__ __forceinline__ float* key_scales() const { return fixed + L::kScales; }
   __device__ __forceinline__ float* value_scales() const { return fixed + L::kScales + 8 * S::KC; }
   // The present group of items and the next one.
