@@ -42,9 +42,10 @@ struct SideFormat {
   bool has_scale = false;
   // Byte offsets in the blob; see cuda_tables.cpp.
   int64_t entries = 0, entries_stride = 0;  // one [sequence][head] after the other
-  int64_t scales = 0;         // fp32 [sequence][head][8 n_chunks]: dimensions = entry * scale
-  int64_t read_matrix = 0;    // fp32 [head][D][D]: q' = q F, or x = y F^T as [y][x]
-  int64_t encode_matrix = 0;  // fp32 [head][D][D]
+  int64_t scales = 0;          // fp32 [sequence][head][8 n_chunks]: dimensions = entry * scale
+  int64_t read_matrix = 0;     // fp32 [head][D][D]: q' = q F, or x = y F^T as [y][x]
+  int64_t read_fragments = 0;  // the same as two terms in bf16, in operand order
+  int64_t encode_matrix = 0;   // fp32 [head][D][D]
   int64_t lambda = 0, inverse_lambda = 0;  // fp32 [head][D]
   int64_t tables = 0;                      // fp16 [sequence][head][n_tables][C][d], for encode
   // Bytes of a block of 64 tokens of one KV head in fragment order.

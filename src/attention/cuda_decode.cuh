@@ -86,12 +86,12 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
   bool planned = false, other_tables = true;
 #pragma unroll 1
   while (true) {
-    // The queries' matrix first; the outputs' takes its place.
-    Staging<S>::send(p, p.keys.matrix != nullptr ? p.keys : p.values, pair.kv_head, shared);
     // Queries; meanwhile the plan: the items of this group and of the next one.
     bool again;
 #pragma unroll 1
     do {
+      Tile<S> tile;
+      tile.fetch(p, p.keys, pair.kv_head);
       if (!one_table) wait_for_stream();  // they may be the work of the kernel ahead
       // Where results and a transform lie over the tables, they come only after it.
       if (other_tables) {
@@ -107,7 +107,7 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
       __syncthreads();
       if (!plans) {
         start.store(p, pair, n, shared);
-        prepare_queries<S>(p, pair, n, planned ? shared.group().number : 0, shared);
+        prepare_queries<S>(p, pair, n, tile, shared);
       } else {
         const Cut cut = {shared.tokens(), shared.exact(), shared.items()};
         if (!planned) {
@@ -137,10 +137,7 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
         planned = true;
         const Group& group = shared.group();
         const int items = same_in_warp(group.n);
-        if (items == 0) {
-          Staging<S>::wait(p, 0, false, shared);  // nothing may arrive after the CTA's end
-          return;
-        }
+        if (items == 0) return;
         const Item& item = group.items[0];
         const Deal<S> deal(item, more_exact(items));
         walk = Walk<S>::begin(p, item, deal);
@@ -157,7 +154,7 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
     const Group& group = shared.group();
     const Pair& head = group.items[0].pair;
     if (plans) prepare_counters(p, group);
-    if (p.keys.matrix != nullptr) Staging<S>::send(p, p.values, head.kv_head, shared);
+    Staging<S>::send(p, head.kv_head, shared);
     if (kOver) {
       TableRows<S>::place(p, head, shared);
       __syncthreads();
@@ -212,9 +209,13 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
       join_parts<S>(p, done, i, shared.slot(i), shared);
       finished |= 1u << i;
     }
-    Staging<S>::wait(p, group.number, true, shared);
-    __syncthreads();
-    if (finished != 0) write_outputs<S>(p, group, group.n, finished, shared);
+    Staging<S>::wait(p, group.number, shared);
+    if (finished != 0) {
+      Tile<S> tile;
+      tile.fetch_staged(p, head.kv_head, shared);
+      __syncthreads();
+      write_outputs<S>(p, group, group.n, finished, tile, shared);
+    }
     const Group& next = shared.next_group();
     n = same_in_warp(next.n);
     if (n == 0) return;

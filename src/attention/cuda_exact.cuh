@@ -20,23 +20,6 @@ __device__ __forceinline__ void mma_16(float (&c)[4], uint32_t a0, uint32_t a1, 
   }
 }
 
-template <bool kBf16>
-__device__ __forceinline__ uint32_t pack_16(float a, float b) {
-  if constexpr (kBf16) {
-    const __nv_bfloat162 x = __floats2bfloat162_rn(a, b);
-    return *reinterpret_cast<const uint32_t*>(&x);
-  } else {
-    const __half2 x = __floats2half2_rn(a, b);
-    return *reinterpret_cast<const uint32_t*>(&x);
-  }
-}
-template <bool kBf16>
-__device__ __forceinline__ float2 unpack_16(uint32_t x) {
-  if constexpr (kBf16)
-    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
-  return __half22float2(*reinterpret_cast<const __half2*>(&x));
-}
-
 // 8 dimensions of a row from `d` on, zero beyond head_dim.
 __device__ __forceinline__ uint4 load_dims(const uint16_t* row, int d, int head_dim) {
   if (d >= head_dim) return make_uint4(0, 0, 0, 0);

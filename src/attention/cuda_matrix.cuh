@@ -1,5 +1,5 @@
-// Transforms of the heads of a pair: dense, with the matrix on its way to
-// shared memory before the vectors are known, or Hadamard, in place.
+// Transforms of the heads of a group: dense, with the matrix in registers before the vectors are
+// known, or Hadamard, in place.
 #pragma once
 
 #include "src/attention/cuda_shape.cuh"
@@ -7,8 +7,8 @@
 namespace veloxquant::attention::cuda {
 
 // Of a side that has one.
-__device__ __forceinline__ const float* matrix_of(const SideView& side, int kv_head, int D) {
-  return side.matrix + static_cast<int64_t>(kv_head) * D * D;
+__device__ __forceinline__ const uint4* matrix_of(const SideView& side, int kv_head, int D) {
+  return side.matrix + static_cast<int64_t>(kv_head) * (D * D / 4);
 }
 
 // Where a column of a group's transforms comes from: item and head. Items have `n_heads` each.
@@ -19,10 +19,22 @@ struct Column {
       : item(quotient(column, n_heads)), head(column - item * n_heads) {}
 };
 
-// A number of a column in shared.turned or shared.output, where four columns lie side by side.
+// Vectors of a group in shared.turned or shared.output, kColumns side by side: fp32 where the
+// transform is in place or none.
 template <class S>
 __device__ __forceinline__ int place_of(int column, int d) {
-  return ((column >> 2) * S::DIM + d) * 4 + (column & 3);
+  return d * S::kColumns + column;
+}
+// For a dense one: dimensions d, d + 1 as two terms in bf16, operand A of its product, the pair's
+// columns in an order such that neither those who write nor those who read meet in a bank.
+__device__ __forceinline__ int place_of_terms(int column, int pair) {
+  return 8 * pair + (column ^ ((pair & 2) << 1 | (pair & 4) >> 1 | (pair & 8) >> 3));
+}
+__device__ __forceinline__ void store_terms(float* vectors, int column, int d, float2 x) {
+  const uint32_t high = pack_16<true>(x.x, x.y);
+  const float2 taken = unpack_16<true>(high);
+  reinterpret_cast<uint2*>(vectors)[place_of_terms(column, d / 2)] =
+      make_uint2(high, pack_16<true>(x.x - taken.x, x.y - taken.y));
 }
 
 // A barrier of the first kWarps warps.
@@ -35,8 +47,8 @@ __device__ __forceinline__ void sync_warps() {
   }
 }
 
-// Transforms' matrices on their way to shared memory, one after the other in the same place.
-// Nothing where there is none, or no room.
+// The matrix of a group's outputs on its way to shared memory. Nothing where there is none, or no
+// room.
 template <class S>
 struct Staging {
   // One warp; a barrier must follow.
@@ -47,86 +59,115 @@ struct Staging {
   }
 
   // All threads; nobody reads the one before any more.
-  __device__ __forceinline__ static void send(const DecodeParams& p, const SideView& side,
-                                              int kv_head, const Shared<S>& shared) {
-    if (!Shared<S>::kHasMatrix || side.matrix == nullptr) return;
+  __device__ __forceinline__ static void send(const DecodeParams& p, int kv_head,
+                                              const Shared<S>& shared) {
+    if (!Shared<S>::kHasMatrix || p.values.matrix == nullptr) return;
     const int head_dim = S::head_dim(p);
     ptx::copy_bulk<32 * S::kQueryWarps>(
         static_cast<uint32_t>(__cvta_generic_to_shared(shared.matrix)),
-        matrix_of(side, kv_head, head_dim), 4 * head_dim * head_dim, shared.arrival());
+        matrix_of(p.values, kv_head, head_dim), 4 * head_dim * head_dim, shared.arrival());
   }
 
-  // That of the `number`-th group's queries, or of its outputs, is there. A group has both, and so
-  // two phases, or one that serves for either.
-  __device__ __forceinline__ static void wait(const DecodeParams& p, int number, bool outputs,
+  // That of the `number`-th group is there.
+  __device__ __forceinline__ static void wait(const DecodeParams& p, int number,
                                               const Shared<S>& shared) {
-    const bool keys = p.keys.matrix != nullptr, values = p.values.matrix != nullptr;
-    if (!Shared<S>::kHasMatrix || !(keys || values)) return;
-    ptx::wait_for_phase(shared.arrival(), keys && values ? 2 * number + 1 + outputs : number + 1);
+    if (!Shared<S>::kHasMatrix || p.values.matrix == nullptr) return;
+    ptx::wait_for_phase(shared.arrival(), number + 1);
   }
 };
 
-// x[passes][DIM][4] -> shared.area, [passes][groups][4][D], each group's share of the sums, of the
-// first n_columns columns. From shared memory where the matrix was staged there. By the first
-// kWarps warps.
-template <class S, int kWarps>
-__device__ __forceinline__ void multiply_matrix(const DecodeParams& p, const SideView& side,
-                                                int kv_head, const float* x, int n_columns,
-                                                const Shared<S>& shared) {
-  const int head_dim = S::head_dim(p);
-  const float* matrix = Shared<S>::kHasMatrix ? shared.matrix : matrix_of(side, kv_head, head_dim);
-  const int quads = head_dim / 4, n = matrix_groups(kWarps, head_dim);
-  const int quad = threadIdx.x % quads, group = threadIdx.x / quads;
-  if (group >= n) return;
-  constexpr int kAhead =
-      kWarps == S::WARPS ? 11 : 12;  // of a thread's rows, for up to 128 dimensions all
-#pragma unroll 1
-  for (int pass = 0; 4 * pass < n_columns; ++pass) {
-    const float4* from = reinterpret_cast<const float4*>(matrix) + group * quads + quad;
-    const float4* of = reinterpret_cast<const float4*>(x) + pass * S::DIM + group;
-    float4 sum[4];
+// A warp's tile of a dense transform's matrix, 16 columns; what warps that have none hold is
+// nobody's. Of more than 128 rows the registers have no room: they are loaded where they are used.
+template <class S>
+struct Tile {
+  static constexpr int kSteps = S::DIM / 16, kBatch = kSteps <= 8 ? kSteps : 4;
+  static constexpr bool kHeld = kBatch == kSteps;
+  uint4 m[2 * kBatch];
+
+  // Steps first .. first + kBatch - 1, of `tiles`.
+  template <class Load>
+  __device__ __forceinline__ void load(int tile, int tiles, int first, Load load) {
+    const int lane = threadIdx.x & 31;
 #pragma unroll
-    for (int c = 0; c < 4; ++c) sum[c] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 1
-    for (int begin = group; begin < head_dim; begin += kAhead * n) {
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        if (begin + k * n >= head_dim) break;
-        const float4 m = from[k * n * quads], y = of[k * n];
-        add_scaled(sum[0], y.x, m);
-        add_scaled(sum[1], y.y, m);
-        add_scaled(sum[2], y.z, m);
-        add_scaled(sum[3], y.w, m);
-      }
-      from += kAhead * n * quads;
-      of += kAhead * n;
+    for (int k = 0; k < 2 * kBatch; ++k) {
+      const int at = min(2 * first + k, 2 * tiles - 1);
+      m[k] = load((tile * 2 * tiles + at) * 32 + lane);
     }
-    float4* to = reinterpret_cast<float4*>(shared.area) + ((pass * n + group) * 4) * quads + quad;
+  }
+  // What is not set anywhere would be kept in registers, or spilled, from the kernel's beginning.
+  __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int c = 0; c < 4; ++c) to[c * quads] = sum[c];
+    for (int k = 0; k < 2 * kBatch; ++k) m[k] = make_uint4(0, 0, 0, 0);
   }
-}
-
-// The share sums above, in order: dimensions d and d + 1 of a column.
-template <class S, int kWarps>
-__device__ __forceinline__ float2 add_groups(const float* shares, int head_dim, int column, int d) {
-  const int n = matrix_groups(kWarps, head_dim);
-  shares += ((column >> 2) * n * 4 + (column & 3)) * head_dim + d;
-  float2 total = make_float2(0.0f, 0.0f);
-#pragma unroll 12
-  for (int g = 0; g < n; ++g) {
-    const float2 x = *reinterpret_cast<const float2*>(shares + g * 4 * head_dim);
-    total.x += x.x;
-    total.y += x.y;
+  __device__ __forceinline__ void fetch(const DecodeParams& p, const SideView& side, int kv_head) {
+    const int tile = ptx::afresh(threadIdx.x) >> 5, tiles = S::head_dim(p) / 16;
+    if (!kHeld || side.matrix == nullptr || tile >= tiles) return clear();
+    const uint4* matrix = matrix_of(side, kv_head, S::head_dim(p));
+    load(tile, tiles, 0, [&](int at) { return ptx::load_now(matrix + at); });
   }
-  return total;
-}
+  __device__ __forceinline__ void fetch_staged(const DecodeParams& p, int kv_head,
+                                               const Shared<S>& shared) {
+    if constexpr (Shared<S>::kHasMatrix) {
+      const int tile = ptx::afresh(threadIdx.x) >> 5, tiles = S::head_dim(p) / 16;
+      if (p.values.matrix == nullptr || tile >= tiles) return clear();
+      load(tile, tiles, 0, [&](int at) { return shared.matrix[at]; });
+    } else {
+      fetch(p, p.values, kv_head);
+    }
+  }
 
-// x[passes][DIM][4] in place, without the scale, by the first kWarps warps; between barriers, and
+  // Vectors of store_terms -> shared.area, [kColumns][DIM], by tensor cores: rows g are high terms
+  // of the columns, rows g + 8 low ones, and the matrix has two terms as well. By the first kWarps
+  // warps; what columns that are none hold is nobody's.
+  template <int kWarps>
+  __device__ __forceinline__ void multiply(const DecodeParams& p, const SideView& side, int kv_head,
+                                           const float* vectors, const Shared<S>& shared) {
+    static_assert(S::kColumns == 8);
+    const int D = S::head_dim(p), tiles = D / 16;
+    const int lane = threadIdx.x & 31, g = lane >> 2, i = lane & 3;
+    const auto* x = reinterpret_cast<const uint2*>(vectors);
+#pragma unroll 1
+    for (int tile = ptx::afresh(threadIdx.x) >> 5; tile < tiles; tile += kWarps) {
+      float c[2][2][4] = {};  // of the matrix' high and low terms
+#pragma unroll
+      for (int first = 0; first < kSteps; first += kBatch) {
+        uint2 a[kBatch], b[kBatch];
+        if constexpr (!kHeld) {
+          const uint4* matrix = matrix_of(side, kv_head, D);
+          load(tile, tiles, first, [&](int at) { return __ldg(matrix + at); });
+        }
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          const int pair = 8 * (first + k) + i;
+          a[k] = x[place_of_terms(g, pair)];
+          b[k] = x[place_of_terms(g, pair + 4)];
+          if (first + k >= tiles) a[k] = b[k] = make_uint2(0, 0);
+        }
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const uint4& w = m[2 * k + half];
+            ptx::mma_bf16(c[half][0], a[k].x, a[k].y, b[k].x, b[k].y, w.x, w.y);
+            ptx::mma_bf16(c[half][1], a[k].x, a[k].y, b[k].x, b[k].y, w.z, w.w);
+          }
+        }
+      }
+      const auto sum = [&](int half, int k) {
+        return c[half][0][k] + c[half][0][2 + k] + (c[half][1][k] + c[half][1][2 + k]);
+      };
+      *reinterpret_cast<float4*>(shared.area + g * S::DIM + 16 * tile + 4 * i) =
+          make_float4(sum(0, 0), sum(0, 1), sum(1, 0), sum(1, 1));
+      if constexpr (kHeld) break;  // there are as many warps
+    }
+  }
+};
+
+// Vectors in place, without the scale, by the first kWarps warps; between barriers, and
 // one follows.
 template <class S, int kWarps>
-__device__ __forceinline__ void hadamard_heads(float* x, int n_columns, int head_dim) {
-  const int passes = (n_columns + 3) / 4;
+__device__ __forceinline__ void hadamard_heads(float* x, int head_dim) {
+  constexpr int kColumns = S::kColumns;
 #pragma unroll 1
   for (int start = 0; start < head_dim;) {
     const int block = hadamard_block(head_dim - start);
@@ -134,13 +175,12 @@ __device__ __forceinline__ void hadamard_heads(float* x, int n_columns, int head
 #pragma unroll 1
     for (int stride = 1; stride < block; stride *= 2) {
       const float unit = 2 * stride == block ? scale : 1.0f;
-      for (int e = threadIdx.x; e < passes * 2 * block; e += 32 * kWarps) {
-        const int pass = e / (2 * block), k = e / 4 - pass * (block / 2);
-        float* low =
-            x + 4 * (pass * S::DIM + start + 2 * stride * (k / stride) + k % stride) + e % 4;
-        const float a = low[0], c = low[4 * stride];
+      for (int e = threadIdx.x; e < kColumns * block / 2; e += 32 * kWarps) {
+        const int k = e / kColumns;
+        float* low = x + place_of<S>(e % kColumns, start + 2 * stride * (k / stride) + k % stride);
+        const float a = low[0], c = low[kColumns * stride];
         low[0] = (a + c) * unit;
-        low[4 * stride] = (a - c) * unit;
+        low[kColumns * stride] = (a - c) * unit;
       }
       sync_warps<S, kWarps>();
     }

@@ -93,7 +93,6 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Item& i
 
 // Whether this CTA leaves the last record of a pair. The counter is 0 again after that.
 __device__ __forceinline__ bool leaves_last(const DecodeParams& p, const Item& item) {
-  __syncthreads();
   int last = 0;
   if (threadIdx.x == 0) {
     auto* counter = reinterpret_cast<unsigned long long*>(p.workspace) + item.index;
@@ -166,10 +165,13 @@ __device__ __forceinline__ void join_parts(const DecodeParams& p, const Item& it
         part = sum_parts<S::DIM <= 128 ? 16 : 8, float2>(records + row, records + top, 0, n_parts,
                                                          size);
       }
-      float* x = shared.output + place_of<S>(column, d);
-      const float scale = shared.value_scales()[d / S::kValueSub];
-      x[0] = part.x.x * scale;
-      x[4] = part.x.y * scale;
+      const float2 x = scaled(shared.value_scales()[d / S::kValueSub], part.x);
+      if (p.values.matrix != nullptr) {
+        store_terms(shared.output, column, d, x);
+      } else {
+        shared.output[place_of<S>(column, d)] = x.x;
+        shared.output[place_of<S>(column, d + 1)] = x.y;
+      }
       if (d == 0) merged = make_float2(part.top, part.sum);
     } else {
       Part<float4> part;
@@ -191,16 +193,17 @@ __device__ __forceinline__ void join_parts(const DecodeParams& p, const Item& it
 // barriers.
 template <class S>
 __device__ __forceinline__ void write_outputs(const DecodeParams& p, const Group& group, int n,
-                                              unsigned finished, const Shared<S>& shared) {
+                                              unsigned finished, Tile<S>& tile,
+                                              const Shared<S>& shared) {
   const Pair& head = group.items[0].pair;
   const int D = S::head_dim(p), n_heads = head.n_heads, n_columns = n * n_heads;
   const bool dense = p.values.matrix != nullptr;
   const float* lambda = nullptr;
   if (dense) {
-    multiply_matrix<S, S::WARPS>(p, p.values, head.kv_head, shared.output, n_columns, shared);
+    tile.template multiply<S::WARPS>(p, p.values, head.kv_head, shared.output, shared);
     __syncthreads();
   } else if (p.values.hadamard) {
-    hadamard_heads<S, S::WARPS>(shared.output, n_columns, D);
+    hadamard_heads<S, S::WARPS>(shared.output, D);
     if (p.values.lambda != nullptr) lambda = p.values.lambda + head.kv_head * D;
   }
   for (int e = 2 * threadIdx.x; e < n_columns * D; e += 2 * S::THREADS) {
@@ -209,7 +212,7 @@ __device__ __forceinline__ void write_outputs(const DecodeParams& p, const Group
     if ((finished >> column.item & 1) == 0) continue;
     float2 y;
     if (dense) {
-      y = add_groups<S, S::WARPS>(shared.area, D, c, d);
+      y = *reinterpret_cast<const float2*>(shared.area + c * S::DIM + d);
     } else {
       y = make_float2(shared.output[place_of<S>(c, d)], shared.output[place_of<S>(c, d + 1)]);
       if (lambda != nullptr) {

@@ -37,6 +37,24 @@ __device__ __forceinline__ void store_pair(void* data, int64_t at, int type, flo
   }
 }
 
+// Two numbers as 16 bits each, and back.
+template <bool kBf16>
+__device__ __forceinline__ uint32_t pack_16(float a, float b) {
+  if constexpr (kBf16) {
+    const __nv_bfloat162 x = __floats2bfloat162_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&x);
+  } else {
+    const __half2 x = __floats2half2_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&x);
+  }
+}
+template <bool kBf16>
+__device__ __forceinline__ float2 unpack_16(uint32_t x) {
+  if constexpr (kBf16)
+    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+  return __half22float2(*reinterpret_cast<const __half2*>(&x));
+}
+
 // 2^e, e within +-126.
 __device__ __forceinline__ float power_of_two(int e) {
   return __uint_as_float(static_cast<uint32_t>(e + 127) << 23);

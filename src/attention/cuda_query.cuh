@@ -58,8 +58,12 @@ struct Start {
         y.x *= __ldg(lambda + d);
         y.y *= __ldg(lambda + d + 1);
       }
-      shared.turned[place_of<S>(c, d)] = y.x;
-      shared.turned[place_of<S>(c, d + 1)] = y.y;
+      if (p.keys.matrix != nullptr) {
+        store_terms(shared.turned, c, d, y);
+      } else {
+        shared.turned[place_of<S>(c, d)] = y.x;
+        shared.turned[place_of<S>(c, d + 1)] = y.y;
+      }
     }
     // Operand rows of heads that are none.
     constexpr int kWords = S::kRowBytes / 4;
@@ -126,16 +130,15 @@ __device__ __forceinline__ float split_query(float2 (&x)[(S::DIM + 63) / 64], ui
 // over `shared.area`.
 template <class S>
 __device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Pair& pair, int n,
-                                                int group_number, const Shared<S>& shared) {
+                                                Tile<S>& tile, const Shared<S>& shared) {
   constexpr int kWarps = S::kQueryWarps;
   const int D = S::head_dim(p), lane = threadIdx.x & 31, n_columns = n * pair.n_heads;
-  Staging<S>::wait(p, group_number, false, shared);
   sync_warps<S, kWarps>();
   if (p.keys.matrix != nullptr) {
-    multiply_matrix<S, kWarps>(p, p.keys, pair.kv_head, shared.turned, n_columns, shared);
+    tile.template multiply<kWarps>(p, p.keys, pair.kv_head, shared.turned, shared);
     sync_warps<S, kWarps>();
   } else if (p.keys.hadamard) {
-    hadamard_heads<S, kWarps>(shared.turned, n_columns, D);
+    hadamard_heads<S, kWarps>(shared.turned, D);
   }
 #pragma unroll 1
   for (int task = threadIdx.x >> 5; task < 2 * n_columns; task += kWarps) {
@@ -157,7 +160,7 @@ __device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Pai
       x[k] = make_float2(0.0f, 0.0f);
       if (d >= D) continue;
       if (p.keys.matrix != nullptr) {
-        x[k] = add_groups<S, kWarps>(shared.area, D, c, d);
+        x[k] = *reinterpret_cast<const float2*>(shared.area + c * S::DIM + d);
       } else {
         x[k] = make_float2(shared.turned[place_of<S>(c, d)], shared.turned[place_of<S>(c, d + 1)]);
       }

@@ -135,13 +135,6 @@ constexpr int shared_limit(int arch) {
   return arch == 800 || arch == 870 ? 166912 : arch == 900 || arch == 1000 ? 232448 : 101376;
 }
 
-// Groups of threads of so many warps that each take every n-th row of a matrix, a thread four
-// columns.
-__host__ __device__ constexpr int matrix_groups(int warps, int head_dim) {
-  const int fit = 32 * warps / (head_dim / 4);
-  return fit < warps ? fit : warps;
-}
-
 // Where things lie in kLimit bytes of shared memory, all known to the compiler: tables; the results
 // of warps, of two items in turn where there is room, and in their place, before and after,
 // whatever transforms need (over the tables where there is no room beside them); what is always
@@ -164,7 +157,7 @@ struct Layout {
   // Offsets in bytes.
   static constexpr int kRowFloats = S::HEADS * S::kResults * S::DIM;
   static constexpr int kColumnBytes = 4 * S::kColumns * S::DIM;  // a number for all columns
-  static constexpr int kScratch = kColumnBytes * matrix_groups(S::WARPS, S::DIM);
+  static constexpr int kScratch = kColumnBytes;
   static constexpr int area(int buffers) {
     const int rows = 4 * buffers * kRowFloats, transforms = kScratch + 2 * kColumnBytes;
     return rows > transforms ? rows : transforms;
@@ -204,10 +197,10 @@ struct Shared : Layout<S, kSharedLimit> {
   using L = Layout<S, kSharedLimit>;
   char* tables;
   float* area;    // results of warps, or what transforms need
-  float* turned;  // [passes][DIM][4] the queries, [columns][DIM] what exact tokens add to outputs
-  float* output;  // [passes][DIM][4]
+  float* turned;  // [DIM][kColumns] the queries, [columns][DIM] what exact tokens add to outputs
+  float* output;  // [DIM][kColumns]
   float* fixed;
-  float* matrix;
+  uint4* matrix;
 
   __device__ __forceinline__ explicit Shared(char* base) {
     tables = base;
@@ -215,7 +208,7 @@ struct Shared : Layout<S, kSharedLimit> {
     turned = area + L::kScratch / 4;
     output = turned + L::kColumnBytes / 4;
     fixed = reinterpret_cast<float*>(base + L::kAlways);
-    matrix = reinterpret_cast<float*>(base + L::kMatrix);
+    matrix = reinterpret_cast<uint4*>(base + L::kMatrix);
   }
 
   __device__ __forceinline__ int* tokens() const { return ints(L::kTokens); }  // [batch]

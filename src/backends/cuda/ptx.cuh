@@ -90,6 +90,21 @@ __device__ __forceinline__ uint2 load_once(const uint2* from) {
   return x;
 }
 
+// Sent for here, whatever is waited for before it is used.
+__device__ __forceinline__ uint4 load_now(const uint4* from) {
+  uint4 x;
+  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
+  return x;
+}
+
+// x, worked out again here rather than kept in a register, or spilled, since it was last used.
+__device__ __forceinline__ int afresh(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 128 bytes set out for the second-level cache.
 __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));

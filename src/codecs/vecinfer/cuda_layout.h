@@ -35,6 +35,15 @@ VQ_FN int fragment_word_offset(int n_chunks, int lane, int w) {
   return ((w / width) * 32 + lane) * width * 4 + (w % width) * 4;
 }
 
+// Operand B of a transform y = x M, tiles of 16 x 16: the row of the lane's n-th number (0 .. 3) at
+// a step, and its column of half 0 or 1 of a tile, such that a lane's results are neighbours.
+VQ_FN int matrix_row(int step, int lane, int n) {
+  return 16 * step + 2 * (lane % 4) + n % 2 + 8 * (n / 2);
+}
+VQ_FN int matrix_column(int tile, int half, int lane) {
+  return 16 * tile + 4 * (lane / 8) + 2 * half + lane / 4 % 2;
+}
+
 VQ_FN int key_token(int tile, int g, int u) { return 16 * tile + 2 * g + u; }
 
 // Which token (of 32) and sub-vector byte `byte` of word `w` of `lane` holds.

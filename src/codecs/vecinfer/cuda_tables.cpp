@@ -79,6 +79,28 @@ float* floats(std::vector<uint8_t>& blob, int64_t at) {
   return reinterpret_cast<float*>(blob.data() + at);
 }
 
+// A matrix [from][to] as operand B of the transform: each number a high and a low term in bf16.
+void write_fragments(const float* matrix, int dim, uint8_t* to) {
+  for (int tile = 0; tile < dim / 16; ++tile) {
+    for (int step = 0; step < dim / 16; ++step) {
+      for (int half = 0; half < 2; ++half) {
+        for (int lane = 0; lane < 32; ++lane) {
+          uint16_t terms[2][4];
+          for (int n = 0; n < 4; ++n) {
+            const int row = vecinfer::matrix_row(step, lane, n),
+                      column = vecinfer::matrix_column(tile, half, lane);
+            const float x = matrix[row * dim + column];
+            terms[0][n] = f32_to_bf16(x);
+            terms[1][n] = f32_to_bf16(x - bf16_to_f32(terms[0][n]));
+          }
+          std::memcpy(to, terms, 16);
+          to += 16;
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 PreparedSide prepare_side(Side side, int n_kv_heads, int head_dim, int n_subvectors,
@@ -152,6 +174,12 @@ PreparedSide prepare_side(Side side, int n_kv_heads, int head_dim, int n_subvect
     for (int64_t e = 0; e < matrix; ++e) {
       const int64_t head = e / head_dim / head_dim, i = e / head_dim % head_dim, j = e % head_dim;
       to[side == Side::keys ? e : (head * head_dim + j) * head_dim + i] = from[e];
+    }
+    f.read_fragments = append_floats(blob, matrix);
+    for (int head = 0; head < n_kv_heads; ++head) {
+      const int64_t at = int64_t{head} * head_dim * head_dim * 4;
+      write_fragments(floats(blob, f.read_matrix + at), head_dim,
+                      blob.data() + f.read_fragments + at);
     }
   }
   f.has_scale = transform.kind == TransformKind::hadamard && !transform.scale.empty();
