@@ -151,7 +151,7 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
         if (again) pair = item.pair;
       }
     } while (again);
-    const Group& group = shared.group();
+    Group& group = shared.group();
     const Pair& head = group.items[0].pair;
     if (plans) prepare_counters(p, group);
     Staging<S>::send(p, head.kv_head, shared);
@@ -190,6 +190,10 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
         }
       }
       const int merged = kTwo ? i - 1 : i;
+      // By the warp that has the fewest steps.
+      const int lane = threadIdx.x & 31;
+      if (plans && i + 1 == n_items && lane < n_items)
+        group.items[lane].before_exact = Cut::parts_before_exact(group.items[lane]);
       if (!kTwo || i == n_items) __syncthreads();
       if (merged >= 0) {
         merge_warps<S>(p, group.items[merged], more_exact_now, shared.slot(merged),

@@ -105,20 +105,23 @@ __device__ __forceinline__ bool leaves_last(const DecodeParams& p, const Item& i
 }
 
 // Parts begin .. n - 1 of a head -> one, in order; rows and tops of consecutive ones lie `size`
-// floats apart. Loads as in merge_results.
+// floats apart.
 template <int kAhead, class V>
 __device__ __forceinline__ Part<V> sum_parts(const float* rows, const float* tops, int begin, int n,
                                              int size) {
   Part<V> total;
+  rows += begin * size;
+  tops += begin * size;
 #pragma unroll 1
-  for (; begin < n; begin += kAhead) {
+  for (; begin < n; begin += kAhead, rows += kAhead * size, tops += kAhead * size) {
     float2 top[kAhead];
     V x[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      const int at = min(begin + k, n - 1) * size;
-      top[k] = __ldcg(reinterpret_cast<const float2*>(tops + at));
-      x[k] = __ldcg(reinterpret_cast<const V*>(rows + at));
+      top[k] = make_float2(kNothing, 0.0f);
+      x[k] = {};
+      ptx::load_left(top[k], tops + k * size, begin + k, n);
+      ptx::load_left(x[k], rows + k * size, begin + k, n);
     }
     const float before = total.top;
 #pragma unroll
@@ -128,7 +131,7 @@ __device__ __forceinline__ Part<V> sum_parts(const float* rows, const float* top
     total.x = scaled(keep, total.x);
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      const float weight = begin + k < n ? exp2_fast(top[k].x - total.top) : 0.0f;
+      const float weight = exp2_fast(top[k].x - total.top);
       total.sum = fmaf(weight, top[k].y, total.sum);
       add_scaled(total.x, weight, x[k]);
     }
@@ -181,7 +184,7 @@ __device__ __forceinline__ void join_parts(const DecodeParams& p, const Item& it
         part.sum = slot.tops()[2 * HEADS + 2 * h + 1];
       } else if (item.n_exact > 0) {
         part = sum_parts<4, float4>(records + HEADS * D + row, records + top + 2 * HEADS,
-                                    Cut::parts_before_exact(item), n_parts, size);
+                                    item.before_exact, n_parts, size);
       }
       *reinterpret_cast<float4*>(shared.turned + column * S::DIM + d) = part.x;
       if (d == 0) merged = make_float2(part.top, part.sum);

@@ -11,7 +11,8 @@ struct Item {
   int index, part, n_parts;  // index: of the pair's first part among all items
   int first_step, end_step, n_tokens;
   int n_exact, first_chunk, n_chunks;
-  int padding[2];
+  int before_exact;  // parts before the first with exact tokens; known at the end of the item
+  int padding;
 };
 static_assert(sizeof(Item) % 16 == 0);
 

@@ -105,6 +105,23 @@ __device__ __forceinline__ int afresh(int x) {
   return x;
 }
 
+// What another CTA has left, where at < n, else as given: no branch, so that many are on their way.
+__device__ __forceinline__ void load_left(float2& x, const void* from, int at, int n) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.lt.s32 p, %3, %4;\n@p ld.global.cg.v2.f32 {%0,%1}, [%2];\n}"
+      : "+f"(x.x), "+f"(x.y)
+      : "l"(from), "r"(at), "r"(n)
+      : "memory");
+}
+__device__ __forceinline__ void load_left(float4& x, const void* from, int at, int n) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.lt.s32 p, %5, %6;\n"
+      "@p ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];\n}"
+      : "+f"(x.x), "+f"(x.y), "+f"(x.z), "+f"(x.w)
+      : "l"(from), "r"(at), "r"(n)
+      : "memory");
+}
+
 // 128 bytes set out for the second-level cache.
 __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
