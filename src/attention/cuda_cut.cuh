@@ -13,29 +13,16 @@ struct Cut {
 
   __device__ __forceinline__ int per_head(const DecodeParams& p) const { return items[p.batch]; }
 
-  struct Lengths {
-    int packed = 0, exact = 0;
-  };
-  // Of the lane's first sequence, on their way while its warp waits for others.
-  __device__ __forceinline__ static Lengths fetch(const DecodeParams& p, int b) {
-    Lengths n;
-    if (b < p.batch) {
-      n.packed = p.n_packed[b];
-      if (p.n_exact != nullptr) n.exact = p.n_exact[b];
-    }
-    return n;
-  }
-
   // One warp; a barrier must follow.
-  __device__ __forceinline__ void make(const DecodeParams& p, const Lengths& first) const {
+  __device__ __forceinline__ void make(const DecodeParams& p) const {
     const int lane = threadIdx.x & 31, heads = p.n_kv_heads * p.n_groups;
     int longest = 0, shortest = 0x7fffffff;
 #pragma unroll 1
     for (int b = lane; b < p.batch; b += 32) {
-      const Lengths n = b == lane ? first : fetch(p, b);
-      tokens[b] = n.packed;
-      exact[b] = n.exact;
-      const int units = units_of(n.packed, n.exact).all;
+      const int n = p.n_packed[b], n_exact = p.n_exact == nullptr ? 0 : p.n_exact[b];
+      tokens[b] = n;
+      exact[b] = n_exact;
+      const int units = units_of(n, n_exact).all;
       longest = max(longest, units);
       shortest = min(shortest, units);
     }

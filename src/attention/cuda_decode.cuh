@@ -99,19 +99,16 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
         if (!kOver) TableRows<S>::place(p, pair, shared);
       }
       wait_for_stream();
-      const Start<S> start = Start<S>::fetch(p, pair, n, [&](int i) {
-        return planned ? shared.group().items[i].pair.sequence : pair.sequence + i;
-      });
-      Cut::Lengths lengths;
-      if (plans && !planned) lengths = Cut::fetch(p, threadIdx.x & 31);
-      __syncthreads();
       if (!plans) {
+        const Start<S> start = Start<S>::fetch(p, pair, n, [&](int i) {
+          return planned ? shared.group().items[i].pair.sequence : pair.sequence + i;
+        });
         start.store(p, pair, n, shared);
         prepare_queries<S>(p, pair, n, tile, shared);
       } else {
         const Cut cut = {shared.tokens(), shared.exact(), shared.items()};
         if (!planned) {
-          cut.make(p, lengths);
+          cut.make(p);
           const int of_head = cut.per_head(p);
           int first, end;
           if (in_turn) {

@@ -134,6 +134,12 @@ __device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Pai
   constexpr int kWarps = S::kQueryWarps;
   const int D = S::head_dim(p), lane = threadIdx.x & 31, n_columns = n * pair.n_heads;
   sync_warps<S, kWarps>();
+  // A task: a head's operand rows or its query in 16 bits.
+  int task = threadIdx.x >> 5;
+  const auto column_of = [&](int task) {
+    return Column(task < n_columns ? task : task - n_columns, pair.n_heads);
+  };
+  Column column = column_of(task);
   if (p.keys.matrix != nullptr) {
     tile.template multiply<kWarps>(p, p.keys, pair.kv_head, shared.turned, shared);
     sync_warps<S, kWarps>();
@@ -141,10 +147,9 @@ __device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Pai
     hadamard_heads<S, kWarps>(shared.turned, D);
   }
 #pragma unroll 1
-  for (int task = threadIdx.x >> 5; task < 2 * n_columns; task += kWarps) {
+  for (; task < 2 * n_columns; task += kWarps, column = column_of(task)) {
     const bool exact = task >= n_columns;
     const int c = exact ? task - n_columns : task;
-    const Column column(c, pair.n_heads);
     const Slot<S> slot = shared.slot(column.item);
     const int h = column.head;
     if (exact) {
