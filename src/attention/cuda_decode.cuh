@@ -122,7 +122,11 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
           }
           make_group(p, cut, first, end, most, 0, 0, shared.group());
           __syncwarp();
-          if (shared.group().n > 0) prefetch_codes<S>(p, shared.group().items[0]);
+          Group& made = shared.group();
+          if (made.n > 0) prefetch_codes<S>(p, made.items[0]);
+          const int lane = threadIdx.x & 31, at = min(lane, made.n - 1);
+          const bool other = made.n > n || (made.n > 0 && made.items[at].pair.index != pair.index + at);
+          made.guessed = !__any_sync(0xffffffffu, other);
         }
         const Group& group = shared.group();
         make_group(p, cut, group.first + group.n, group.end, most, group.number + 1,
@@ -139,11 +143,9 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
         const Deal<S> deal(item, more_exact(items));
         walk = Walk<S>::begin(p, item, deal);
         ExactShare<S>(p, item, deal).prefetch(p);
-        bool other = items > n;
-        for (int i = 0; i < items; ++i) other |= group.items[i].pair.index != pair.index + i;
         n = items;
         // Other sequences than thought: their transforms once more.
-        again = same_in_warp(other);
+        again = same_in_warp(group.guessed) == 0;
         other_tables = !one_table;
         if (again) pair = item.pair;
       }

@@ -127,7 +127,8 @@ struct Group {
   int first, n, end;  // of all items; `end`: of the CTA's
   int number;         // of the CTA's groups before it
   int ends;           // of items, at which warps arrived in those
-  int padding[3];
+  int guessed;        // whether its pairs are those that were thought before the plan was known
+  int padding[2];
   Item items[kGroupItems];
 };
 
