@@ -29,8 +29,7 @@ impl::SideView view_of(const PackedSide& side) {
   view.codes = side.codes;
   view.entries = blob + f.entries;
   view.scales = reinterpret_cast<const float*>(blob + f.scales);
-  if (f.transform == TransformKind::dense)
-    view.matrix = reinterpret_cast<const uint4*>(blob + f.read_fragments);
+  if (f.transform == TransformKind::dense) view.matrix = blob + f.read_fragments;
   if (f.has_scale) view.lambda = reinterpret_cast<const float*>(blob + f.lambda);
   view.batch_stride = side.batch_stride;
   view.head_stride = side.head_stride;

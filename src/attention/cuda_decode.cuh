@@ -40,6 +40,19 @@ __device__ __forceinline__ void make_group(const DecodeParams& p, const Cut& cut
   }
 }
 
+// One warp: whether the first n pairs from `pair` on are the group's.
+__device__ __forceinline__ bool is_guess(const Group& group, const Pair& pair, int n) {
+  const int at = min(static_cast<int>(threadIdx.x & 31), group.n - 1);
+  const bool other = group.n > n || (group.n > 0 && group.items[at].pair.index != pair.index + at);
+  return !__any_sync(0xffffffffu, other);
+}
+
+// One warp, before the group's records are joined: where those with exact tokens begin.
+__device__ __forceinline__ void find_exact(Group& group, int n_items) {
+  const int lane = threadIdx.x & 31;
+  if (lane < n_items) group.items[lane].before_exact = Cut::parts_before_exact(group.items[lane]);
+}
+
 // Between barriers: the next group becomes the present one.
 template <class S>
 __device__ __forceinline__ void next_is_present(const Shared<S>& shared) {
@@ -57,7 +70,7 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
   constexpr bool kOver = Shared<S>::kOver, kTwo = Shared<S>::kBuffers == 2;
   extern __shared__ __align__(1024) char base[];
   const Shared<S> shared(base);
-  const bool plans = same_in_warp(threadIdx.x >> 5) == S::kQueryWarps;
+  const bool plans = same_in_warp(threadIdx.x >> 5) == S::kPlanWarp;
   let_next_start();
   const bool one_table = p.keys.n_sequences == 1 && p.values.n_sequences == 1;
   const int most = most_items<S>(p, one_table);
@@ -83,7 +96,8 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
   }
   if (plans) Staging<S>::begin(shared);
   Walk<S> walk;
-  bool planned = false, other_tables = true;
+  n = -n;  // as long as it is not planned but thought
+  bool other_tables = true;
 #pragma unroll 1
   while (true) {
     // Queries; meanwhile the plan: the items of this group and of the next one.
@@ -99,13 +113,8 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
         if (!kOver) TableRows<S>::place(p, pair, shared);
       }
       wait_for_stream();
-      if (!plans) {
-        const Start<S> start = Start<S>::fetch(p, pair, n, [&](int i) {
-          return planned ? shared.group().items[i].pair.sequence : pair.sequence + i;
-        });
-        start.store(p, pair, n, shared);
-        prepare_queries<S>(p, pair, n, tile, shared);
-      } else {
+      const bool planned = same_in_warp(n) > 0;
+      if (plans) {
         const Cut cut = {shared.tokens(), shared.exact(), shared.items()};
         if (!planned) {
           cut.make(p);
@@ -120,22 +129,27 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
             first = first_item(n_items, blockIdx.x, gridDim.x);
             end = first_item(n_items, blockIdx.x + 1, gridDim.x);
           }
-          make_group(p, cut, first, end, most, 0, 0, shared.group());
-          __syncwarp();
           Group& made = shared.group();
+          make_group(p, cut, first, end, most, 0, 0, made);
+          __syncwarp();
           if (made.n > 0) prefetch_codes<S>(p, made.items[0]);
-          const int lane = threadIdx.x & 31, at = min(lane, made.n - 1);
-          const bool other = made.n > n || (made.n > 0 && made.items[at].pair.index != pair.index + at);
-          made.guessed = !__any_sync(0xffffffffu, other);
+          made.guessed = is_guess(made, pair, -n);
         }
         const Group& group = shared.group();
         make_group(p, cut, group.first + group.n, group.end, most, group.number + 1,
                    group.ends + group.n - 1, shared.next_group());
       }
+      if (S::kQueryWarps == S::WARPS || !plans) {
+        const int items = abs(n);
+        const Start<S> start = Start<S>::fetch(p, pair, items, [&](int i) {
+          return planned ? shared.group().items[i].pair.sequence : pair.sequence + i;
+        });
+        start.store(p, pair, items, shared);
+        prepare_queries<S>(p, pair, items, tile, shared);
+      }
       __syncthreads();
       again = false;
       if (!planned) {
-        planned = true;
         const Group& group = shared.group();
         const int items = same_in_warp(group.n);
         if (items == 0) return;
@@ -189,10 +203,7 @@ __global__ void __maxnreg__(S::kRegisters) decode_kernel(const __grid_constant__
         }
       }
       const int merged = kTwo ? i - 1 : i;
-      // By the warp that has the fewest steps.
-      const int lane = threadIdx.x & 31;
-      if (plans && i + 1 == n_items && lane < n_items)
-        group.items[lane].before_exact = Cut::parts_before_exact(group.items[lane]);
+      if (plans && i + 1 == n_items) find_exact(group, n_items);  // it has the fewest steps
       if (!kTwo || i == n_items) __syncthreads();
       if (merged >= 0) {
         merge_warps<S>(p, group.items[merged], more_exact_now, shared.slot(merged),

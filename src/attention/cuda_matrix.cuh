@@ -8,7 +8,7 @@ namespace veloxquant::attention::cuda {
 
 // Of a side that has one.
 __device__ __forceinline__ const uint4* matrix_of(const SideView& side, int kv_head, int D) {
-  return side.matrix + static_cast<int64_t>(kv_head) * (D * D / 4);
+  return static_cast<const uint4*>(side.matrix) + static_cast<int64_t>(kv_head) * (D * D / 4);
 }
 
 // Where a column of a group's transforms comes from: item and head. Items have `n_heads` each.
@@ -53,7 +53,7 @@ template <class S>
 struct Staging {
   // One warp; a barrier must follow.
   __device__ __forceinline__ static void begin(const Shared<S>& shared) {
-    ptx::begin_bulk_copies(shared.arrival(), 32 * S::kQueryWarps);
+    ptx::begin_bulk_copies(shared.arrival(), 32 * S::kPlanWarp);
     ptx::begin_arrivals(shared.done(), S::WARPS);
     __syncwarp();
   }
@@ -63,7 +63,7 @@ struct Staging {
                                               const Shared<S>& shared) {
     if (!Shared<S>::kHasMatrix || p.values.matrix == nullptr) return;
     const int head_dim = S::head_dim(p);
-    ptx::copy_bulk<32 * S::kQueryWarps>(
+    ptx::copy_bulk<32 * S::kPlanWarp>(
         static_cast<uint32_t>(__cvta_generic_to_shared(shared.matrix)),
         matrix_of(p.values, kv_head, head_dim), 4 * head_dim * head_dim, shared.arrival());
   }

@@ -76,8 +76,9 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Item& i
   for (int e = threadIdx.x; e < 2 * slots; e += S::THREADS) {
     const bool exact = e >= slots;
     const int slot = exact ? e - slots : e, h = slot / quads;
-    const Part<float4> part = merge_results<S>(exact ? S::WARPS : 0, exact ? deal.exact : deal.n_results(),
-                                       h, slot, slots, exact ? 1.0f : kUnit, results);
+    const Part<float4> part =
+        merge_results<S>(exact ? S::WARPS : 0, exact ? deal.exact : deal.n_results(), h, slot,
+                         slots, exact ? 1.0f : kUnit, results);
     float4* to = reinterpret_cast<float4*>(rows) + e;
     float2* top = reinterpret_cast<float2*>(tops) + (exact ? HEADS : 0) + h;
     const bool is_first = slot == h * quads;
@@ -165,8 +166,8 @@ __device__ __forceinline__ void join_parts(const DecodeParams& p, const Item& it
         part.top = slot.tops()[2 * h];
         part.sum = slot.tops()[2 * h + 1];
       } else {
-        part = sum_parts<S::DIM <= 128 ? 16 : 8, float2>(records + row, records + top, 0, n_parts,
-                                                         size);
+        part = sum_parts < S::DIM <= 128 ? 16 : 8,
+        float2 > (records + row, records + top, 0, n_parts, size);
       }
       const float2 x = scaled(shared.value_scales()[d / S::kValueSub], part.x);
       if (p.values.matrix != nullptr) {

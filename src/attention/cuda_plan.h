@@ -22,7 +22,7 @@ struct SideView {
   const uint8_t* codes;
   const uint8_t* entries;
   const float* scales;
-  const uint4* matrix;  // dense transform in operand order (cuda_layout.h), or null
+  const void* matrix;   // dense transform in operand order (cuda_layout.h), or null
   const float* lambda;  // Hadamard with smoothing, or null
   int64_t batch_stride, head_stride;
   int64_t entries_stride;

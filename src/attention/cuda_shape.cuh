@@ -31,8 +31,15 @@ struct Shape {
   // registers, all there are, the compiler makes more addresses at once than are good for the loop.
   static constexpr int WARPS = kDim == 256 ? 8 : 12, THREADS = 32 * WARPS;
   static constexpr int kRegisters = kDim == 256 ? 255 : kValue == kInt8 ? 160 : 168;
-  // The last warp makes the plan while the others transform the queries.
+  // The last warp makes the plan while the others transform the queries. compute-sanitizer's
+  // racecheck takes what that warp and the others do for races, across any barrier behind a barrier
+  // that only some warps meet at: in a build for it the last warp joins the others.
+  static constexpr int kPlanWarp = WARPS - 1;
+#ifdef VELOXQUANT_RACECHECK
+  static constexpr int kQueryWarps = WARPS;
+#else
   static constexpr int kQueryWarps = WARPS - 1;
+#endif
   // Warps that may have exact tokens of an item, and of one that has the place of two: shared
   // memory has no room for more results.
   static constexpr int kExactWarps = 4, kMostExactWarps = kHeads == 4 && kDim <= 128 ? 8 : 4;

@@ -76,17 +76,18 @@ struct Walk {
   }
 };
 
-// A warp: the codes of a long item's first rounds set out for the second-level cache, a microsecond
-// before they can be loaded. Measured: 1 us less where an item has 16 rounds or more; of short
-// items, or further ahead, it costs what it gains or more.
+// A warp: the codes of an item's first round of steps, of a long item two, set out for the
+// second-level cache, a microsecond before they can be loaded. More, or further ahead, costs what
+// it gains; of an item with less than two rounds too.
 template <class S>
 __device__ __forceinline__ void prefetch_codes(const DecodeParams& p, const Item& item) {
-  const bool is_long = item.end_step - item.first_step >= 16 * S::WARPS;
+  const int n_steps = item.end_step - item.first_step;
+  const int rounds = n_steps >= 16 * S::WARPS ? 2 : n_steps >= 2 * S::WARPS ? 1 : 0;
   const auto side = [&](const SideView& view, int step_bytes) {
     ptx::prefetch_bulk(view.codes + item.pair.sequence * view.batch_stride +
                            item.pair.kv_head * view.head_stride +
                            static_cast<int64_t>(item.first_step) * step_bytes,
-                       is_long ? 2 * S::WARPS * step_bytes : 0);
+                       rounds * S::WARPS * step_bytes);
   };
   side(p.keys, 256 * S::KC);
   side(p.values, 256 * S::VC);

@@ -40,6 +40,8 @@ for source in $exact; do
 done
 for dim in 64 96 128 256; do
   nvcc $flags --split-compile=4 -c -o "$build/$dim.o" "src/attention/cuda_$dim.cu" &
+  # For racecheck; cuda_shape.cuh says why.
+  wanted sanitize && { nvcc $flags -DVELOXQUANT_RACECHECK -c -o "$build/race_$dim.o" "src/attention/cuda_$dim.cu" & }
 done
 if wanted torch || wanted torch_bench; then
   # The extension for PyTorch; elsewhere `pip install python/core` builds it.
@@ -52,24 +54,26 @@ if wanted torch || wanted torch_bench; then
   done
 fi
 wait
+kernels="$build/64.o $build/96.o $build/128.o $build/256.o"
 shared="$build/cuda_tables.cpp.o $build/cuda_device.cu.o $build/cuda.cu.o $build/exact_cuda.cu.o
-  $build/exact_cuda_append.cu.o $build/64.o $build/96.o $build/128.o $build/256.o core.a
-  -L. -l:libhwy.so.1 -l:libtbb.so.12 -l:libz.so.1"
+  $build/exact_cuda_append.cu.o core.a -L. -l:libhwy.so.1 -l:libtbb.so.12 -l:libz.so.1"
 status=0
 if wanted check || wanted bench || wanted sanitize; then
-  nvcc -o "$build/cuda_bench" "$build"/{cuda_bench,problem}.cpp.o $shared || exit 1
-  nvcc -o "$build/cuda_check" "$build"/{cuda_check,append_check,problem}.cpp.o $shared || exit 1
+  nvcc -o "$build/cuda_bench" "$build"/{cuda_bench,problem}.cpp.o $kernels $shared || exit 1
+  nvcc -o "$build/cuda_check" "$build"/{cuda_check,append_check,problem}.cpp.o $kernels $shared || exit 1
+  wanted sanitize && { nvcc -o "$build/race_check" "$build"/{cuda_check,append_check,problem}.cpp.o \
+    "$build"/race_{64,96,128,256}.o $shared || exit 1; }
 fi
 if $general; then
   parts_of_general="$build/kernel.cu.o $build/nvrtc.cu.o $build/cuda_general.cu.o $build/cuda_general_blocks.cu.o
     $build/exact_cuda_append_general.cu.o"
 fi
 if wanted general || wanted general_bench; then
-  nvcc -o "$build/general_check" "$build"/general_{check,append}.cpp.o $parts_of_general $shared -ldl || exit 1
-  nvcc -o "$build/general_bench" "$build/general_bench.cpp.o" $parts_of_general $shared -ldl || exit 1
+  nvcc -o "$build/general_check" "$build"/general_{check,append}.cpp.o $parts_of_general $kernels $shared -ldl || exit 1
+  nvcc -o "$build/general_bench" "$build/general_bench.cpp.o" $parts_of_general $kernels $shared -ldl || exit 1
 fi
 if wanted torch || wanted torch_bench; then
-  nvcc -shared -o python/veloxquant/_core.so "$build"/bind_*.o $parts_of_general $shared -ldl || exit 1
+  nvcc -shared -o python/veloxquant/_core.so "$build"/bind_*.o $parts_of_general $kernels $shared -ldl || exit 1
 fi
 echo "built after $SECONDS s"
 if wanted check; then
@@ -84,7 +88,9 @@ fi
 if wanted sanitize; then
   # A sanitizer that did not run must not pass: its summary and the program's last line are both wanted.
   for tool in memcheck racecheck initcheck synccheck; do
-    compute-sanitizer --tool $tool --error-exitcode 3 "$build/cuda_check" quick > "$out/$tool.log" 2>&1 &&
+    program=cuda_check
+    [ $tool = racecheck ] && program=race_check
+    compute-sanitizer --tool $tool --error-exitcode 3 "$build/$program" quick > "$out/$tool.log" 2>&1 &&
       grep -qE "(ERROR SUMMARY: 0 errors|0 hazards)" "$out/$tool.log" && grep -q " 0 failures" "$out/$tool.log" &&
       echo "$tool: clean" || { echo "$tool: FAILED, see $out/$tool.log"; status=1; }
   done

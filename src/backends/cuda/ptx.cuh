@@ -107,11 +107,10 @@ __device__ __forceinline__ int afresh(int x) {
 
 // What another CTA has left, where at < n, else as given: no branch, so that many are on their way.
 __device__ __forceinline__ void load_left(float2& x, const void* from, int at, int n) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.lt.s32 p, %3, %4;\n@p ld.global.cg.v2.f32 {%0,%1}, [%2];\n}"
-      : "+f"(x.x), "+f"(x.y)
-      : "l"(from), "r"(at), "r"(n)
-      : "memory");
+  asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %3, %4;\n@p ld.global.cg.v2.f32 {%0,%1}, [%2];\n}"
+               : "+f"(x.x), "+f"(x.y)
+               : "l"(from), "r"(at), "r"(n)
+               : "memory");
 }
 __device__ __forceinline__ void load_left(float4& x, const void* from, int at, int n) {
   asm volatile(

@@ -78,6 +78,12 @@ void sync_threads() {
 
 inline uint4 load_once(const uint4* from) { return *from; }
 inline uint2 load_once(const uint2* from) { return *from; }
+inline uint4 load_now(const uint4* from) { return *from; }
+inline int afresh(int x) { return x; }
+template <class V>
+void load_left(V& x, const void* from, int at, int n) {
+  if (at < n) x = *static_cast<const V*>(from);
+}
 inline void prefetch(const void*) {}
 inline void prefetch_bulk(const void*, int) {}
 
