@@ -76,8 +76,9 @@ struct Staging {
   }
 };
 
-// A warp's tile of a dense transform's matrix, 16 columns; what warps that have none hold is
-// nobody's. Of more than 128 rows the registers have no room: they are loaded where they are used.
+// A warp's tile of a dense transform's matrix, 16 columns: there are as many warps as tiles. Of
+// more than 128 rows, for which registers have no room, a warp takes tile after tile and loads
+// where it multiplies.
 template <class S>
 struct Tile {
   static constexpr int kSteps = S::DIM / 16, kBatch = kSteps <= 8 ? kSteps : 4;
@@ -122,7 +123,7 @@ struct Tile {
   template <int kWarps>
   __device__ __forceinline__ void multiply(const DecodeParams& p, const SideView& side, int kv_head,
                                            const float* vectors, const Shared<S>& shared) {
-    static_assert(S::kColumns == 8);
+    static_assert(S::kColumns == 8 && (!kHeld || kWarps >= kSteps));
     const int D = S::head_dim(p), tiles = D / 16;
     const int lane = threadIdx.x & 31, g = lane >> 2, i = lane & 3;
     const auto* x = reinterpret_cast<const uint2*>(vectors);
@@ -158,7 +159,7 @@ struct Tile {
       };
       *reinterpret_cast<float4*>(shared.area + g * S::DIM + 16 * tile + 4 * i) =
           make_float4(sum(0, 0), sum(0, 1), sum(1, 0), sum(1, 1));
-      if constexpr (kHeld) break;  // there are as many warps
+      if constexpr (kHeld) break;
     }
   }
 };

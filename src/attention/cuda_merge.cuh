@@ -2,7 +2,7 @@
 //
 // An item that is all of its pair keeps its record in shared memory. Otherwise records lie in the
 // scratch, and the CTA that leaves the last one of a pair puts them together, always in the order
-// of the parts, while its share of the inverse transform's matrix is on the way.
+// of the parts.
 #pragma once
 
 #include "src/attention/cuda_cut.cuh"
