@@ -245,9 +245,15 @@ int main(int argc, char** argv) {
     int n = 0;
     for (const ProblemShape& shape : cases(quick, dims)) {
       const int before = failures;
-      Problem problem(shape);
-      check_codes(problem);
-      const double error = check_attention(problem, quick ? 2 : 3, 2e-3);
+      double error = 0.0;
+      try {
+        Problem problem(shape);
+        check_codes(problem);
+        error = check_attention(problem, quick ? 2 : 3, 2e-3);
+      } catch (const std::exception& failed) {
+        // The device may be of no use after this, so it is the last shape; at least it has a name.
+        throw std::runtime_error(describe(shape) + ": " + failed.what());
+      }
       worst = std::max(worst, error);
       ++n;
       if (failures > before || quick)
