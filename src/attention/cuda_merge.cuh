@@ -92,7 +92,8 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& p, const Item& i
   }
 }
 
-// Whether this CTA leaves the last record of a pair. The counter is 0 again after that.
+// Whether this CTA leaves the last record of a pair, behind a barrier that all of the record lies
+// before. The counter is 0 again after that.
 __device__ __forceinline__ bool leaves_last(const DecodeParams& p, const Item& item) {
   int last = 0;
   if (threadIdx.x == 0) {
@@ -146,7 +147,7 @@ __device__ __forceinline__ Part<V> sum_parts(const float* rows, const float* top
 template <class S>
 __device__ __forceinline__ void join_parts(const DecodeParams& p, const Item& item, int i,
                                            const Slot<S>& slot, const Shared<S>& shared) {
-  constexpr int HEADS = S::HEADS;
+  constexpr int HEADS = S::HEADS, kAhead = S::DIM <= 128 ? 16 : 8;
   const Pair& pair = item.pair;
   const int D = S::head_dim(p), n_packed = pair.n_heads * D / 2, n_parts = item.n_parts;
   const int size = static_cast<int>(record_floats(HEADS, D));
@@ -166,8 +167,7 @@ __device__ __forceinline__ void join_parts(const DecodeParams& p, const Item& it
         part.top = slot.tops()[2 * h];
         part.sum = slot.tops()[2 * h + 1];
       } else {
-        part = sum_parts < S::DIM <= 128 ? 16 : 8,
-        float2 > (records + row, records + top, 0, n_parts, size);
+        part = sum_parts<kAhead, float2>(records + row, records + top, 0, n_parts, size);
       }
       const float2 x = scaled(shared.value_scales()[d / S::kValueSub], part.x);
       if (p.values.matrix != nullptr) {

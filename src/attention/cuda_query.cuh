@@ -134,7 +134,8 @@ __device__ __forceinline__ void prepare_queries(const DecodeParams& p, const Pai
   constexpr int kWarps = S::kQueryWarps;
   const int D = S::head_dim(p), lane = threadIdx.x & 31, n_columns = n * pair.n_heads;
   sync_warps<S, kWarps>();
-  // A task: a head's operand rows or its query in 16 bits.
+  // A task: a head's operand rows or its query in 16 bits. Whose, is asked before the transform, so
+  // that nothing waits for it behind.
   int task = threadIdx.x >> 5;
   const auto column_of = [&](int task) {
     return Column(task < n_columns ? task : task - n_columns, pair.n_heads);

@@ -166,9 +166,8 @@ struct Layout {
   // Offsets in bytes.
   static constexpr int kRowFloats = S::HEADS * S::kResults * S::DIM;
   static constexpr int kColumnBytes = 4 * S::kColumns * S::DIM;  // a number for all columns
-  static constexpr int kScratch = kColumnBytes;
   static constexpr int area(int buffers) {
-    const int rows = 4 * buffers * kRowFloats, transforms = kScratch + 2 * kColumnBytes;
+    const int rows = 4 * buffers * kRowFloats, transforms = 3 * kColumnBytes;
     return rows > transforms ? rows : transforms;
   }
   static constexpr int kSlotBytes = 4 * Slot<S>::kFloats, kMatrixBytes = 4 * S::DIM * S::DIM;
@@ -206,15 +205,15 @@ struct Shared : Layout<S, kSharedLimit> {
   using L = Layout<S, kSharedLimit>;
   char* tables;
   float* area;    // results of warps, or what transforms need
-  float* turned;  // [DIM][kColumns] the queries, [columns][DIM] what exact tokens add to outputs
-  float* output;  // [DIM][kColumns]
+  float* turned;  // the queries (place_of, store_terms), then [columns][DIM] the exact tokens' sums
+  float* output;  // the packed tokens' sums (place_of, store_terms)
   float* fixed;
   uint4* matrix;
 
   __device__ __forceinline__ explicit Shared(char* base) {
     tables = base;
     area = reinterpret_cast<float*>(base + L::kRows);
-    turned = area + L::kScratch / 4;
+    turned = area + L::kColumnBytes / 4;
     output = turned + L::kColumnBytes / 4;
     fixed = reinterpret_cast<float*>(base + L::kAlways);
     matrix = reinterpret_cast<uint4*>(base + L::kMatrix);

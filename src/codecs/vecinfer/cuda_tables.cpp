@@ -81,23 +81,17 @@ float* floats(std::vector<uint8_t>& blob, int64_t at) {
 
 // A matrix [from][to] as operand B of the transform: each number a high and a low term in bf16.
 void write_fragments(const float* matrix, int dim, uint8_t* to) {
-  for (int tile = 0; tile < dim / 16; ++tile) {
-    for (int step = 0; step < dim / 16; ++step) {
-      for (int half = 0; half < 2; ++half) {
-        for (int lane = 0; lane < 32; ++lane) {
-          uint16_t terms[2][4];
-          for (int n = 0; n < 4; ++n) {
-            const int row = vecinfer::matrix_row(step, lane, n),
-                      column = vecinfer::matrix_column(tile, half, lane);
-            const float x = matrix[row * dim + column];
-            terms[0][n] = f32_to_bf16(x);
-            terms[1][n] = f32_to_bf16(x - bf16_to_f32(terms[0][n]));
-          }
-          std::memcpy(to, terms, 16);
-          to += 16;
-        }
-      }
+  const int tiles = dim / 16;
+  for (int e = 0; e < tiles * tiles * 64; ++e) {
+    const int lane = e % 32, half = e / 32 % 2, step = e / 64 % tiles, tile = e / 64 / tiles;
+    const int column = vecinfer::matrix_column(tile, half, lane);
+    uint16_t terms[2][4];
+    for (int n = 0; n < 4; ++n) {
+      const float x = matrix[vecinfer::matrix_row(step, lane, n) * dim + column];
+      terms[0][n] = f32_to_bf16(x);
+      terms[1][n] = f32_to_bf16(x - bf16_to_f32(terms[0][n]));
     }
+    std::memcpy(to + 16 * e, terms, 16);
   }
 }
 
